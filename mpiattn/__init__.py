@@ -1,0 +1,1 @@
+"""Exact distributed attention over MPI."""

@@ -1,0 +1,150 @@
+"""Masks: which keys a query may attend to, as one interval of global positions per query.
+
+A query at global position p sees the keys whose positions lie in [lo(p), hi(p)). Everything else
+follows from these two numbers: whether a block is empty, full or partial, how many pairs it has, and
+which blocks nobody needs. As they are evaluated on global positions, every layout is right by
+construction. lo and hi never decrease with p.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Positions = NDArray[np.int64]
+
+END = np.iinfo(np.int64).max
+
+
+class Block(enum.Enum):
+    """What a mask leaves of a block of queries against keys."""
+
+    EMPTY = "empty"
+    PARTIAL = "partial"
+    FULL = "full"
+
+
+class Mask:
+    """The interval of keys that each query attends to."""
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        """Return lo and hi: each query attends to the keys at positions in [lo, hi).
+
+        Parameters
+        ----------
+        queries : int64, (tokens,)
+            Global positions, ascending.
+        """
+        raise NotImplementedError
+
+    def check(self, query_tokens: int, key_tokens: int) -> None:
+        """Raise ValueError where this mask does not fit sequences of that many tokens."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query attends to a later key."""
+        positions = np.arange(2, dtype=np.int64)
+        return bool(np.all(self.bounds(positions)[1] <= positions + 1))
+
+    def __and__(self, other: Mask) -> Mask:
+        return Intersection(self, other)
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every query attends to every key."""
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        return np.zeros_like(queries), np.full_like(queries, END)
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """A query attends to keys at its own position and before."""
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        return np.zeros_like(queries), queries + 1
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """A query at p attends to the keys at p - left .. p + right; `right=0` makes it causal."""
+
+    left: int
+    right: int = 0
+
+    def __post_init__(self) -> None:
+        if self.left < 0 or self.right < 0:
+            raise ValueError(f"a window reaches 0 or more tokens each way, got {self.left} and {self.right}")
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        return np.maximum(queries - self.left, 0), queries + self.right + 1
+
+
+@dataclass(frozen=True, init=False)
+class Documents(Mask):
+    """Documents packed one after the other: a token attends inside its own document."""
+
+    lengths: tuple[int, ...]
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"document lengths are 0 or more, got {list(lengths)}")
+        object.__setattr__(self, "lengths", tuple(int(length) for length in lengths))
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        document = np.searchsorted(ends, queries, side="right")
+        return (ends - self.lengths)[document], ends[document]
+
+    def check(self, query_tokens: int, key_tokens: int) -> None:
+        for tokens in (query_tokens, key_tokens):
+            if sum(self.lengths) != tokens:
+                raise ValueError(f"the documents hold {sum(self.lengths)} tokens, the sequence has {tokens}")
+
+
+@dataclass(frozen=True)
+class Intersection(Mask):
+    """The keys that two masks both allow, written `Documents(lengths) & Causal()`."""
+
+    first: Mask
+    second: Mask
+
+    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+        (lo, hi), (other_lo, other_hi) = self.first.bounds(queries), self.second.bounds(queries)
+        return np.maximum(lo, other_lo), np.minimum(hi, other_hi)
+
+    def check(self, query_tokens: int, key_tokens: int) -> None:
+        self.first.check(query_tokens, key_tokens)
+        self.second.check(query_tokens, key_tokens)
+
+
+def allowed(mask: Mask, queries: Positions, keys: Positions) -> NDArray[np.bool_]:
+    """Return the mask as an array of (queries, keys), true where a query attends to a key."""
+    lo, hi = mask.bounds(queries)
+    result: NDArray[np.bool_] = (keys >= lo[:, None]) & (keys < hi[:, None])
+    return result
+
+
+def pairs(mask: Mask, queries: Positions, keys: Positions) -> int:
+    """Count the pairs of a block that the mask allows; keys ascend."""
+    lo, hi = mask.bounds(queries)
+    counts = np.searchsorted(keys, hi) - np.searchsorted(keys, lo)
+    return int(np.maximum(counts, 0).sum())
+
+
+def classify(mask: Mask, queries: Positions, keys: Positions) -> Block:
+    """Say whether the mask leaves nothing, a part or the whole of a block."""
+    count = pairs(mask, queries, keys)
+    if count == 0:
+        return Block.EMPTY
+    return Block.FULL if count == len(queries) * len(keys) else Block.PARTIAL
+
+
+def needed(mask: Mask, queries: Sequence[Positions], keys: Sequence[Positions]) -> NDArray[np.bool_]:
+    """Return which blocks are not empty: (query chunks, key chunks)."""
+    return np.array([[pairs(mask, q, k) > 0 for k in keys] for q in queries], dtype=bool)

@@ -1,0 +1,53 @@
+"""The online-softmax state (out, lse) and its merge: the one place where partial attention is combined.
+
+Attention of the same queries over two disjoint sets of keys, each normalised on its own and with the
+natural logarithm of its sum of exponentials, combines exactly (Milakov and Gimelshein 2018,
+arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682):
+
+    lse = logaddexp(lse_1, lse_2)
+    out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2
+
+The neutral state is out = 0, lse = -inf, which is also the answer for a query that attends to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array = NDArray[Any]
+
+
+def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype that partial sums of inputs of `dtype` are kept in: float32 or wider."""
+    return np.result_type(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
+    """Merge another partial result of the same queries into (out, lse), in place.
+
+    Parameters
+    ----------
+    out, other_out : float32 or float64, (..., tokens, head_dim)
+        Normalised partial outputs.
+    lse, other_lse : the same dtype, (..., tokens)
+        Natural logarithms of their sums; -inf where a query has attended to nothing.
+    """
+    total = np.logaddexp(lse, other_lse)
+    # Two empty states stay empty: a finite stand-in keeps -inf - -inf from making NaN.
+    finite = np.where(np.isneginf(total), 0, total)
+    out *= np.exp(lse - finite)[..., None]
+    out += np.exp(other_lse - finite)[..., None] * other_out
+    lse[...] = total
+
+
+def delta(d_out: Array, out: Array) -> Array:
+    """Return rowsum(d_out * out), (..., tokens): what the softmax's backward subtracts from d_P.
+
+    The owner of the queries computes it once, so that out itself need not travel.
+    """
+    wide = accumulator(d_out.dtype)
+    result: Array = np.einsum("...td,...td->...t", d_out.astype(wide), out.astype(wide))
+    return result
