@@ -1,0 +1,1 @@
+"""Block attention of one rank, forward and backward; no MPI."""
