@@ -1,0 +1,83 @@
+"""Start a command on several MPI ranks from a test, with a time limit.
+
+::
+
+    done = mpiexec(3, sys.executable, "-m", "mpiattn", "compare", "--grid", "9x9")
+    assert done.returncode == 2 and done.stderr.count("error") == 1
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# What an MPI launcher tells its ranks. A rank that starts a launcher of its own mustn't hand it on.
+FROM_LAUNCHER = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPI_LOCAL", "HYDI_", "HYDRA_", "SLURM_")
+
+# Asked of Open MPI; MPICH needs nothing of the kind and knows none of these names.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # more ranks than cores; Open MPI 5
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",  # the same for Open MPI 4
+    "PRTE_MCA_hwloc_default_binding_policy": "none",  # jobs side by side would all bind to the first cores
+}
+
+
+def mpiexec_path() -> str:
+    """Return the mpiexec beside this Python (MPI from pip), else the one on PATH."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    path = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if path is None:
+        raise FileNotFoundError("no mpiexec beside this Python nor on PATH: pip install mpich")
+    return path
+
+
+def mpiexec(
+    n: int,
+    *command: str | Path,
+    timeout: float = 60,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on `n` ranks; `env` is added to the environment.
+
+    Raises TimeoutError with what was printed so far, after having ended every process of the job.
+    """
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
+    environ |= {"OMP_NUM_THREADS": "1", **OPEN_MPI, **(env or {})}
+    argv = [mpiexec_path(), "-n", str(n), *map(str, command)]
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        cwd=cwd,
+        env=environ,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            out, err = end_job(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                message = f"{' '.join(argv)} still ran after {timeout:g} s\n{out}\n{err}"
+                raise TimeoutError(message) from None
+            raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def end_job(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End mpiexec and with it the ranks; return what they printed."""
+    process.terminate()  # the ranks are in sessions of their own: their launcher knows how to end them
+    try:
+        return process.communicate(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
