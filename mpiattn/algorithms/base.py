@@ -1,0 +1,239 @@
+"""What every algorithm shares: its signature, the agreement on its input, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import arrays, layout
+from ..arrays import Parcel
+from ..kernels.numpy import NumpyKernel
+from ..mask import Full, Mask, Positions
+from ..message import Communicator
+from ..problem import Problem
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n."""
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
+
+
+class Attention:
+    """Exact attention of a sequence that is spread over the ranks of a communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        All its ranks build and call the algorithm together.
+    layout : {"contiguous", "zigzag", "striped"}, optional
+        Which tokens each rank owns. By default zigzag with a causal mask, which balances it, else contiguous.
+    mask : Mask
+        Evaluated on global positions.
+    scale : float, optional
+        Of the scores; 1/sqrt(head_dim) by default.
+
+    Raises
+    ------
+    ValueError
+        On every rank alike, before any message of the algorithm, where arguments or arrays do not fit.
+
+    Notes
+    -----
+    Arrays are (batch, heads, tokens, head_dim), float64, float32, float16 or bfloat16, and hold this
+    rank's tokens. `lse` is the natural logarithm of each query's sum of exponentials.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        layout: str | None = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        *arguments: object,
+    ) -> None:
+        self.mask = Full() if mask is None else mask
+        self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
+        self.comm = comm
+        self.kernel = NumpyKernel(self.mask, scale)
+        self.problem: Problem | None = None
+        self.storage: dict[str, list[NDArray[np.uint8]]] = {}
+        self._agree(type(self).__name__, self.layout, self.mask, scale, *arguments)
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Return this rank's rows of softmax(scale q k^T) v, and what `backward` needs.
+
+        Parameters
+        ----------
+        q : (batch, heads, tokens, head_dim)
+        k : (batch, kv_heads, key tokens, head_dim)
+        v : (batch, kv_heads, key tokens, v_head_dim)
+            This rank's tokens; heads is a multiple of kv_heads.
+
+        Returns
+        -------
+        out : dtype of q, (batch, heads, tokens, v_head_dim)
+        saved : Saved
+        """
+        raise NotImplementedError
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Return this rank's rows of dQ, dK, dV, in the dtype of q.
+
+        Parameters
+        ----------
+        d_out : (batch, heads, tokens, v_head_dim)
+            Gradient of this rank's rows of out.
+        saved : Saved
+            From `forward`.
+        """
+        raise NotImplementedError
+
+    def plan(self, problem: Problem) -> None:
+        """Make what depends on the problem only: called when it differs from the last one."""
+        raise NotImplementedError
+
+    def positions(self, tokens: int) -> Positions:
+        """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
+        return layout.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
+
+    def parcels(self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0) -> list[Parcel]:
+        """Return a parcel for each list of specs; they keep their storage until the problem changes.
+
+        Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own.
+        """
+        count = min(buffers, len(specs)) or len(specs)
+        if name not in self.storage:
+            largest = [max(arrays.nbytes(group) for group in specs[start::count]) for start in range(count)]
+            self.storage[name] = [np.empty(size, np.uint8) for size in largest]
+        return [Parcel(group, self.storage[name][step % count]) for step, group in enumerate(specs)]
+
+    def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
+        """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
+        return self.parcels(f"home {name}", specs[:1]) + self.parcels(f"arriving {name}", specs, buffers=1)[1:]
+
+    def free(self) -> None:
+        """Free the communicators that this object made."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # After an exception the other ranks may be elsewhere: freeing is collective and could hang.
+        if exception[0] is None:
+            self.free()
+
+    def agree_forward(self, q: object, k: object, v: object) -> Problem:
+        """Agree with all ranks on the problem that the arrays pose, and plan for it."""
+        table = self._gather(q, k, v)
+        return self._planned(agreed(table, self.layout, self.mask))
+
+    def agree_backward(self, d_out: object, saved: Saved) -> Problem:
+        """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
+        table = self._gather(saved.q, saved.k, saved.v, saved.out, d_out)
+        for rank, (*_, out, gradient) in enumerate(table):
+            if gradient != out:
+                raise ValueError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
+        return self._planned(agreed([row[:3] for row in table], self.layout, self.mask))
+
+    def _planned(self, problem: Problem) -> Problem:
+        if problem == self.problem:
+            return self.problem
+        self.storage.clear()
+        self.plan(problem)
+        self.problem = problem
+        return problem
+
+    def _gather(self, *values: object) -> list[list[arrays.Spec | None]]:
+        """Return shape and dtype of every array of every rank."""
+        own = np.concatenate([arrays.describe(value) for value in values])
+        table = np.empty((self.comm.Get_size(), len(values), arrays.DESCRIPTION), np.int64)
+        self.comm.Allgather(own, table)
+        return [[arrays.described(description) for description in row] for row in table]
+
+    def _agree(self, *arguments: object) -> None:
+        """Raise ValueError on every rank where the ranks were built with different arguments."""
+        error = None
+        try:
+            layout.check(self.layout)
+        except ValueError as wrong:
+            error = str(wrong)
+        described = self.comm.allgather((", ".join(map(repr, arguments)), error))
+        for rank, (text, error) in enumerate(described):
+            if error is not None:
+                raise ValueError(error)
+            if text != described[0][0]:
+                raise ValueError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
+
+
+def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask: Mask) -> Problem:
+    """Return the problem that the ranks' q, k, v pose together, or raise ValueError.
+
+    It sees the same table on every rank, so it says the same on every rank.
+
+    Parameters
+    ----------
+    table : for each rank, (shape, dtype) of q, k and v
+    """
+    for rank, row in enumerate(table):
+        for name, spec in zip("qkv", row, strict=True):
+            if spec is None or len(spec[0]) != 4 or spec[1] not in arrays.FLOATS:
+                raise ValueError(
+                    f"{name} on rank {rank} is {_show(spec)}; it must be an array of 4 axes (batch, heads, "
+                    f"tokens, head_dim) of {', '.join(d.name for d in arrays.FLOATS)}"
+                )
+    for rank, row in enumerate(table):
+        for name, spec, first in zip("qkv", row, table[0], strict=True):
+            if _without_tokens(spec) != _without_tokens(first):
+                raise ValueError(
+                    f"{name} on rank {rank} is {_show(spec)}, on rank 0 {_show(first)}: "
+                    "only the number of tokens may differ between ranks"
+                )
+        (q, q_dtype), (k, k_dtype), (v, v_dtype) = (spec for spec in row if spec is not None)
+        where = f"on rank {rank}, q is {_show(row[0])}, k {_show(row[1])}, v {_show(row[2])}: "
+        if not q_dtype == k_dtype == v_dtype:
+            raise ValueError(where + "they must have one dtype")
+        if not q[0] == k[0] == v[0]:
+            raise ValueError(where + "they must have one batch size")
+        if k[1:3] != v[1:3]:
+            raise ValueError(where + "k and v must have the same heads and tokens")
+        if q[3] != k[3] or q[3] < 1 or v[3] < 1:
+            raise ValueError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
+        if k[1] < 1 or q[1] % k[1]:
+            legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
+            raise ValueError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
+    (q, dtype), (k, _), (v, _) = (spec for spec in table[0] if spec is not None)
+    q_tokens, kv_tokens = (sum(row[i][0][2] for row in table if row[i]) for i in (0, 1))  # type: ignore[index]
+    problem = Problem(
+        len(table), q[0], q[1], k[1], q[3], v[3], q_tokens, kv_tokens, np.dtype(dtype), layout_name, mask
+    )
+    for name, index, positions in (("q", 0, problem.q_positions), ("k", 1, problem.kv_positions)):
+        for rank, row in enumerate(table):
+            tokens = row[index][0][2]  # type: ignore[index]
+            if tokens != len(positions[rank]):
+                total = sum(map(len, positions))
+                raise ValueError(
+                    f"{name} on rank {rank} has {tokens} tokens; the {layout_name} layout of {total} tokens "
+                    f"over {len(table)} ranks gives it {len(positions[rank])}: cut with positions({total}) or scatter()"
+                )
+    mask.check(q_tokens, kv_tokens)
+    return problem
+
+
+def _without_tokens(spec: arrays.Spec | None) -> Any:
+    return spec and (spec[0][:2], spec[0][3:], spec[1])
+
+
+def _show(spec: arrays.Spec | None) -> str:
+    return "no array that can be sent" if spec is None else f"{np.dtype(spec[1]).name} {spec[0]}"

@@ -1,0 +1,103 @@
+"""Full attention on one device: everything goes to rank 0, is computed there, and comes back.
+
+It is what the other algorithms are compared with: one rank computes, and holds the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..arrays import Parcel, Spec
+from ..mask import Positions
+from ..message import Tag, Waitall
+from ..problem import Problem
+from ..softmax import delta
+from .base import Array, Attention, Saved
+
+ROOT = 0
+
+
+class DenseAttention(Attention):
+    """Full attention on rank 0: it receives Q, K, V of the n-1 others and sends them their rows of the output.
+
+    Parameters and errors: see `Attention`.
+    """
+
+    def plan(self, problem: Problem) -> None:
+        """Number the ranks, and the positions of the whole sequences."""
+        self.size, self.rank = self.comm.Get_size(), self.comm.Get_rank()
+        self.whole = np.arange(problem.q_tokens), np.arange(problem.kv_tokens)
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Compute everything on rank 0. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        queries, keys = problem.q_positions, problem.kv_positions
+        [inputs] = self.parcels("inputs", [problem.q(self.rank) + problem.kv(self.rank)])
+        inputs.pack(q, k, v)
+        arrived = self.to_root(inputs, [problem.q(rank) + problem.kv(rank) for rank in range(self.size)])
+        results = self.parcels("results", [problem.o(rank) for rank in range(self.size)])
+        if self.rank == ROOT:
+            whole_q, whole_k, whole_v = (
+                join([part.arrays[i] for part in arrived], where) for i, where in enumerate((queries, keys, keys))
+            )
+            out = np.zeros((*whole_q.shape[:3], problem.v_head_dim), problem.wide)
+            lse = np.full(whole_q.shape[:3], -np.inf, problem.wide)
+            self.kernel.forward(whole_q, whole_k, whole_v, *self.whole, out, lse)
+            for rank, result in enumerate(results):
+                result.pack(out[:, :, queries[rank]], lse[:, :, queries[rank]])
+        out, lse = self.from_root(results).arrays
+        result = out.astype(q.dtype)
+        return result, Saved(q, k, v, result, lse.copy())
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Compute everything on rank 0. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        queries, keys = problem.q_positions, problem.kv_positions
+        specs = [problem.q_backward(rank) + problem.kv(rank) for rank in range(self.size)]
+        [inputs] = self.parcels("inputs backward", [specs[self.rank]])
+        inputs.pack(saved.lse, delta(d_out, saved.out), saved.q, d_out, saved.k, saved.v)
+        arrived = self.to_root(inputs, specs)
+        sums = [problem.d_q(rank) + problem.d_kv(rank) for rank in range(self.size)]
+        results = self.parcels("results backward", sums)
+        if self.rank == ROOT:
+            places = (queries, queries, queries, queries, keys, keys)
+            lse, row_delta, q, gradient, k, v = (
+                join([part.arrays[i] for part in arrived], where) for i, where in enumerate(places)
+            )
+            totals = [np.zeros(array.shape, problem.wide) for array in (q, k, v)]
+            self.kernel.backward(q, k, v, gradient, lse, row_delta, *self.whole, *totals)
+            for rank, result in enumerate(results):
+                d_q, d_k, d_v = totals
+                result.pack(d_q[:, :, queries[rank]], d_k[:, :, keys[rank]], d_v[:, :, keys[rank]])
+        d_q, d_k, d_v = self.from_root(results).arrays
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def to_root(self, own: Parcel, specs: Sequence[Sequence[Spec]]) -> list[Parcel]:
+        """Send a parcel to rank 0; there, return everyone's."""
+        if self.rank != ROOT:
+            Waitall([self.comm.Isend(own.message, ROOT, Tag.GATHER)])
+            return []
+        arriving = [Parcel(group) for group in specs[1:]]
+        Waitall([self.comm.Irecv(part.message, source, Tag.GATHER) for source, part in enumerate(arriving, 1)])
+        return [own, *arriving]
+
+    def from_root(self, results: Sequence[Parcel]) -> Parcel:
+        """Return this rank's one of the parcels that rank 0 holds."""
+        own = results[self.rank]
+        if self.rank != ROOT:
+            Waitall([self.comm.Irecv(own.message, ROOT, Tag.SCATTER)])
+        else:
+            Waitall([self.comm.Isend(results[rank].message, rank, Tag.SCATTER) for rank in range(1, self.size)])
+        return own
+
+
+def join(parts: Sequence[Array], positions: Sequence[Positions]) -> Array:
+    """Put chunks in the order of their positions; tokens are on axis 2."""
+    shape = [*parts[0].shape]
+    shape[2] = sum(map(len, positions))
+    whole = np.empty(shape, parts[0].dtype)
+    for part, where in zip(parts, positions, strict=True):
+        whole[:, :, where] = part
+    return whole

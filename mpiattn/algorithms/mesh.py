@@ -1,0 +1,196 @@
+"""Mesh-Attention (arXiv 2512.20968): each rank computes a two-dimensional tile of the attention matrix.
+
+The ranks form a grid. The ranks of a row share their queries: Q travels along the row, and the partial
+outputs return along it. The ranks of a column share their keys: K/V travel along the column. With 2 x 3
+ranks, rank (r, c) has index 3 r + c and computes
+
+            K/V 0      1      2      3      4      5
+    Q 0..2   (0,0)  (0,1)  (0,2)  (0,0)  (0,1)  (0,2)
+    Q 3..5   (1,0)  (1,1)  (1,2)  (1,0)  (1,1)  (1,2)
+
+so each pair of chunks is computed once, and a rank's own queries meet its own keys in its own tile.
+Slot j of a rank holds the queries that have made j hops, slot i the keys that have; all ranks follow one
+list of steps in these coordinates (`schedule.py`), with at most one message each way at a time.
+One column is Ring Attention; one row passes queries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .. import grid, schedule
+from ..arrays import Parcel
+from ..mask import Mask
+from ..message import Communicator, Tag, Testall, Waitall
+from ..problem import Problem, Travel, travels
+from ..schedule import Op, Step
+from ..softmax import delta, merge
+from .base import Array, Attention, Saved
+
+
+class MeshAttention(Attention):
+    """Mesh-Attention on a grid of rows x cols ranks.
+
+    Parameters
+    ----------
+    comm, layout, mask, scale
+        See `Attention`.
+    rows, cols : int, optional
+        rows * cols is the number of ranks; by default the grid nearest to a square.
+
+    Notes
+    -----
+    Forward: cols-1 messages of Q, rows-1 of K/V, cols-1 of partial out and lse. Backward: cols-1 of
+    Q, dO, lse, delta; rows-1 of K/V; cols-1 of dQ; rows-1 of dK/dV. A chunk travels as far as its last user.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        layout: str | None = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        rows: int | None = None,
+        cols: int | None = None,
+    ) -> None:
+        super().__init__(comm, layout, mask, scale, rows, cols)
+        self.rows, self.cols = grid.check(comm.Get_size(), rows, cols)
+        self.grid = comm.Create_cart([self.rows, self.cols], periods=[True, True], reorder=False)
+        self.row = self.grid.Sub([False, True])
+        self.col = self.grid.Sub([True, False])
+        self.r, self.c = self.grid.Get_coords(self.grid.Get_rank())
+
+    def plan(self, problem: Problem) -> None:
+        """Make the order of steps, and how far each chunk of this row and this column travels."""
+        a, b = self.cols, self.rows
+        self.q_owners = [self.r * a + (self.c - hop) % a for hop in range(a)]
+        self.kv_owners = [(self.r - hop) % b * a + self.c for hop in range(b)]
+        tile = problem.needed.reshape(b, a, b, a)  # row and column of the queries, then of the keys
+        costs = {
+            "heads": problem.heads, "kv_heads": problem.kv_heads, "head_dim": problem.head_dim,
+            "itemsize": problem.dtype.itemsize, "partial_itemsize": problem.wide.itemsize,
+        }  # fmt: skip
+        self.forward_steps, self.backward_steps = (
+            order(b, a, schedule.relative(backward=backward, **costs).balanced(b, a))
+            for order, backward in ((schedule.forward, False), (schedule.backward, True))
+        )
+        self.q_travels = travels(tile[self.r].any(axis=1))
+        self.kv_travels = travels(tile[:, :, :, self.c].any(axis=1).T)
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Follow the forward schedule. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners])
+        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
+        specs = [problem.o(owner) for owner in self.q_owners]
+        outs, shares = self.parcels("o", specs), self.arriving("o", specs)
+        for state in outs:
+            state.fill(0, -np.inf)
+        qs[0].pack(q)
+        kvs[0].pack(k, v)
+        for step in self.forward_steps:
+            requests, arrived = [], []
+            match step.message:
+                case Op.Q:
+                    requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
+                case Op.KV:
+                    requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
+                case Op.O:
+                    requests, arrived = collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
+            for i, j in self.blocks(step, problem):
+                where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
+                inputs = qs[j].arrays + kvs[i].arrays
+                self.kernel.forward(*inputs, *where, *outs[j].arrays, partial(Testall, requests))
+            Waitall(requests)
+            for slot in arrived:
+                merge(*outs[slot].arrays, *shares[slot].arrays)
+        out, lse = outs[0].arrays
+        result = out.astype(q.dtype)
+        return result, Saved(q, k, v, result, lse.copy())
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Follow the backward schedule. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners])
+        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
+        specs = [problem.d_q(owner) for owner in self.q_owners]
+        d_qs, q_shares = self.parcels("d_q", specs), self.arriving("d_q", specs)
+        specs = [problem.d_kv(owner) for owner in self.kv_owners]
+        d_kvs, kv_shares = self.parcels("d_kv", specs), self.arriving("d_kv", specs)
+        for total in d_qs + d_kvs:
+            total.buffer.fill(0)
+        qs[0].pack(saved.lse, delta(d_out, saved.out), saved.q, d_out)
+        kvs[0].pack(saved.k, saved.v)
+        for step in self.backward_steps:
+            requests, arrived, totals, shares = [], [], d_qs, q_shares
+            match step.message:
+                case Op.Q:
+                    requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
+                case Op.KV:
+                    requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
+                case Op.DQ:
+                    requests, arrived = collect(self.row, d_qs, q_shares, step.hop, self.q_travels, Tag.D_Q)
+                case Op.DKV:
+                    totals, shares = d_kvs, kv_shares
+                    requests, arrived = collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
+            for i, j in self.blocks(step, problem):
+                where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
+                lse, row_delta, q, gradient = qs[j].arrays
+                inputs = q, *kvs[i].arrays, gradient, lse, row_delta
+                sums = d_qs[j].arrays + d_kvs[i].arrays
+                self.kernel.backward(*inputs, *where, *sums, partial(Testall, requests))
+            Waitall(requests)
+            for slot in arrived:
+                totals[slot].add(shares[slot])
+        d_q, d_k, d_v = d_qs[0].arrays + d_kvs[0].arrays
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def blocks(self, step: Step, problem: Problem) -> list[tuple[int, int]]:
+        """Return the blocks (KV slot, Q slot) of a step that the mask leaves something of."""
+        return [(i, j) for i, j in step.blocks if problem.needed[self.q_owners[j], self.kv_owners[i]]]
+
+    def free(self) -> None:
+        """Free the communicators of the grid, its row and its column."""
+        for comm in (self.row, self.col, self.grid):
+            comm.Free()
+
+
+def spread(ring: Communicator, slots: Sequence[Parcel], hop: int, ways: Sequence[Travel], tag: Tag) -> list[Any]:
+    """Post one hop of the chunks that travel round a row or a column: slot hop-1 leaves, slot hop arrives."""
+    size, rank = ring.Get_size(), ring.Get_rank()
+    source, dest = ring.Shift(0, 1)
+    requests = []
+    if hop <= ways[(rank - hop) % size].last:
+        requests.append(ring.Irecv(slots[hop].message, source, tag))
+    if hop <= ways[(rank - hop + 1) % size].last:
+        requests.append(ring.Isend(slots[hop - 1].message, dest, tag))
+    return requests
+
+
+def collect(
+    ring: Communicator, slots: Sequence[Parcel], shares: Sequence[Parcel], hop: int, ways: Sequence[Travel], tag: Tag
+) -> tuple[list[Any], list[int]]:
+    """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
+
+    The sum for an owner starts at the first user of its chunk and passes the others; the last user sends
+    it to the owner, to slot 0. Returns the requests, and the slots whose share will have arrived.
+    """
+    size, rank = ring.Get_size(), ring.Get_rank()
+    source, dest = ring.Shift(0, 1)
+    requests, arrived = [], []
+    way = ways[(rank - hop - 1) % size]
+    if way.first <= hop < way.last:
+        requests.append(ring.Irecv(shares[hop + 1].message, source, tag))
+        arrived.append(hop + 1)
+    if ways[rank].last == hop:
+        requests.append(ring.Irecv(shares[0].message, (rank + hop) % size, tag))
+        arrived.append(0)
+    owner = (rank - hop) % size
+    way = ways[owner]
+    if way.first <= hop <= way.last:
+        requests.append(ring.Isend(slots[hop].message, dest if hop < way.last else owner, tag))
+    return requests, arrived

@@ -1,0 +1,120 @@
+"""Ring Attention (arXiv 2310.01889): queries stay, K/V go once around a ring of ranks.
+
+    step 0      step 1      step 2            rank r attends its queries to the K/V of owner r - step,
+  0: kv 0     0: kv 2     0: kv 1             while these travel on to rank r + 1 and the next ones
+  1: kv 1     1: kv 0     1: kv 2             arrive from rank r - 1
+  2: kv 2     2: kv 1     2: kv 0
+
+Backward, K/V go around again, and behind them, one step later, the partial dK/dV that each rank adds
+to; the last one that adds sends them home.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..mask import Mask
+from ..message import Communicator, Tag, Testall, Waitall
+from ..problem import Problem, travels
+from ..softmax import delta
+from .base import Array, Attention, Saved
+
+
+class RingAttention(Attention):
+    """Ring Attention: n-1 messages of K/V forward; n-1 of K/V and n-1 of dK/dV backward.
+
+    A chunk travels as far as its last user: a mask that empties the blocks beyond ends its way there.
+    Parameters and errors: see `Attention`.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        layout: str | None = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(comm, layout, mask, scale)
+        self.ring = comm.Create_cart([comm.Get_size()], periods=[True], reorder=False)
+        self.size, self.rank = self.ring.Get_size(), self.ring.Get_rank()
+        self.source, self.dest = self.ring.Shift(0, 1)
+
+    def plan(self, problem: Problem) -> None:
+        """Say whose K/V are here at each step, and how far each chunk travels."""
+        self.owners = [(self.rank - step) % self.size for step in range(self.size)]
+        self.travels = travels(problem.needed.T)
+        # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
+        self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2)
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        [state] = self.parcels("o", [problem.o(self.rank)])
+        state.fill(0, -np.inf)
+        out, lse = state.arrays
+        self.kv[0].pack(k, v)
+        for step, owner in enumerate(self.owners):
+            requests = self.pass_kv(step)
+            if problem.needed[self.rank, owner]:
+                where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                self.kernel.forward(q, *self.kv[step].arrays, *where, out, lse, partial(Testall, requests))
+            Waitall(requests)
+        result = out.astype(q.dtype)
+        return result, Saved(q, k, v, result, lse.copy())
+
+    def pass_kv(self, step: int) -> list[Any]:
+        """Post the messages that bring the K/V of the next step, and pass this step's on."""
+        requests = []
+        if step + 1 < self.size and step < self.travels[self.owners[step + 1]].last:
+            requests.append(self.ring.Irecv(self.kv[step + 1].message, self.source, Tag.KV))
+        if step < self.travels[self.owners[step]].last:
+            requests.append(self.ring.Isend(self.kv[step].message, self.dest, Tag.KV))
+        return requests
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        rows = saved.lse, delta(d_out, saved.out)
+        [d_q] = self.parcels("d_q", [problem.d_q(self.rank)])
+        d_q.fill(0)
+        # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
+        specs = [problem.d_kv(owner) for owner in self.owners]
+        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2)
+        d_kv[0], arriving = own, self.arriving("d_kv", specs)
+        users = self.travels[self.rank]
+        self.kv[0].pack(saved.k, saved.v)
+        for step in range(self.size + 1):
+            requests, arrived = [], []
+            if step < self.size:
+                requests += self.pass_kv(step)
+                travel = self.travels[self.owners[step]]
+                if travel.first <= step - 1 < travel.last:
+                    requests.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
+                    arrived.append((d_kv[step], arriving[step]))
+            if users.last == step - 1 > 0:
+                last = (self.rank + users.last) % self.size
+                requests.append(self.ring.Irecv(arriving[0].message, last, Tag.D_KV))
+                arrived.append((own, arriving[0]))
+            owner = self.owners[step - 1]
+            travel = self.travels[owner]
+            if travel.first <= step - 1 <= travel.last:
+                dest = self.dest if step - 1 < travel.last else owner
+                requests.append(self.ring.Isend(d_kv[step - 1].message, dest, Tag.D_KV))
+            if step < self.size:
+                d_kv[step].fill(0, 0)
+                owner = self.owners[step]
+                if problem.needed[self.rank, owner]:
+                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                    kv, sums = self.kv[step].arrays, d_q.arrays + d_kv[step].arrays
+                    self.kernel.backward(saved.q, *kv, d_out, *rows, *where, *sums, partial(Testall, requests))
+            Waitall(requests)
+            for total, share in arrived:
+                total.add(share)
+        return tuple(total.astype(d_out.dtype) for total in d_q.arrays + own.arrays)
+
+    def free(self) -> None:
+        """Free the ring's communicator."""
+        self.ring.Free()

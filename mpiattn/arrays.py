@@ -1,0 +1,99 @@
+"""Arrays as messages see them: dtypes by number, shapes in integers, several arrays in one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .message import Rows
+
+Array = NDArray[Any]
+Spec = tuple[tuple[int, ...], Any]
+"""Shape and dtype of an array."""
+
+DTYPES = tuple(
+    np.dtype(dtype)
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.bool_)
+)
+FLOATS = DTYPES[:4]
+
+DESCRIPTION = 8
+"""Integers in a description: dtype, number of axes, up to six lengths."""
+
+
+def dtype(name: str) -> np.dtype[Any]:
+    """Return the floating dtype of that name, or raise ValueError with the names there are."""
+    for candidate in FLOATS:
+        if candidate.name == name:
+            return candidate
+    raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(d.name for d in FLOATS)}")
+
+
+def describe(array: object) -> NDArray[np.int64]:
+    """Return dtype and shape as integers that one collective can carry; -1 where it is no such array."""
+    description = np.full(DESCRIPTION, -1, dtype=np.int64)
+    if isinstance(array, np.ndarray) and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 2:
+        description[:2] = DTYPES.index(array.dtype), array.ndim
+        description[2 : 2 + array.ndim] = array.shape
+    return description
+
+
+def described(description: NDArray[np.int64]) -> Spec | None:
+    """Return shape and dtype from a description, or None where there was no array."""
+    code, ndim, *shape = (int(number) for number in description)
+    return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
+
+
+class Parcel:
+    """Several arrays that travel in one message: views of one buffer of bytes, one after the other.
+
+    Parameters
+    ----------
+    specs : sequence of (shape, dtype)
+        The widest dtype first, so that every view is aligned.
+    buffer : uint8, at least the sum of the sizes, optional
+        Storage to use; several parcels may take turns in it.
+    """
+
+    def __init__(self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None) -> None:
+        sizes = [_size(*spec) for spec in specs]
+        self.specs = list(specs)
+        self.buffer = (np.empty(sum(sizes), np.uint8) if buffer is None else buffer)[: sum(sizes)]
+        ends = np.cumsum(sizes)
+        self.arrays: list[Array] = [
+            self.buffer[end - size : end].view(dtype).reshape(shape)
+            for end, size, (shape, dtype) in zip(ends, sizes, specs, strict=True)
+        ]
+
+    @property
+    def message(self) -> Any:
+        """The parcel as a buffer argument of a send or a receive."""
+        return Rows(self.buffer)
+
+    def pack(self, *arrays: Array) -> None:
+        """Copy arrays into the parcel."""
+        for place, array in zip(self.arrays, arrays, strict=True):
+            place[...] = array
+
+    def add(self, other: Parcel) -> None:
+        """Add the arrays of another parcel to this one's."""
+        for place, array in zip(self.arrays, other.arrays, strict=True):
+            place += array
+
+    def fill(self, *values: float) -> None:
+        """Set each array to one value."""
+        for place, value in zip(self.arrays, values, strict=True):
+            place.fill(value)
+
+
+def nbytes(specs: Sequence[Spec]) -> int:
+    """Return the bytes of arrays of these shapes and dtypes, one after the other."""
+    return sum(_size(*spec) for spec in specs)
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -1,0 +1,34 @@
+"""Grids of ranks: rows x cols = n; rank (r, c) has index r * cols + c."""
+
+from __future__ import annotations
+
+import re
+
+
+def grids(ranks: int) -> list[tuple[int, int]]:
+    """Return every (rows, cols) with rows * cols = ranks."""
+    return [(rows, ranks // rows) for rows in range(1, ranks + 1) if ranks % rows == 0]
+
+
+def squarest(ranks: int) -> tuple[int, int]:
+    """Return the grid nearest to a square, with no more columns than rows."""
+    return min(grids(ranks), key=lambda grid: (abs(grid[0] - grid[1]), grid[1]))
+
+
+def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
+    """Return (rows, cols), completed where one or both are None, or raise ValueError with those that fit."""
+    if rows is None and cols is None:
+        return squarest(ranks)
+    choice = (rows or ranks // max(cols or 1, 1), cols or ranks // max(rows or 1, 1))
+    if choice not in grids(ranks):
+        fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))
+        raise ValueError(f"a grid of {choice[0]}x{choice[1]} does not hold {ranks} ranks: choose from {fits}")
+    return choice
+
+
+def parse(text: str) -> tuple[int, int]:
+    """Return (rows, cols) from text such as `2x3`."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or "0" in match.groups():
+        raise ValueError(f"a grid is ROWSxCOLS, such as 2x3, got {text!r}")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,60 @@
+"""What the algorithm files need of MPI beyond a communicator's own methods; it imports no MPI.
+
+Real, traced and virtual requests each bring their own `Waitall` and `Testall`, so these two serve all.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Communicator = Any
+"""An mpi4py communicator, or an object with the same methods (`trace.TracedComm`)."""
+
+
+class Tag(enum.IntEnum):
+    """What a message carries; shown in traces."""
+
+    Q = 1
+    KV = 2
+    O = 3
+    D_Q = 4
+    D_KV = 5
+    SCATTER = 6
+    GATHER = 7
+
+
+def Waitall(requests: Sequence[Any]) -> None:
+    """Wait until every request has completed, as `MPI.Request.Waitall`."""
+    if requests:
+        type(requests[0]).Waitall(requests)
+
+
+def Testall(requests: Sequence[Any]) -> None:
+    """Let the MPI library make progress on the requests, as `MPI.Request.Testall`."""
+    if requests:
+        type(requests[0]).Testall(requests)
+
+
+def Rows(buffer: NDArray[np.uint8]) -> Any:
+    """Describe a buffer of bytes to a send or a receive, whatever its size.
+
+    An MPI-3 library counts elements in a C int and fails beyond 2**31-1 of them, so a larger buffer
+    becomes one element of a datatype made of rows of 1 MiB and a remainder.
+    """
+    return buffer if buffer.nbytes < 2**31 else [buffer, 1, _rows(buffer.nbytes)]
+
+
+@functools.cache
+def _rows(nbytes: int) -> Any:
+    from mpi4py import MPI
+
+    row = 2**20
+    rows, rest = divmod(nbytes, row)
+    types = [MPI.BYTE.Create_contiguous(row), MPI.BYTE]
+    return MPI.Datatype.Create_struct([rows, rest], [0, rows * row], types).Commit()
