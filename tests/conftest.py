@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 from referee import Outcome, Referee, ranks
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ LAUNCHED = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK
 COMM = pytest.StashKey["MPI.Intracomm"]()
 TIMER = pytest.StashKey[threading.Timer]()
 FAILED = pytest.StashKey[bool]()
+
+# The same examples on every rank and in every run; no deadlines, ranks share cores.
+settings.register_profile("mpiattn", derandomize=True, deadline=None, database=None)
+settings.load_profile("mpiattn")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -128,7 +133,8 @@ def comm(request: pytest.FixtureRequest) -> Generator[MPI.Intracomm, None, None]
     if not request.node.stash.get(FAILED, False):
         status = MPI.Status()
         if comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-            pytest.fail(f"a message from rank {status.source} with tag {status.tag} was never received")
+            text = f"a message from rank {status.source} with tag {status.tag} was never received"
+            pytest.fail(text, pytrace=False)
         comm.Free()
 
 
@@ -178,6 +184,7 @@ class AllRanks:
 
     def together(self, item: pytest.Item, phase: str) -> Generator[None, None, None]:
         """Run a phase of a test; raise on all ranks if it raised on one."""
+        __tracebackhide__ = True
         outcome, text = Outcome.PASSED, ""
         error: BaseException | None = None
         try:
@@ -186,14 +193,16 @@ class AllRanks:
             outcome, text, error = Outcome.SKIPPED, str(skipped), skipped
         except (Exception, pytest.fail.Exception) as failure:  # not pytest.exit, nor Ctrl-C: they end the job
             outcome, error = Outcome.FAILED, failure
-            text = str(item.repr_failure(pytest.ExceptionInfo.from_exception(failure)))
+            info = pytest.ExceptionInfo.from_exception(failure)
+            headline = info.exconly(tryshort=True).splitlines()[0]
+            text = f"{headline}\n\n{item.repr_failure(info)}"
         results = self.referee.meet(f"{item.nodeid} ({phase})", outcome, text)
         failed = [rank for rank, (result, _) in enumerate(results) if result is Outcome.FAILED]
         skipped_on = [rank for rank, (result, _) in enumerate(results) if result is Outcome.SKIPPED]
         if failed:
             item.stash[FAILED] = True
             others = [rank for rank in failed if rank != self.referee.rank]
-            report = "\n\n".join(f"failed on rank {rank}:\n{results[rank][1]}" for rank in others)
+            report = "\n\n".join(f"failed on rank {rank}: {results[rank][1]}" for rank in others)
             if error is None or outcome is Outcome.SKIPPED:
                 pytest.fail(report, pytrace=False)
             if others:

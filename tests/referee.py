@@ -14,7 +14,9 @@ import socket
 import tempfile
 import time
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,9 +45,10 @@ class Referee:
         self.test_some = MPI.Request.Testsome
         # pytest captures file descriptor 2 while tests run; this is the terminal.
         self.stderr = os.dup(2)
-        # A signal handler in C is the one thing that still runs in a rank that is stuck inside MPI.
-        faulthandler.register(signal.SIGUSR1, file=self.stderr, all_threads=True)
-        self.processes = self.comm.allgather((socket.gethostname(), os.getpid()))
+        # A signal handler in C is the one thing that is sure to run in a rank that is stuck inside MPI.
+        self.dump = tempfile.NamedTemporaryFile(prefix="mpiattn-", suffix=".traceback")  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True)
+        self.processes = self.comm.allgather((socket.gethostname(), os.getpid(), Path(self.dump.name)))
 
     def meet(self, where: str, outcome: Outcome, text: str = "") -> list[tuple[Outcome, str]]:
         """Return the outcome and message of every rank; end the job if one of them doesn't come."""
@@ -68,7 +71,7 @@ class Referee:
             request.Wait()
         return [(Outcome(b[0]), b[1:].rstrip(b"\0").decode(errors="replace")) for b in buffers]
 
-    def end_job(self, where: str, present: dict[int, bytes]) -> None:
+    def end_job(self, where: str, present: dict[int, bytes]) -> NoReturn:
         """Say which ranks are missing and where they are; abort."""
         if self.rank != min(present):
             time.sleep(5)  # one rank speaks for all; this one only if that one can't
@@ -79,22 +82,25 @@ class Referee:
             if record[0] == Outcome.FAILED:
                 self.say(f"--- rank {rank} failed:\n{record[1:].rstrip(bytes(1)).decode(errors='replace')}")
         for rank in missing:
-            host, pid = self.processes[rank]
+            host, pid, dump = self.processes[rank]
             if host == socket.gethostname():
-                self.say(f"--- rank {rank} is here:")
                 os.kill(pid, signal.SIGUSR1)
-                time.sleep(0.3)  # for its traceback to be written before the next
+                time.sleep(0.3)  # for it to write its traceback
+                self.say(f"--- rank {rank} is here:\n{frames_of_test(dump.read_text())}")
             else:
                 self.say(f"--- rank {rank} is process {pid} on {host}")
+        for host, _, dump in self.processes:
+            if host == socket.gethostname():
+                dump.unlink(missing_ok=True)
         self.world.Abort(1)
+        os._exit(1)  # Abort may come back before the job has ended
 
-    def timed_out(self, where: str, seconds: float) -> None:
+    def timed_out(self, where: str, seconds: float) -> NoReturn:
         """End a test in which every rank is stuck; runs in a thread of its own."""
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            # One write a rank, so that the tracebacks of the ranks don't mix.
-            self.say(f"\n{where}: rank {self.rank} still runs after {seconds:g} s\n{file.read().decode()}")
+        faulthandler.dump_traceback(self.dump, all_threads=True)
+        frames = frames_of_test(Path(self.dump.name).read_text())
+        self.say(f"\n{where}: rank {self.rank} still runs after {seconds:g} s, here:\n{frames}")
+        self.dump.close()
         time.sleep(2)  # the other ranks have a traceback to show too
         os._exit(1)  # not Abort: a second thread may not call MPI while the first is stuck in it
 
@@ -105,7 +111,18 @@ class Referee:
     def close(self) -> None:
         """Free the communicator of the referees."""
         faulthandler.unregister(signal.SIGUSR1)
+        self.dump.close()
         self.comm.Free()
+
+
+def frames_of_test(dump: str) -> str:
+    """Return what a dump of faulthandler says of the test: the frames above pytest's own."""
+    for thread in dump.split("\n\n"):
+        head, *frames = thread.splitlines()
+        own = list(takewhile(lambda frame: "/_pytest/" not in frame, frames))
+        if 0 < len(own) < len(frames):
+            return "\n".join([head, *own])
+    return dump
 
 
 def ranks(numbers: list[int]) -> str:
