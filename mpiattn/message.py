@@ -35,10 +35,9 @@ def Waitall(requests: Sequence[Any]) -> None:
         type(requests[0]).Waitall(requests)
 
 
-def Testall(requests: Sequence[Any]) -> None:
-    """Let the MPI library make progress on the requests, as `MPI.Request.Testall`."""
-    if requests:
-        type(requests[0]).Testall(requests)
+def Testall(requests: Sequence[Any]) -> bool:
+    """Let the MPI library make progress on the requests, and say if all are complete, as `MPI.Request.Testall`."""
+    return not requests or bool(type(requests[0]).Testall(requests))
 
 
 def Rows(buffer: NDArray[np.uint8]) -> Any:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import arrays, layout
+from .. import arrays
+from .. import layout as layouts
 from ..arrays import Parcel
 from ..kernels.numpy import NumpyKernel
 from ..mask import Full, Mask, Positions
 from ..message import Communicator
 from ..problem import Problem
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+
 Array = NDArray[Any]
+
+
+class Options(TypedDict, total=False):
+    """What every algorithm's constructor takes; see `Attention`."""
+
+    layout: str | None
+    mask: Mask | None
+    scale: float | None
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,10 @@ class Attention:
     def __init__(
         self,
         comm: Communicator,
+        *,
         layout: str | None = None,
         mask: Mask | None = None,
         scale: float | None = None,
-        *arguments: object,
     ) -> None:
         self.mask = Full() if mask is None else mask
         self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
@@ -69,7 +81,8 @@ class Attention:
         self.kernel = NumpyKernel(self.mask, scale)
         self.problem: Problem | None = None
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
-        self._agree(type(self).__name__, self.layout, self.mask, scale, *arguments)
+        self.agree(layouts.check, self.layout)
+        self.agree(None, type(self).__name__, self.mask, scale)
 
     def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
         """Return this rank's rows of softmax(scale q k^T) v, and what `backward` needs.
@@ -100,13 +113,18 @@ class Attention:
         """
         raise NotImplementedError
 
+    def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
+        """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
+        result = out.astype(q.dtype)
+        return result, Saved(q, k, v, result, lse.copy())
+
     def plan(self, problem: Problem) -> None:
         """Make what depends on the problem only: called when it differs from the last one."""
         raise NotImplementedError
 
     def positions(self, tokens: int) -> Positions:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
-        return layout.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
+        return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
 
     def parcels(self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0) -> list[Parcel]:
         """Return a parcel for each list of specs; they keep their storage until the problem changes.
@@ -162,17 +180,18 @@ class Attention:
         self.comm.Allgather(own, table)
         return [[arrays.described(description) for description in row] for row in table]
 
-    def _agree(self, *arguments: object) -> None:
-        """Raise ValueError on every rank where the ranks were built with different arguments."""
+    def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:
+        """Raise ValueError on every rank where a check fails on one, or where their arguments differ."""
         error = None
         try:
-            layout.check(self.layout)
+            if check is not None:
+                check(*arguments)
         except ValueError as wrong:
             error = str(wrong)
         described = self.comm.allgather((", ".join(map(repr, arguments)), error))
-        for rank, (text, error) in enumerate(described):
-            if error is not None:
-                raise ValueError(error)
+        for rank, (text, problem) in enumerate(described):
+            if problem is not None:
+                raise ValueError(problem)
             if text != described[0][0]:
                 raise ValueError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
 
@@ -214,20 +233,20 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
             legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
             raise ValueError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
     (q, dtype), (k, _), (v, _) = (spec for spec in table[0] if spec is not None)
-    q_tokens, kv_tokens = (sum(row[i][0][2] for row in table if row[i]) for i in (0, 1))  # type: ignore[index]
+    tokens = {name: [row[index][0][2] for row in table] for index, name in enumerate("qk")}  # type: ignore[index]
+    totals = {name: sum(counts) for name, counts in tokens.items()}
     problem = Problem(
-        len(table), q[0], q[1], k[1], q[3], v[3], q_tokens, kv_tokens, np.dtype(dtype), layout_name, mask
+        len(table), q[0], q[1], k[1], q[3], v[3], totals["q"], totals["k"], np.dtype(dtype), layout_name, mask
     )
-    for name, index, positions in (("q", 0, problem.q_positions), ("k", 1, problem.kv_positions)):
-        for rank, row in enumerate(table):
-            tokens = row[index][0][2]  # type: ignore[index]
-            if tokens != len(positions[rank]):
-                total = sum(map(len, positions))
+    for name, positions in (("q", problem.q_positions), ("k", problem.kv_positions)):
+        for rank, count in enumerate(tokens[name]):
+            if count != len(positions[rank]):
                 raise ValueError(
-                    f"{name} on rank {rank} has {tokens} tokens; the {layout_name} layout of {total} tokens "
-                    f"over {len(table)} ranks gives it {len(positions[rank])}: cut with positions({total}) or scatter()"
+                    f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {totals[name]} tokens "
+                    f"over {len(table)} ranks gives it {len(positions[rank])}: cut with "
+                    f"positions({totals[name]}) or scatter()"
                 )
-    mask.check(q_tokens, kv_tokens)
+    mask.check(totals["q"], totals["k"])
     return problem
 
 

@@ -47,9 +47,7 @@ class DenseAttention(Attention):
             self.kernel.forward(whole_q, whole_k, whole_v, *self.whole, out, lse)
             for rank, result in enumerate(results):
                 result.pack(out[:, :, queries[rank]], lse[:, :, queries[rank]])
-        out, lse = self.from_root(results).arrays
-        result = out.astype(q.dtype)
-        return result, Saved(q, k, v, result, lse.copy())
+        return self.finish(q, k, v, *self.from_root(results).arrays)
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Compute everything on rank 0. Shapes, dtypes, errors: see `Attention.backward`."""
@@ -66,10 +64,9 @@ class DenseAttention(Attention):
             lse, row_delta, q, gradient, k, v = (
                 join([part.arrays[i] for part in arrived], where) for i, where in enumerate(places)
             )
-            totals = [np.zeros(array.shape, problem.wide) for array in (q, k, v)]
-            self.kernel.backward(q, k, v, gradient, lse, row_delta, *self.whole, *totals)
+            d_q, d_k, d_v = (np.zeros(array.shape, problem.wide) for array in (q, k, v))
+            self.kernel.backward(q, k, v, gradient, lse, row_delta, *self.whole, d_q, d_k, d_v)
             for rank, result in enumerate(results):
-                d_q, d_k, d_v = totals
                 result.pack(d_q[:, :, queries[rank]], d_k[:, :, keys[rank]], d_v[:, :, keys[rank]])
         d_q, d_k, d_v = self.from_root(results).arrays
         return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
@@ -85,7 +82,7 @@ class DenseAttention(Attention):
 
     def from_root(self, results: Sequence[Parcel]) -> Parcel:
         """Return this rank's one of the parcels that rank 0 holds."""
-        own = results[self.rank]
+        own: Parcel = results[self.rank]
         if self.rank != ROOT:
             Waitall([self.comm.Irecv(own.message, ROOT, Tag.SCATTER)])
         else:

@@ -18,18 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import grid, schedule
 from ..arrays import Parcel
-from ..mask import Mask
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
 from ..schedule import Op, Step
 from ..softmax import delta, merge
-from .base import Array, Attention, Saved
+from .base import Array, Attention, Options, Saved
+
+if TYPE_CHECKING:
+    from .base import Unpack
 
 
 class MeshAttention(Attention):
@@ -37,7 +39,7 @@ class MeshAttention(Attention):
 
     Parameters
     ----------
-    comm, layout, mask, scale
+    comm, options
         See `Attention`.
     rows, cols : int, optional
         rows * cols is the number of ranks; by default the grid nearest to a square.
@@ -49,15 +51,10 @@ class MeshAttention(Attention):
     """
 
     def __init__(
-        self,
-        comm: Communicator,
-        layout: str | None = None,
-        mask: Mask | None = None,
-        scale: float | None = None,
-        rows: int | None = None,
-        cols: int | None = None,
+        self, comm: Communicator, *, rows: int | None = None, cols: int | None = None, **options: Unpack[Options]
     ) -> None:
-        super().__init__(comm, layout, mask, scale, rows, cols)
+        super().__init__(comm, **options)
+        self.agree(grid.check, comm.Get_size(), rows, cols)
         self.rows, self.cols = grid.check(comm.Get_size(), rows, cols)
         self.grid = comm.Create_cart([self.rows, self.cols], periods=[True, True], reorder=False)
         self.row = self.grid.Sub([False, True])
@@ -93,7 +90,8 @@ class MeshAttention(Attention):
         qs[0].pack(q)
         kvs[0].pack(k, v)
         for step in self.forward_steps:
-            requests, arrived = [], []
+            requests: list[Any] = []
+            arrived: list[int] = []
             match step.message:
                 case Op.Q:
                     requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
@@ -103,14 +101,12 @@ class MeshAttention(Attention):
                     requests, arrived = collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
             for i, j in self.blocks(step, problem):
                 where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
-                inputs = qs[j].arrays + kvs[i].arrays
-                self.kernel.forward(*inputs, *where, *outs[j].arrays, partial(Testall, requests))
+                (near_q,), (near_k, near_v), (out, lse) = qs[j].arrays, kvs[i].arrays, outs[j].arrays
+                self.kernel.forward(near_q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
             for slot in arrived:
                 merge(*outs[slot].arrays, *shares[slot].arrays)
-        out, lse = outs[0].arrays
-        result = out.astype(q.dtype)
-        return result, Saved(q, k, v, result, lse.copy())
+        return self.finish(q, k, v, *outs[0].arrays)
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Follow the backward schedule. Shapes, dtypes, errors: see `Attention.backward`."""
@@ -126,7 +122,9 @@ class MeshAttention(Attention):
         qs[0].pack(saved.lse, delta(d_out, saved.out), saved.q, d_out)
         kvs[0].pack(saved.k, saved.v)
         for step in self.backward_steps:
-            requests, arrived, totals, shares = [], [], d_qs, q_shares
+            requests: list[Any] = []
+            arrived: list[int] = []
+            totals, shares = d_qs, q_shares
             match step.message:
                 case Op.Q:
                     requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
@@ -139,10 +137,9 @@ class MeshAttention(Attention):
                     requests, arrived = collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
             for i, j in self.blocks(step, problem):
                 where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
-                lse, row_delta, q, gradient = qs[j].arrays
-                inputs = q, *kvs[i].arrays, gradient, lse, row_delta
-                sums = d_qs[j].arrays + d_kvs[i].arrays
-                self.kernel.backward(*inputs, *where, *sums, partial(Testall, requests))
+                (lse, row_delta, q, gradient), (k, v) = qs[j].arrays, kvs[i].arrays
+                (d_q,), (d_k, d_v), progress = d_qs[j].arrays, d_kvs[i].arrays, partial(Testall, requests)
+                self.kernel.backward(q, k, v, gradient, lse, row_delta, *where, d_q, d_k, d_v, progress)
             Waitall(requests)
             for slot in arrived:
                 totals[slot].add(shares[slot])

@@ -12,15 +12,17 @@ to; the last one that adds sends them home.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..mask import Mask
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, travels
 from ..softmax import delta
-from .base import Array, Attention, Saved
+from .base import Array, Attention, Options, Saved
+
+if TYPE_CHECKING:
+    from .base import Unpack
 
 
 class RingAttention(Attention):
@@ -30,14 +32,8 @@ class RingAttention(Attention):
     Parameters and errors: see `Attention`.
     """
 
-    def __init__(
-        self,
-        comm: Communicator,
-        layout: str | None = None,
-        mask: Mask | None = None,
-        scale: float | None = None,
-    ) -> None:
-        super().__init__(comm, layout, mask, scale)
+    def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
+        super().__init__(comm, **options)
         self.ring = comm.Create_cart([comm.Get_size()], periods=[True], reorder=False)
         self.size, self.rank = self.ring.Get_size(), self.ring.Get_rank()
         self.source, self.dest = self.ring.Shift(0, 1)
@@ -60,10 +56,10 @@ class RingAttention(Attention):
             requests = self.pass_kv(step)
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                self.kernel.forward(q, *self.kv[step].arrays, *where, out, lse, partial(Testall, requests))
+                near_k, near_v = self.kv[step].arrays
+                self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
-        result = out.astype(q.dtype)
-        return result, Saved(q, k, v, result, lse.copy())
+        return self.finish(q, k, v, out, lse)
 
     def pass_kv(self, step: int) -> list[Any]:
         """Post the messages that bring the K/V of the next step, and pass this step's on."""
@@ -78,8 +74,7 @@ class RingAttention(Attention):
         """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
         problem = self.agree_backward(d_out, saved)
         rows = saved.lse, delta(d_out, saved.out)
-        [d_q] = self.parcels("d_q", [problem.d_q(self.rank)])
-        d_q.fill(0)
+        d_q = np.zeros(saved.q.shape, problem.wide)
         # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2)
@@ -108,12 +103,15 @@ class RingAttention(Attention):
                 owner = self.owners[step]
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    kv, sums = self.kv[step].arrays, d_q.arrays + d_kv[step].arrays
-                    self.kernel.backward(saved.q, *kv, d_out, *rows, *where, *sums, partial(Testall, requests))
+                    (k, v), (d_k, d_v) = self.kv[step].arrays, d_kv[step].arrays
+                    gradients = d_q, d_k, d_v
+                    progress = partial(Testall, requests)
+                    self.kernel.backward(saved.q, k, v, d_out, *rows, *where, *gradients, progress)
             Waitall(requests)
             for total, share in arrived:
                 total.add(share)
-        return tuple(total.astype(d_out.dtype) for total in d_q.arrays + own.arrays)
+        d_k, d_v = own.arrays
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
 
     def free(self) -> None:
         """Free the ring's communicator."""
