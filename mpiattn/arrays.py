@@ -1,7 +1,13 @@
-"""Arrays as messages see them: dtypes by number, shapes in integers, several arrays in one buffer."""
+"""Arrays as messages see them: kind, dtype and shape as integers, several arrays in one buffer.
+
+Every array brings the namespace of its functions along (`__array_namespace__`, as in the Python array API
+standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual.py` runs an algorithm.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +22,20 @@ Spec = tuple[tuple[int, ...], Any]
 """Shape and dtype of an array."""
 
 DTYPES = tuple(
-    np.dtype(dtype)
-    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.bool_)
+    np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.bool_)
 )
 FLOATS = DTYPES[:4]
 
-DESCRIPTION = 8
-"""Integers in a description: dtype, number of axes, up to six lengths."""
+NAMESPACES = ("numpy", "cupy", "mpiattn.virtual")
+"""The kinds of arrays, by the name of their namespace."""
+
+DESCRIPTION = 9
+"""Integers in a description: kind, dtype, number of axes, up to six lengths."""
+
+
+def namespace(array: Any) -> Any:
+    """Return the module of functions for arrays of this kind."""
+    return array.__array_namespace__()
 
 
 def dtype(name: str) -> np.dtype[Any]:
@@ -33,18 +46,19 @@ def dtype(name: str) -> np.dtype[Any]:
     raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(d.name for d in FLOATS)}")
 
 
-def describe(array: object) -> NDArray[np.int64]:
-    """Return dtype and shape as integers that one collective can carry; -1 where it is no such array."""
+def describe(array: Any) -> NDArray[np.int64]:
+    """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
     description = np.full(DESCRIPTION, -1, dtype=np.int64)
-    if isinstance(array, np.ndarray) and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 2:
-        description[:2] = DTYPES.index(array.dtype), array.ndim
-        description[2 : 2 + array.ndim] = array.shape
+    kind = namespace(array).__name__ if hasattr(array, "__array_namespace__") else ""
+    if kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
+        description[:3] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim
+        description[3 : 3 + array.ndim] = array.shape
     return description
 
 
 def described(description: NDArray[np.int64]) -> Spec | None:
     """Return shape and dtype from a description, or None where there was no array."""
-    code, ndim, *shape = (int(number) for number in description)
+    _, code, ndim, *shape = (int(number) for number in description)
     return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
 
 
@@ -56,14 +70,14 @@ class Parcel:
     specs : sequence of (shape, dtype)
         The widest dtype first, so that every view is aligned.
     buffer : uint8, at least the sum of the sizes, optional
-        Storage to use; several parcels may take turns in it.
+        Storage to use; several parcels may take turns in it. A new NumPy array by default.
     """
 
     def __init__(self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None) -> None:
         sizes = [_size(*spec) for spec in specs]
         self.specs = list(specs)
         self.buffer = (np.empty(sum(sizes), np.uint8) if buffer is None else buffer)[: sum(sizes)]
-        ends = np.cumsum(sizes)
+        ends = itertools.accumulate(sizes)
         self.arrays: list[Array] = [
             self.buffer[end - size : end].view(dtype).reshape(shape)
             for end, size, (shape, dtype) in zip(ends, sizes, specs, strict=True)
@@ -96,4 +110,4 @@ def nbytes(specs: Sequence[Spec]) -> int:
 
 
 def _size(shape: tuple[int, ...], dtype: Any) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return math.prod(shape) * int(np.dtype(dtype).itemsize)

@@ -80,6 +80,8 @@ class Attention:
         self.comm = comm
         self.kernel = NumpyKernel(self.mask, scale)
         self.problem: Problem | None = None
+        self.xp: Any = np
+        """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
         self.agree(layouts.check, self.layout)
         self.agree(None, type(self).__name__, self.mask, scale)
@@ -134,7 +136,7 @@ class Attention:
         count = min(buffers, len(specs)) or len(specs)
         if name not in self.storage:
             largest = [max(arrays.nbytes(group) for group in specs[start::count]) for start in range(count)]
-            self.storage[name] = [np.empty(size, np.uint8) for size in largest]
+            self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
         return [Parcel(group, self.storage[name][step % count]) for step, group in enumerate(specs)]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
@@ -155,7 +157,7 @@ class Attention:
     def agree_forward(self, q: object, k: object, v: object) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         table = self._gather(q, k, v)
-        return self._planned(agreed(table, self.layout, self.mask))
+        return self._planned(agreed(table, self.layout, self.mask), q)
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
@@ -163,11 +165,13 @@ class Attention:
         for rank, (*_, out, gradient) in enumerate(table):
             if gradient != out:
                 raise ValueError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
-        return self._planned(agreed([row[:3] for row in table], self.layout, self.mask))
+        return self._planned(agreed([row[:3] for row in table], self.layout, self.mask), saved.q)
 
-    def _planned(self, problem: Problem) -> Problem:
-        if problem == self.problem:
+    def _planned(self, problem: Problem, like: Any) -> Problem:
+        xp = arrays.namespace(like)
+        if problem == self.problem and xp is self.xp:
             return self.problem
+        self.xp = xp
         self.storage.clear()
         self.plan(problem)
         self.problem = problem
@@ -178,6 +182,9 @@ class Attention:
         own = np.concatenate([arrays.describe(value) for value in values])
         table = np.empty((self.comm.Get_size(), len(values), arrays.DESCRIPTION), np.int64)
         self.comm.Allgather(own, table)
+        for rank, kinds in enumerate(table[:, :, 0]):
+            if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
+                raise ValueError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
         return [[arrays.described(description) for description in row] for row in table]
 
     def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:

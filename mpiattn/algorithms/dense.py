@@ -5,11 +5,12 @@ It is what the other algorithms are compared with: one rank computes, and holds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Parcel, Spec
+from ..arrays import Parcel, Spec, namespace
 from ..mask import Positions
 from ..message import Tag, Waitall
 from ..problem import Problem
@@ -42,8 +43,8 @@ class DenseAttention(Attention):
             whole_q, whole_k, whole_v = (
                 join([part.arrays[i] for part in arrived], where) for i, where in enumerate((queries, keys, keys))
             )
-            out = np.zeros((*whole_q.shape[:3], problem.v_head_dim), problem.wide)
-            lse = np.full(whole_q.shape[:3], -np.inf, problem.wide)
+            out = self.xp.zeros((*whole_q.shape[:3], problem.v_head_dim), problem.wide)
+            lse = self.xp.full(whole_q.shape[:3], -math.inf, problem.wide)
             self.kernel.forward(whole_q, whole_k, whole_v, *self.whole, out, lse)
             for rank, result in enumerate(results):
                 result.pack(out[:, :, queries[rank]], lse[:, :, queries[rank]])
@@ -64,7 +65,7 @@ class DenseAttention(Attention):
             lse, row_delta, q, gradient, k, v = (
                 join([part.arrays[i] for part in arrived], where) for i, where in enumerate(places)
             )
-            d_q, d_k, d_v = (np.zeros(array.shape, problem.wide) for array in (q, k, v))
+            d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
             self.kernel.backward(q, k, v, gradient, lse, row_delta, *self.whole, d_q, d_k, d_v)
             for rank, result in enumerate(results):
                 result.pack(d_q[:, :, queries[rank]], d_k[:, :, keys[rank]], d_v[:, :, keys[rank]])
@@ -94,7 +95,7 @@ def join(parts: Sequence[Array], positions: Sequence[Positions]) -> Array:
     """Put chunks in the order of their positions; tokens are on axis 2."""
     shape = [*parts[0].shape]
     shape[2] = sum(map(len, positions))
-    whole = np.empty(shape, parts[0].dtype)
+    whole: Array = namespace(parts[0]).empty(shape, parts[0].dtype)
     for part, where in zip(parts, positions, strict=True):
         whole[:, :, where] = part
     return whole

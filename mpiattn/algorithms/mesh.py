@@ -16,11 +16,10 @@ One column is Ring Attention; one row passes queries only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .. import grid, schedule
 from ..arrays import Parcel
@@ -86,7 +85,7 @@ class MeshAttention(Attention):
         specs = [problem.o(owner) for owner in self.q_owners]
         outs, shares = self.parcels("o", specs), self.arriving("o", specs)
         for state in outs:
-            state.fill(0, -np.inf)
+            state.fill(0, -math.inf)
         qs[0].pack(q)
         kvs[0].pack(k, v)
         for step in self.forward_steps:

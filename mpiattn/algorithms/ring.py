@@ -11,10 +11,9 @@ to; the last one that adds sends them home.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, travels
@@ -49,7 +48,7 @@ class RingAttention(Attention):
         """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
         problem = self.agree_forward(q, k, v)
         [state] = self.parcels("o", [problem.o(self.rank)])
-        state.fill(0, -np.inf)
+        state.fill(0, -math.inf)
         out, lse = state.arrays
         self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
@@ -74,7 +73,7 @@ class RingAttention(Attention):
         """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
         problem = self.agree_backward(d_out, saved)
         rows = saved.lse, delta(d_out, saved.out)
-        d_q = np.zeros(saved.q.shape, problem.wide)
+        d_q = self.xp.zeros(saved.q.shape, problem.wide)
         # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2)
