@@ -16,6 +16,7 @@ Rank 0 alone prints.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import importlib.util
 import io
@@ -62,12 +63,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(AllRanks(config), "mpiattn-all-ranks")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     plugin = config.pluginmanager.get_plugin("mpiattn-all-ranks")
     size = plugin.referee.size if plugin else 1
     errors = []
     deselected = []
     for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item.module, "mpiexec"):
+            item.add_marker(pytest.mark.launch)  # forgotten, the test would be left out with a second MPI
         mark = item.get_closest_marker("mpi")
         if mark is not None:
             try:
@@ -232,4 +236,7 @@ class AllRanks:
         # the report of rank 0. So all meet once more, and leave MPI together.
         self.referee.meet("the end of the tests", Outcome.PASSED)
         self.referee.close()
+        # Finalize may wait for ever, for messages of a failed test.
+        faulthandler.dump_traceback_later(self.referee.deadline, exit=True)
         self.mpi.Finalize()
+        faulthandler.cancel_dump_traceback_later()

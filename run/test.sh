@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Run all tests: linters, types, tests without MPI, then under mpiexec at several numbers of ranks, with MPICH
+# in .venv and with Open MPI in .venv-openmpi. Needs Python 3.10 and its venv module; installs the rest.
+#
+# usage: run/test.sh [--mpi mpich|openmpi|both] [--ranks "1 2 4"] [--python python3.12] [-- PYTEST ARGUMENTS]
+#
+#   --mpi      which MPI library; both, one after the other, if not given
+#   --ranks    numbers of ranks; if not given 1 to 9, fewer with the second library
+#   --python   which Python to make the environments with
+#   PYTEST...  for example:  run/test.sh --mpi mpich --ranks 4 -- -k ring --slow
+set -euo pipefail
+# shellcheck source=run/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+mpis='mpich openmpi' ranks='' python=''
+while (($#)); do
+    case $1 in
+        --mpi)
+            case ${2-} in
+                mpich | openmpi) mpis=$2 ;;
+                both) ;;
+                *) die "--mpi takes mpich, openmpi or both" ;;
+            esac
+            shift 2
+            ;;
+        --ranks)
+            [[ ${2-} =~ ^[1-9][0-9]*( +[1-9][0-9]*)*$ ]] || die "--ranks takes numbers, as in --ranks \"1 2 4\""
+            ranks=$2 && shift 2
+            ;;
+        --python) python=${2:?--python needs a name} && shift 2 ;;
+        -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        --) shift && break ;;
+        *) die "unknown option $1; see --help" ;;
+    esac
+done
+pytest_args=(-q "$@")
+[[ -t 1 ]] || pytest_args+=(--color=no) # Open MPI gives the ranks a terminal even when there is none
+
+passed=0 failed=0 report=''
+
+# tier NAME COMMAND...: run a command, go on when it fails, and remember.
+tier() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    printf '\n===== %s\n' "$name"
+    "$@" || status=$?
+    # 5: no tests. Fine when arguments of the caller's left none, a mistake otherwise.
+    if ((status == 0 || (status == 5 && selected))); then
+        passed=$((passed + 1))
+        report+="passed  $name ($((SECONDS - start)) s)"$'\n'
+    else
+        failed=$((failed + 1))
+        report+="FAILED  $name ($((SECONDS - start)) s)"$'\n'
+    fi
+}
+selected=$#
+
+python=$(find_python "$python")
+mpi_settings
+cd "$root"
+first=${mpis%% *}
+for mpi in $mpis; do
+    venv=.venv
+    [[ $mpi == mpich ]] || venv=.venv-$mpi # never two MPI libraries in one environment
+    bin=$root/$venv/bin
+    make_venv "$root/$venv" "$mpi plot test dev" "$python"
+
+    if [[ $mpi == "$first" ]]; then
+        counts=${ranks:-1 2 3 4 5 6 7 8 9}
+        tier "ruff check" "$bin/ruff" check .
+        tier "ruff format" "$bin/ruff" format --check .
+        tier "mypy" "$bin/mypy"
+        tier "shellcheck" "$bin/shellcheck" --external-sources run/*.sh hostfiles/*.sh .ci/run
+        tier "pytest without MPI" "$bin/python" -m pytest -m "not mpi" "${pytest_args[@]}"
+    else
+        counts=${ranks:-1 2 4 6 9}
+        # Of the tests without MPI, those that start an mpiexec of their own.
+        tier "pytest, $mpi launched by tests" "$bin/python" -m pytest -m launch "${pytest_args[@]}"
+    fi
+    for n in $counts; do
+        # -m mpi4py: an exception outside a test ends the job, instead of leaving the other ranks waiting.
+        tier "pytest, $mpi, $n ranks" \
+            "$bin/mpiexec" -n "$n" "$bin/python" -m mpi4py -m pytest -m mpi "${pytest_args[@]}"
+    done
+done
+
+printf '\n%s\ntiers: %d passed, %d failed\n' "$report" "$passed" "$failed"
+((failed == 0))
