@@ -35,11 +35,20 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
     lse, other_lse : the same dtype, (..., tokens)
         Natural logarithms of their sums; -inf where a query has attended to nothing.
     """
-    total = np.logaddexp(lse, other_lse)
-    # Two empty states stay empty: a finite stand-in keeps -inf - -inf from making NaN.
-    finite = np.where(np.isneginf(total), 0, total)
-    out *= np.exp(lse - finite)[..., None]
-    out += np.exp(other_lse - finite)[..., None] * other_out
+    if np.isneginf(lse).all():  # the neutral state: as a row's first block finds it
+        out[...] = other_out
+        lse[...] = other_lse
+        return
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        odds = np.exp(other_lse - lse)
+        odds[np.isneginf(other_lse)] = 0  # where both are empty, -inf - -inf made NaN
+        # Not exp(lse_i - lse): these sum to 1 whatever lse was rounded to, merge after merge.
+        weight, other_weight = 1 / (1 + odds), 1 / (1 + 1 / odds)
+        total = np.logaddexp(lse, other_lse)
+    # Head by head, so that the passes over (tokens, head_dim) stay in the cache.
+    for head in np.ndindex(lse.shape[:-1]):
+        out[head] *= weight[head][:, None]
+        out[head] += other_weight[head][:, None] * other_out[head]
     lse[...] = total
 
 

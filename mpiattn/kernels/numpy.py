@@ -31,7 +31,8 @@ from mpiattn.softmax import accumulator, merge
 Array = NDArray[Any]
 Progress = Callable[[], object]
 
-QUERIES, KEYS = 256, 512  # a tile: its scores (512 kB in float32) stay in the second-level cache
+QUERIES, KEYS = 384, 512  # a tile: its scores (768 kB in float32) stay in the second-level cache
+SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
@@ -44,56 +45,59 @@ FAR = 1e30  # shift of a query that attends to nothing: puts all its scores at F
 
 
 class Tile(NamedTuple):
-    """Keys that some of the queries of a row of tiles attend to."""
+    """Some keys, and those queries of a row of tiles that attend to any of them."""
 
     keys: slice
+    queries: slice  # counted from the row's first query
     visible: NDArray[np.bool_] | None  # (keys, queries); None: every query sees every key
 
 
 def plan(mask: Mask, q_positions: Positions, k_positions: Positions) -> list[tuple[slice, list[Tile]]]:
-    """Return the tiles of a block that the mask does not empty: slices of queries, each with its tiles.
+    """Return the rows of tiles that the mask leaves of a block: slices of queries, each with its tiles.
 
-    Each query sees one run of the keys' indices, [start, stop). The keys that all queries of a tile see
-    need no mask; on both sides lie those that some see.
+    A query sees the keys of indices [start, stop). The keys that a whole row sees make large tiles
+    without a mask; those before and after, that some of its queries see, make narrow ones.
     """
     lo, hi = mask.bounds(q_positions)
     start, stop = np.searchsorted(k_positions, lo), np.searchsorted(k_positions, hi)
-    # Cut where the runs jump: between the two parts of a zigzag chunk, between documents.
+    # Rows end where the runs jump: between the two parts of a zigzag chunk, between documents.
     jump = np.maximum(np.diff(start), np.diff(stop))
     usual = np.median(jump) if len(jump) else 0
-    cuts = np.flatnonzero(jump > usual + QUERIES // 2) + 1
-    edges = [0, *map(int, cuts), len(q_positions)]
-    patterns: dict[bytes, NDArray[np.bool_]] = {}  # most partial tiles look alike: along the diagonal
-
-    def partial(first: Array, last: Array, keys: slice) -> Tile:
-        run = np.clip(np.stack([first, last]) - keys.start, 0, keys.stop - keys.start)
-        key = run.tobytes() + bytes(keys.stop - keys.start)
-        if key not in patterns:
-            index = np.arange(keys.stop - keys.start)[:, None]
-            patterns[key] = (index >= run[0]) & (index < run[1])
-        return Tile(keys, patterns[key])
-
+    cuts = np.flatnonzero(jump > usual + SIDE) + 1
+    patterns: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # most masks look alike: the diagonal's
     result = []
-    for rows in (part for a, b in pairwise(edges) for part in _cut(a, b, QUERIES)):
-        first, last = start[rows], stop[rows]
-        some = first < last
-        if not some.any():
-            continue
-        begin, end = int(first[some].min()), int(last[some].max())
-        full_begin, full_end = int(first.max()), int(last.min())
-        if full_begin >= full_end:
-            full_begin = full_end = end
-        tiles = [Tile(keys, None) for keys in _cut(full_begin, full_end, KEYS)]
-        sides = [*_cut(begin, full_begin, KEYS), *_cut(full_end, end, KEYS)]
-        result.append((rows, tiles + [partial(first, last, keys) for keys in sides]))
+    for begin, end in pairwise([0, *map(int, cuts), len(q_positions)]):
+        for rows in _cut(begin, end, QUERIES):
+            first, last = start[rows], stop[rows]
+            some = first < last
+            if not some.any():
+                continue
+            full = int(first.max()), int(last.min())
+            if full[0] >= full[1]:
+                full = int(last.max()), int(last.max())
+            tiles = [Tile(keys, slice(0, len(first)), None) for keys in _cut(*full, KEYS)]
+            sides = _cut(int(first[some].min()), full[0], SIDE) + _cut(full[1], int(last[some].max()), SIDE)
+            for keys in sides:
+                seeing = np.flatnonzero(some & (first < keys.stop) & (last > keys.start))
+                if not len(seeing):
+                    continue
+                queries = slice(int(seeing[0]), int(seeing[-1]) + 1)
+                size = keys.stop - keys.start
+                runs = np.clip([first[queries] - keys.start, last[queries] - keys.start], 0, size)
+                if (size, runs.tobytes()) not in patterns:
+                    index = np.arange(size)[:, None]
+                    patterns[size, runs.tobytes()] = (index >= runs[0]) & (index < runs[1])
+                visible = patterns[size, runs.tobytes()]
+                tiles.append(Tile(keys, queries, None if visible.all() else visible))
+            result.append((rows, tiles))
     return result
 
 
 def _cut(begin: int, end: int, size: int) -> list[slice]:
-    """Cut [begin, end) into the fewest slices of at most `size`, as even as can be."""
-    count = -(-(end - begin) // size)
-    edges = [begin + (end - begin) * i // count for i in range(count + 1)] if count else []
-    return [slice(a, b) for a, b in pairwise(edges)]
+    """Cut [begin, end) into the fewest slices of at most `size`, about even, in steps of 16."""
+    length, count = end - begin, -(-(end - begin) // size)
+    ends = [min(-(-length * i // (16 * count)) * 16, length) for i in range(1, count + 1)]
+    return [slice(begin + a, begin + b) for a, b in pairwise([0, *ends])]
 
 
 class NumpyKernel:
@@ -159,11 +163,12 @@ class NumpyKernel:
                     for tile in tiles:
                         if progress:
                             progress()
-                        score = self._product("score", keys[tile.keys], query)
+                        part = query[:, tile.queries], total[:, tile.queries]
+                        score = self._product("score", keys[tile.keys], part[0])
                         if not safe:
-                            self._shift(score, query, total, tile.visible)
+                            self._shift(score, *part, tile.visible)
                         self._exp2(score, tile.visible, bounded=safe)
-                        total += self._product("part", values[tile.keys].T, score)
+                        part[1][...] += self._product("sum", values[tile.keys].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
                         part_lse = LN2 * (np.log2(weight) - query[-1])
@@ -219,13 +224,14 @@ class NumpyKernel:
                     for tile in tiles:
                         if progress:
                             progress()
-                        weight = self._product("score", keys[tile.keys], query)
+                        columns = tile.queries
+                        weight = self._product("score", keys[tile.keys], query[:, columns])
                         self._exp2(weight, tile.visible)
-                        d_score = self._product("d_score", values[tile.keys], d_row)
+                        d_score = self._product("d_score", values[tile.keys], d_row[:, columns])
                         d_score *= weight
-                        d_v[b, g, tile.keys] += self._product("part", weight, d_row[:-1].T)
-                        d_keys[tile.keys] += self._product("part", d_score, query[:-1].T)
-                        d_query += self._product("part", keys[tile.keys, :-1].T, d_score)
+                        d_v[b, g, tile.keys] += self._product("sum", weight, d_row[:-1, columns].T)
+                        d_keys[tile.keys] += self._product("sum", d_score, query[:-1, columns].T)
+                        d_query[:, columns] += self._product("sum", keys[tile.keys, :-1].T, d_score)
                     d_query *= self._scale(q)
                     d_q[b, h, rows] += d_query.T
             d_keys *= LN2  # `query` holds q * scale * log2(e)
