@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 
@@ -32,3 +33,11 @@ def parse(text: str) -> tuple[int, int]:
     if match is None or "0" in match.groups():
         raise ValueError(f"a grid is ROWSxCOLS, such as 2x3, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def argument(text: str) -> tuple[int, int]:
+    """Read a grid from the command line."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

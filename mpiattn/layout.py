@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import DESCRIPTION, DTYPES, Parcel, describe, described
-from .message import Communicator, Tag, Waitall
+from .message import Communicator, InputError, Tag, Waitall
 
 Positions = NDArray[np.int64]
 
@@ -95,7 +95,7 @@ def scatter(
 
     Raises
     ------
-    ValueError
+    InputError
         On every rank, where the layout is unknown or the root has no such array.
     """
     check(layout)
@@ -104,7 +104,7 @@ def scatter(
     comm.Bcast(description, root)
     spec = described(description)
     if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
-        raise ValueError(f"rank {root} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
+        raise InputError(f"rank {root} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
     shape, dtype = list(spec[0]), spec[1]
     owned = [positions(layout, shape[axis], size, owner) for owner in range(size)]
     shape[axis] = len(owned[rank])
@@ -136,7 +136,7 @@ def gather(
 
     Raises
     ------
-    ValueError
+    InputError
         On every rank, where the arrays do not make up a sequence in that layout.
     """
     check(layout)
@@ -149,11 +149,11 @@ def gather(
     owned = [positions(layout, total, size, owner) for owner in range(size)]
     for owner, (spec, shape) in enumerate(zip(specs, shapes, strict=True)):
         if spec is None or not shape:
-            raise ValueError(f"rank {owner} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
+            raise InputError(f"rank {owner} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
         expected = [*shapes[0]]
         expected[axis] = len(owned[owner])
         if shape != expected or spec[1] != specs[0][1]:  # type: ignore[index]
-            raise ValueError(
+            raise InputError(
                 f"rank {owner} has {spec[1]} {tuple(shape)}; the {layout} layout of {total} tokens over {size} "
                 f"ranks, as on rank 0, takes {specs[0][1]} {tuple(expected)}"  # type: ignore[index]
             )

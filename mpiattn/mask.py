@@ -9,7 +9,9 @@ construction. lo and hi never decrease with p.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +31,7 @@ class Block(enum.Enum):
 
 
 class Mask:
-    """The interval of keys that each query attends to."""
+    """The interval of keys that each query attends to; `str` gives the text that `parse` takes."""
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         """Return lo and hi: each query attends to the keys at positions in [lo, hi).
@@ -58,6 +60,9 @@ class Mask:
 class Full(Mask):
     """Every query attends to every key."""
 
+    def __str__(self) -> str:
+        return "full"
+
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         return np.zeros_like(queries), np.full_like(queries, END)
 
@@ -65,6 +70,9 @@ class Full(Mask):
 @dataclass(frozen=True)
 class Causal(Mask):
     """A query attends to keys at its own position and before."""
+
+    def __str__(self) -> str:
+        return "causal"
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         return np.zeros_like(queries), queries + 1
@@ -81,6 +89,9 @@ class SlidingWindow(Mask):
         if self.left < 0 or self.right < 0:
             raise ValueError(f"a window reaches 0 or more tokens each way, got {self.left} and {self.right}")
 
+    def __str__(self) -> str:
+        return f"window={self.left},{self.right}"
+
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         return np.maximum(queries - self.left, 0), queries + self.right + 1
 
@@ -95,6 +106,9 @@ class Documents(Mask):
         if any(length < 0 for length in lengths):
             raise ValueError(f"document lengths are 0 or more, got {list(lengths)}")
         object.__setattr__(self, "lengths", tuple(int(length) for length in lengths))
+
+    def __str__(self) -> str:
+        return f"documents={','.join(map(str, self.lengths))}"
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         ends = np.cumsum(self.lengths, dtype=np.int64)
@@ -114,6 +128,9 @@ class Intersection(Mask):
     first: Mask
     second: Mask
 
+    def __str__(self) -> str:
+        return f"{self.first}+{self.second}"
+
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         (lo, hi), (other_lo, other_hi) = self.first.bounds(queries), self.second.bounds(queries)
         return np.maximum(lo, other_lo), np.minimum(hi, other_hi)
@@ -121,6 +138,31 @@ class Intersection(Mask):
     def check(self, query_tokens: int, key_tokens: int) -> None:
         self.first.check(query_tokens, key_tokens)
         self.second.check(query_tokens, key_tokens)
+
+
+def parse(text: str) -> Mask:
+    """Return a mask from text: parts such as `full`, `causal`, `window=LEFT,RIGHT`, `documents=N,N,...`, by `+`."""
+    masks: list[Mask] = []
+    for part in text.split("+"):
+        name, _, numbers = part.partition("=")
+        try:
+            values = [int(number) for number in numbers.split(",")] if numbers else []
+            masks.append(MASKS[name](*([values] if name == "documents" else values)))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f": {error}" if isinstance(error, ValueError) else ""
+            raise ValueError(
+                f"unknown mask {part!r}{reason}; choose from full, causal, window=LEFT or window=LEFT,RIGHT, "
+                "documents=LENGTH,LENGTH,..., or several joined by +"
+            ) from None
+    return functools.reduce(operator.and_, masks)
+
+
+MASKS: dict[str, Callable[..., Mask]] = {
+    "full": Full,
+    "causal": Causal,
+    "window": SlidingWindow,
+    "documents": Documents,
+}
 
 
 def allowed(mask: Mask, queries: Positions, keys: Positions) -> NDArray[np.bool_]:

@@ -17,6 +17,10 @@ Communicator = Any
 """An mpi4py communicator, or an object with the same methods (`trace.TracedComm`)."""
 
 
+class InputError(ValueError):
+    """Bad input, found before the first message; every rank raises the same."""
+
+
 class Tag(enum.IntEnum):
     """What a message carries; shown in traces."""
 

@@ -25,11 +25,12 @@ import heapq
 import itertools
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from . import grid
 
 TILTS = tuple(2 ** (k / 2) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6))
 BUDGET = 8_000  # blocks placed in all trials together
@@ -282,17 +283,9 @@ def draw(steps: Sequence[Step], costs: Costs, path: str | Path, title: str = "")
     figure.savefig(path, dpi=150)
 
 
-def _grid(value: str) -> tuple[int, int]:
-    """Read ROWSxCOLS."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{value!r} is no grid: give rows and columns, such as 4x4")
-    return int(match[1]), int(match[2])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn schedule`."""
-    parser.add_argument("grid", type=_grid, metavar="ROWSxCOLS", help="the grid of ranks, such as 4x4")
+    parser.add_argument("grid", type=grid.argument, metavar="ROWSxCOLS", help="the grid of ranks, such as 4x4")
     parser.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
     parser.add_argument("--kv-ratio", type=int, default=1, metavar="G", help="query heads for each K/V head")
     parser.add_argument(

@@ -14,7 +14,7 @@ from .. import layout as layouts
 from ..arrays import Parcel
 from ..kernels.numpy import NumpyKernel
 from ..mask import Full, Mask, Positions
-from ..message import Communicator
+from ..message import Communicator, InputError
 from ..problem import Problem
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Attention:
 
     Raises
     ------
-    ValueError
-        On every rank alike, before any message of the algorithm, where arguments or arrays do not fit.
+    InputError
+        A ValueError, on every rank alike, before any message of the algorithm, where arguments or arrays do not fit.
 
     Notes
     -----
@@ -115,6 +115,11 @@ class Attention:
         """
         raise NotImplementedError
 
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return the arguments of this algorithm's own with which it can be built on that many ranks."""
+        return [{}]
+
     def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
         """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
         result = out.astype(q.dtype)
@@ -164,7 +169,7 @@ class Attention:
         table = self._gather(saved.q, saved.k, saved.v, saved.out, d_out)
         for rank, (*_, out, gradient) in enumerate(table):
             if gradient != out:
-                raise ValueError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
+                raise InputError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
         return self._planned(agreed([row[:3] for row in table], self.layout, self.mask), saved.q)
 
     def _planned(self, problem: Problem, like: Any) -> Problem:
@@ -184,7 +189,7 @@ class Attention:
         self.comm.Allgather(own, table)
         for rank, kinds in enumerate(table[:, :, 0]):
             if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
-                raise ValueError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
+                raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
         return [[arrays.described(description) for description in row] for row in table]
 
     def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:
@@ -198,13 +203,13 @@ class Attention:
         described = self.comm.allgather((", ".join(map(repr, arguments)), error))
         for rank, (text, problem) in enumerate(described):
             if problem is not None:
-                raise ValueError(problem)
+                raise InputError(problem)
             if text != described[0][0]:
-                raise ValueError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
+                raise InputError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
 
 
 def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask: Mask) -> Problem:
-    """Return the problem that the ranks' q, k, v pose together, or raise ValueError.
+    """Return the problem that the ranks' q, k, v pose together, or raise InputError.
 
     It sees the same table on every rank, so it says the same on every rank.
 
@@ -215,30 +220,30 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
     for rank, row in enumerate(table):
         for name, spec in zip("qkv", row, strict=True):
             if spec is None or len(spec[0]) != 4 or spec[1] not in arrays.FLOATS:
-                raise ValueError(
+                raise InputError(
                     f"{name} on rank {rank} is {_show(spec)}; it must be an array of 4 axes (batch, heads, "
                     f"tokens, head_dim) of {', '.join(d.name for d in arrays.FLOATS)}"
                 )
     for rank, row in enumerate(table):
         for name, spec, first in zip("qkv", row, table[0], strict=True):
             if _without_tokens(spec) != _without_tokens(first):
-                raise ValueError(
+                raise InputError(
                     f"{name} on rank {rank} is {_show(spec)}, on rank 0 {_show(first)}: "
                     "only the number of tokens may differ between ranks"
                 )
         (q, q_dtype), (k, k_dtype), (v, v_dtype) = (spec for spec in row if spec is not None)
         where = f"on rank {rank}, q is {_show(row[0])}, k {_show(row[1])}, v {_show(row[2])}: "
         if not q_dtype == k_dtype == v_dtype:
-            raise ValueError(where + "they must have one dtype")
+            raise InputError(where + "they must have one dtype")
         if not q[0] == k[0] == v[0]:
-            raise ValueError(where + "they must have one batch size")
+            raise InputError(where + "they must have one batch size")
         if k[1:3] != v[1:3]:
-            raise ValueError(where + "k and v must have the same heads and tokens")
+            raise InputError(where + "k and v must have the same heads and tokens")
         if q[3] != k[3] or q[3] < 1 or v[3] < 1:
-            raise ValueError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
+            raise InputError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
         if k[1] < 1 or q[1] % k[1]:
             legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
-            raise ValueError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
+            raise InputError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
     (q, dtype), (k, _), (v, _) = (spec for spec in table[0] if spec is not None)
     tokens = {name: [row[index][0][2] for row in table] for index, name in enumerate("qk")}  # type: ignore[index]
     totals = {name: sum(counts) for name, counts in tokens.items()}
@@ -248,12 +253,15 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
     for name, positions in (("q", problem.q_positions), ("k", problem.kv_positions)):
         for rank, count in enumerate(tokens[name]):
             if count != len(positions[rank]):
-                raise ValueError(
+                raise InputError(
                     f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {totals[name]} tokens "
                     f"over {len(table)} ranks gives it {len(positions[rank])}: cut with "
                     f"positions({totals[name]}) or scatter()"
                 )
-    mask.check(totals["q"], totals["k"])
+    try:
+        mask.check(totals["q"], totals["k"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return problem
 
 

@@ -60,6 +60,11 @@ class MeshAttention(Attention):
         self.col = self.grid.Sub([True, False])
         self.r, self.c = self.grid.Get_coords(self.grid.Get_rank())
 
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return every grid of that many ranks."""
+        return [{"rows": rows, "cols": cols} for rows, cols in grid.grids(ranks)]
+
     def plan(self, problem: Problem) -> None:
         """Make the order of steps, and how far each chunk of this row and this column travels."""
         a, b = self.cols, self.rows

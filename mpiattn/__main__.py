@@ -1,0 +1,7 @@
+"""`python -m mpiattn`: the same as the command `mpiattn`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""The command line: `mpiexec -n N mpiattn COMMAND`, parsed on rank 0, so that help and errors appear once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from . import compare, env, run, schedule
+from .message import InputError
+
+USAGE_ERROR = 2
+
+EPILOG = """\
+examples:
+  mpiexec -n 4 mpiattn compare                          every algorithm on real input, checked
+  mpiexec -n 6 mpiattn compare --algorithms mesh --grid 2x3 --tokens 1001 --layout striped
+  mpiexec -n 4 mpiattn run --algorithm ring --qkv in.npz --output out.npz
+  mpiattn schedule 4x4                                  the order of messages and blocks of a mesh tile
+  mpiattn bench kernel                                  the NumPy kernel against its own matrix products
+  mpiexec -n 4 mpiattn env                              what each rank really got
+
+Exit status: 0 success, 1 a failure or a mismatch, 2 a wrong command line or wrong input.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="mpiattn",
+        description="Exact distributed attention over MPI, forward and backward.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module, summary in (
+        ("compare", compare, "run algorithms side by side on the same input and check them"),
+        ("run", run, "run one algorithm on a file and write the output to a file"),
+        ("schedule", schedule, "print the order of messages and blocks of a mesh tile"),
+        ("env", env, "show which MPI, BLAS, threads, host and cores each rank got"),
+    ):
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    return top
+
+
+def world() -> Any:
+    """Return MPI's COMM_WORLD, or None on a machine without an MPI library."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return None
+    return MPI.COMM_WORLD
+
+
+def parse(argv: Sequence[str] | None, comm: Any) -> argparse.Namespace | int:
+    """Return the options, or the exit status where there is nothing to do; rank 0 parses and prints."""
+    result: argparse.Namespace | int | None = None
+    if comm is None or comm.Get_rank() == 0:
+        try:
+            result = parser().parse_args(argv)
+        except SystemExit as done:
+            result = done.code if isinstance(done.code, int) else USAGE_ERROR
+        sys.stdout.flush()
+    return result if comm is None else comm.bcast(result)  # type: ignore[return-value]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    comm = world()
+    try:
+        args = parse(argv, comm)
+        if isinstance(args, int):
+            return args
+        if args.command == "schedule":
+            return schedule.main(args) if comm is None or comm.Get_rank() == 0 else 0
+        if comm is None:
+            print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
+            return 1
+        return int(args.main(args, comm))
+    except InputError as error:
+        if comm is None or comm.Get_rank() == 0:
+            print(f"mpiattn: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BaseException:
+        # The other ranks may wait for a message that will never come: nothing but an abort ends them.
+        if comm is not None and comm.Get_size() > 1:
+            print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            comm.Abort(1)
+        raise

@@ -1,0 +1,304 @@
+"""Run algorithms side by side on the same input, forward and backward, and check each against the oracle.
+
+By default every algorithm, grid and layout that fits the number of ranks, with a causal mask, on real input.
+Times are the slowest rank's, medians over rounds in which the algorithms take turns; waiting is time spent
+in waits for messages; errors are relative to the largest value, against textbook attention in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tabulate import tabulate
+
+from . import env, grid, inputs, oracle
+from .algorithms import ALGORITHMS, Attention
+from .inputs import Array, Inputs
+from .layout import LAYOUTS, gather, scatter
+from .mask import Positions
+from .message import Communicator, InputError
+from .progress import bar
+from .trace import TracedComm
+
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""Largest relative error that passes; 16-bit inputs and results are rounded to 11 or 8 bits."""
+
+ORACLE_SCORES = 2**28
+"""Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
+
+PASSES = ("forward", "backward")
+RESULTS = ("out", "d_q", "d_k", "d_v")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Case:
+    """One algorithm, built, and what is measured of it on this rank."""
+
+    algorithm: str
+    arguments: dict[str, Any]
+    comm: TracedComm
+    attention: Attention
+    peak: int = 0
+    errors: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
+    waits: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
+    received: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> str:
+        """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
+        return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn compare`."""
+    parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}")
+    parser.add_argument("--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: every grid)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: every layout")
+    parser.add_argument("--mask", type=inputs.mask, default="causal", help=inputs.MASK_HELP)
+    parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
+    parser.add_argument("--iterations", type=int, default=3, metavar="N", help="timed rounds (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and bytes (.png, .svg, .pdf)")
+    inputs.add_arguments(parser)
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
+    environment = env.environment(comm)
+    given = inputs.on_root(comm, lambda: load(args))
+    with ExitStack() as stack:
+        cases = build(args, comm, stack)
+        layouts = list(dict.fromkeys(case.attention.layout for case in cases))
+        shares = {layout: share(given, comm, layout) for layout in layouts}
+        right = patiently(comm, lambda: expected(*given, args.mask, args.scale) if given else None)
+        progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
+        for number, case in itertools.product(range(1 + args.iterations), cases):
+            progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}")
+            if number == 0:
+                check(case, *shares[case.attention.layout], queries=given and given[1], right=right)
+            else:
+                measure(case, *shares[case.attention.layout])
+            progress.update()
+        progress.close()
+        results = [report(case, comm, str(args.mask)) for case in cases]
+    if given:
+        print_results(results, *given, args)
+        if args.json:
+            document = {"environment": environment, "input": given[0].describe(), "results": results}
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
+        if args.plot:
+            plot(results, given[0], args.plot)
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
+    """Return the input, and the queries to check: None for all, a sample where the whole is too large.
+
+    The gradient of the output is zero at the other queries, so that the oracle's gradients are exact.
+    """
+    if args.iterations < 1:
+        raise ValueError("--iterations is at least 1")
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent}: no such folder")
+    given = inputs.load(args)
+    batch, heads, tokens, _ = given.q.shape
+    checked = max(ORACLE_SCORES // max(batch * heads * given.k.shape[2], 1), 1)
+    if checked >= tokens:
+        return given, None
+    queries = np.sort(np.random.default_rng(args.seed).choice(tokens, checked, replace=False))
+    given.d_out[:, :, np.setdiff1d(np.arange(tokens), queries)] = 0
+    return given, queries
+
+
+def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> list[Case]:
+    """Build each algorithm that is asked for, in each of its variants that fit and each layout."""
+    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
+    if unknown := [name for name in names if name not in ALGORITHMS]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
+    if args.grid and args.grid not in grid.grids(comm.Get_size()):
+        fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
+        raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
+    cases = []
+    for name in names:
+        for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+            if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
+                continue
+            for layout in [args.layout] if args.layout else LAYOUTS:
+                traced = TracedComm(comm)
+                attention = ALGORITHMS[name](traced, layout=layout, mask=args.mask, scale=args.scale, **arguments)
+                cases.append(Case(name, arguments, traced, stack.enter_context(attention)))
+    return cases
+
+
+def share(given: tuple[Inputs, Any] | None, comm: Communicator, layout: str) -> list[Array]:
+    """Return this rank's tokens of q, k, v, d_out."""
+    return [scatter(given and getattr(given[0], name), comm, layout) for name in ("q", "k", "v", "d_out")]
+
+
+def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
+    """Return what `work` returns on rank 0, None elsewhere; the others leave the cores to it."""
+    result = work() if comm.Get_rank() == 0 else None
+    done = comm.Ibarrier()
+    while not done.Test():
+        time.sleep(0.01)
+    return result
+
+
+def expected(given: Inputs, queries: Positions | None, mask: Any, scale: float | None) -> list[Array]:
+    """Return the oracle's out and d_q at the checked queries, d_k and d_v."""
+    q, k, v = given.q, given.k, given.v
+    d_out = given.d_out if queries is None else given.d_out[:, :, queries]
+    out, _ = oracle.attention(q, k, v, mask, scale, queries)
+    return [out, *oracle.gradients(q, k, v, d_out, mask, scale, queries)]
+
+
+def check(
+    case: Case,
+    q: Array,
+    k: Array,
+    v: Array,
+    d_out: Array,
+    *,
+    queries: Positions | None,
+    right: Sequence[Array] | None,
+) -> None:
+    """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
+    comm, layout = case.comm.comm, case.attention.layout
+    tracemalloc.start()
+    out, saved = case.attention.forward(q, k, v)
+    case.received["forward"] = case.comm.trace.received()
+    case.comm.trace.clear()
+    gradients = case.attention.backward(d_out, saved)
+    case.received["backward"] = case.comm.trace.received()
+    case.comm.trace.clear()
+    case.peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    wholes = [gather(array, comm, layout) for array in (out, *gradients)]
+    for name, whole, reference in zip(RESULTS, wholes, right or (), strict=False):
+        rows = whole[:, :, queries] if name in ("out", "d_q") and queries is not None and whole is not None else whole
+        difference = np.abs(rows - reference).max(initial=0)
+        case.errors.append(float(difference / (np.abs(reference).max(initial=0) or 1)))
+
+
+def measure(case: Case, q: Array, k: Array, v: Array, d_out: Array) -> None:
+    """Run once more; keep the time and the time spent in waits, forward and backward."""
+    saved = None
+    for name in PASSES:
+        case.comm.comm.Barrier()
+        start = time.perf_counter()
+        if name == "forward":
+            _, saved = case.attention.forward(q, k, v)
+        elif saved is not None:
+            case.attention.backward(d_out, saved)
+        case.seconds[name].append(time.perf_counter() - start)
+        case.waits[name].append(case.comm.trace.waited())
+        case.comm.trace.clear()
+
+
+def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
+    """Return a case's results with what all ranks measured, the same on every rank."""
+    ranks = comm.allgather((case.seconds, case.waits, case.received, case.peak))
+    seconds, waits, received, peaks = zip(*ranks, strict=True)
+    errors = comm.bcast(case.errors)
+    tolerance = TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
+    result: dict[str, Any] = {
+        "algorithm": case.algorithm,
+        "grid": case.grid,
+        "layout": case.attention.layout,
+        "mask": mask,
+    }
+    for name in PASSES:
+        result[f"{name}_seconds"] = statistics.median(map(max, zip(*(rank[name] for rank in seconds), strict=True)))
+        result[f"{name}_wait_seconds"] = [statistics.median(rank[name]) for rank in waits]
+        result[f"{name}_messages_received"] = [rank[name][0] for rank in received]
+        result[f"{name}_bytes_received"] = [rank[name][1] for rank in received]
+    result["peak_bytes"] = list(peaks)
+    result |= {f"error_{name}": error for name, error in zip(RESULTS, errors, strict=True)}
+    result["ok"] = all(error <= tolerance for error in errors)
+    return result
+
+
+HEADERS = (
+    "algorithm", "grid", "layout", "forward\nms", "backward\nms", "waiting\nms", "messages\nreceived", "MB\nreceived",
+    "peak\nMB", "error\nout", "error\ndQ", "error\ndK", "error\ndV", "",
+)  # fmt: skip
+
+
+def print_results(
+    results: Sequence[dict[str, Any]], given: Inputs, queries: Positions | None, args: argparse.Namespace
+) -> None:
+    """Print the table."""
+    shapes = ", ".join(f"{name} {tuple(getattr(given, name).shape)}" for name in "qkv")
+    print(f"{given.name}: {shapes}, {given.q.dtype.name}, mask {args.mask}")
+    rows = []
+    for result in results:
+        pairs = {
+            key: [max(result[f"{name}_{key}"]) for name in PASSES]
+            for key in ("wait_seconds", "messages_received", "bytes_received")
+        }
+        rows.append(
+            [
+                *(result[key] for key in ("algorithm", "grid", "layout")),
+                *(f"{1e3 * result[f'{name}_seconds']:.1f}" for name in PASSES),
+                " + ".join(f"{1e3 * value:.1f}" for value in pairs["wait_seconds"]),
+                " + ".join(str(value) for value in pairs["messages_received"]),
+                " + ".join(f"{value / 1e6:.2f}" for value in pairs["bytes_received"]),
+                f"{max(result['peak_bytes']) / 1e6:.1f}",
+                *(f"{result[f'error_{name}']:.1e}" for name in RESULTS),
+                "ok" if result["ok"] else "WRONG",
+            ]
+        )
+    print(tabulate(rows, HEADERS, disable_numparse=True, stralign="right"))
+    checked = "all queries" if queries is None else f"{len(queries)} of {given.q.shape[2]} queries, chosen by seed"
+    print(
+        f"Times: median of {args.iterations} rounds, slowest rank. Waiting, messages, MB: forward + backward, the rank "
+        f"with the most.\nErrors: relative to the largest value, against float64; {checked}; "
+        f"at most {TOLERANCES[given.q.dtype.name]:.0e} is ok."
+    )
+    for name in ("q", "k", "v", "d_out"):
+        if count := int(np.isnan(getattr(given, name).astype(np.float32)).sum()):
+            print(f"The input has {count} NaN in {name}: what depends on them is NaN, and nothing is verified.")
+
+
+def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
+    """Draw time and bytes of each case as two rows of bars."""
+    from matplotlib.figure import Figure
+
+    names = [f"{result['algorithm']} {result['grid']}  {result['layout']}" for result in results]
+    places = np.arange(len(results))
+    figure = Figure(figsize=(11, 1.6 + 0.36 * len(results)), layout="constrained")
+    times, bytes_received = figure.subplots(1, 2, sharey=True)
+    for axes, key, unit, factor, reduce in (
+        (times, "seconds", "time (ms)", 1e3, float),
+        (bytes_received, "bytes_received", "received by the rank that receives most (MB)", 1e-6, max),
+    ):
+        left = np.zeros(len(results))
+        for name, colour in zip(PASSES, ("#0072b2", "#e69f00"), strict=True):
+            values = np.array([factor * reduce(result[f"{name}_{key}"]) for result in results])
+            axes.barh(places, values, left=left, color=colour, label=name)
+            left += values
+        for place, value in zip(places, left, strict=True):
+            axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+        axes.set_xlabel(unit)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    times.set_yticks(places, names)
+    times.invert_yaxis()
+    times.legend(frameon=False)
+    ranks = len(results[0]["peak_bytes"])
+    figure.suptitle(f"{given.name}: {ranks} ranks, {given.q.shape[2]} tokens, mask {results[0]['mask']}")
+    figure.savefig(path, dpi=150)

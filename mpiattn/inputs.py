@@ -1,0 +1,185 @@
+"""Where the command line's queries, keys and values come from: the sample, a file, or a seed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from . import mask as masks
+from .arrays import FLOATS
+from .arrays import dtype as dtype_of
+from .mask import Mask
+from .message import Communicator, InputError
+
+Array = NDArray[Any]
+Result = TypeVar("Result")
+
+SAMPLE = "smollm2_layer15_gpl3_2048.npz"
+SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
+
+
+@dataclass
+class Inputs:
+    """Global arrays: q (batch, heads, tokens, head_dim), k and v (batch, kv_heads, tokens, head_dim), d_out."""
+
+    name: str
+    q: Array
+    k: Array
+    v: Array
+    d_out: Array
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the input is, for people and for JSON."""
+        return {
+            "name": self.name,
+            "dtype": self.q.dtype.name,
+            **{name: list(getattr(self, name).shape) for name in ("q", "k", "v")},
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose an input."""
+    group = parser.add_argument_group("input (by default, real queries, keys and values that come with mpiattn)")
+    group.add_argument("--qkv", metavar="FILE", type=Path, help=".npz or .safetensors with q, k, v and maybe d_out")
+    group.add_argument("--tokens", type=int, metavar="N", help="random input of this length (default 2048)")
+    group.add_argument("--heads", type=int, metavar="N", help="random input with so many query heads (default 8)")
+    group.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: as many as query heads)")
+    group.add_argument("--head-dim", type=int, metavar="N", help="random input with this head_dim (default 64)")
+    group.add_argument("--batch", type=int, metavar="N", help="random input with this batch size (default 1)")
+    group.add_argument(
+        "--dtype",
+        choices=[dtype.name for dtype in FLOATS],
+        help="convert to this dtype (default float32; a file keeps its own)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of random input and of the output's gradient (default 0)")
+
+
+MASK_HELP = (
+    "full, causal, window=LEFT[,RIGHT], documents=LENGTH,LENGTH,..., or several joined by + (default %(default)s)"
+)
+
+
+def mask(text: str) -> Mask:
+    """Read a mask from the command line."""
+    try:
+        return masks.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:
+    """Return what `work` returns on rank 0, None elsewhere; what it finds wrong is raised on every rank."""
+    result, error = None, None
+    if comm.Get_rank() == 0:
+        try:
+            result = work()
+        except (OSError, ValueError) as wrong:
+            error = str(wrong)
+    error = comm.bcast(error)
+    if error is not None:
+        raise InputError(error)
+    return result
+
+
+def check_output(path: Path) -> None:
+    """Raise OSError or ValueError, before any work, where no file of arrays can be written there."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path}: the name must end in .npz or .safetensors")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+
+
+def load(args: argparse.Namespace) -> Inputs:
+    """Return the input that the options ask for.
+
+    Raises
+    ------
+    ValueError, OSError
+        Where the file is missing or damaged, or the options or the arrays do not fit together.
+    """
+    sizes = {name: getattr(args, name) for name in SYNTHETIC}
+    given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
+    if args.qkv is not None and given:
+        raise ValueError(f"--qkv and {', '.join(given)} exclude each other: a file has its own sizes")
+    rng = np.random.default_rng(args.seed)
+    if args.qkv is not None:
+        arrays, name = read(args.qkv), str(args.qkv)
+        dtype = dtype_of(args.dtype) if args.dtype else arrays["q"].dtype
+    else:
+        dtype = dtype_of(args.dtype or "float32")
+        if given:
+            sizes = {name: SYNTHETIC[name] if value is None else value for name, value in sizes.items()}
+            arrays, name = synthetic(rng, **sizes), f"random, seed {args.seed}"
+        else:
+            with importlib.resources.as_file(importlib.resources.files("mpiattn") / "data" / SAMPLE) as path:
+                arrays, name = read(path), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
+    q, k, v = (arrays[name].astype(dtype) for name in "qkv")
+    if "d_out" not in arrays:
+        arrays["d_out"] = rng.standard_normal((*q.shape[:3], v.shape[3]), dtype=np.float32)
+    return Inputs(name, q, k, v, arrays["d_out"].astype(dtype))
+
+
+def synthetic(
+    rng: np.random.Generator, tokens: int, heads: int, kv_heads: int | None, head_dim: int, batch: int
+) -> dict[str, Array]:
+    """Return standard normal q, k, v."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if min(heads, kv_heads, head_dim, batch) < 1 or tokens < 0:
+        raise ValueError("--heads, --kv-heads, --head-dim and --batch are at least 1, --tokens at least 0")
+    if heads % kv_heads:
+        raise ValueError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    return {
+        name: rng.standard_normal((batch, count, tokens, head_dim), dtype=np.float32) for name, count in shapes.items()
+    }
+
+
+def read(path: Path) -> dict[str, Array]:
+    """Return the arrays q, k, v, and d_out if there, of an .npz or .safetensors file."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path}: the name must end in .npz or .safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: _bfloat16(file[name]) for name in file.files}
+        else:
+            from safetensors.numpy import load_file
+
+            arrays = load_file(path)
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
+    if missing := [name for name in "qkv" if name not in arrays]:
+        raise ValueError(f"{path} has {', '.join(arrays) or 'nothing'}, but no {', '.join(missing)}")
+    wanted = {name: arrays[name] for name in ("q", "k", "v", "d_out") if name in arrays}
+    for name, array in wanted.items():
+        if array.ndim != 4 or array.dtype not in FLOATS:
+            raise ValueError(
+                f"{path}: {name} is {array.dtype} {array.shape}; it must have 4 axes (batch, heads, tokens, head_dim) "
+                f"of {', '.join(dtype.name for dtype in FLOATS)}"
+            )
+    return wanted
+
+
+def write(path: Path, arrays: dict[str, Array]) -> None:
+    """Write arrays to an .npz or .safetensors file."""
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    else:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def _bfloat16(array: Array) -> Array:
+    # NumPy's own format knows no bfloat16 and gives its bytes back as 2-byte voids.
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array

@@ -1,0 +1,52 @@
+"""Run one algorithm on a file of queries, keys and values, and write its output, for use from scripts.
+
+The output file has out and lse; with --backward also d_q, d_k, d_v, for the input's d_out (or a random one).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import grid, inputs
+from .algorithms import ALGORITHMS
+from .layout import LAYOUTS, gather, scatter
+from .message import Communicator
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn run`."""
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="default mesh")
+    parser.add_argument(
+        "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="default zigzag with a causal mask, else contiguous")
+    parser.add_argument("--mask", type=inputs.mask, default="causal", help=inputs.MASK_HELP)
+    parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
+    parser.add_argument("--backward", action="store_true", help="write the gradients too")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    inputs.add_arguments(parser)
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Run forward, and backward where asked, and write the result on rank 0."""
+    given = inputs.on_root(comm, lambda: inputs.load(args))
+    inputs.on_root(comm, lambda: inputs.check_output(args.output))
+    options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale}
+    if args.grid:
+        options["rows"], options["cols"] = args.grid
+    with ALGORITHMS[args.algorithm](comm, **options) as attention:
+        q, k, v, d_out = (
+            scatter(array, comm, attention.layout)
+            for array in ((given.q, given.k, given.v, given.d_out) if given else [None] * 4)
+        )
+        out, saved = attention.forward(q, k, v)
+        results = {"out": out, "lse": saved.lse}
+        if args.backward:
+            results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
+        whole = {name: gather(array, comm, attention.layout) for name, array in results.items()}
+    if comm.Get_rank() == 0:
+        inputs.write(args.output, {name: array for name, array in whole.items() if array is not None})
+        print(f"{args.output}: {', '.join(whole)}")
+    return 0
