@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ class Tag(enum.IntEnum):
     D_KV = 5
     SCATTER = 6
     GATHER = 7
+    CLOCK = 8
+
+
+def constant(name: str) -> Any:
+    """Return a constant of MPI, such as `MAX`; its name where no MPI is loaded, so where no communicator is MPI's."""
+    return getattr(sys.modules.get("mpi4py.MPI"), name, name)
 
 
 def Waitall(requests: Sequence[Any]) -> None:
