@@ -55,11 +55,54 @@ class Case:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
     waits: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
     received: dict[str, tuple[int, int]] = field(default_factory=dict)
+    inputs: list[Array] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def grid(self) -> str:
         """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
+
+    def share(self, given: Inputs | None) -> None:
+        """Receive this rank's share of the input."""
+        comm = self.comm.comm
+        wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
+        self.shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
+        self.inputs = [scatter(wholes.get(name), comm, self.attention.owned(name)) for name in self.shapes]
+
+    def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
+        """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
+        comm, trace, (*qkv, d_out) = self.comm.comm, self.comm.trace, self.inputs
+        tracemalloc.start()
+        out, saved = self.attention.forward(*qkv)
+        self.received["forward"] = trace.received()
+        trace.clear()
+        gradients = self.attention.backward(d_out, saved)
+        self.received["backward"] = trace.received()
+        trace.clear()
+        self.peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
+            name = name.removeprefix("d_")
+            whole = gather(array, comm, self.attention.owned(name), shape=self.shapes[name])
+            if whole is not None and reference is not None:
+                rows = whole if queries is None or name in "kv" else whole[:, :, queries]
+                difference = np.abs(rows - reference).max(initial=0)
+                self.errors.append(float(difference / (np.abs(reference).max(initial=0) or 1)))
+
+    def measure(self) -> None:
+        """Run once more; keep the time and the time spent in waits, forward and backward."""
+        (*qkv, d_out), saved = self.inputs, None
+        for name in PASSES:
+            self.comm.comm.Barrier()
+            start = time.perf_counter()
+            if saved is None:
+                _, saved = self.attention.forward(*qkv)
+            else:
+                self.attention.backward(d_out, saved)
+            self.seconds[name].append(time.perf_counter() - start)
+            self.waits[name].append(self.comm.trace.waited())
+            self.comm.trace.clear()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,16 +124,15 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     given = inputs.on_root(comm, lambda: load(args))
     with ExitStack() as stack:
         cases = build(args, comm, stack)
-        layouts = list(dict.fromkeys(case.attention.layout for case in cases))
-        shares = {layout: share(given, comm, layout) for layout in layouts}
         right = patiently(comm, lambda: expected(*given, args.mask, args.scale) if given else None)
         progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
         for number, case in itertools.product(range(1 + args.iterations), cases):
             progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}")
             if number == 0:
-                check(case, *shares[case.attention.layout], queries=given and given[1], right=right)
+                case.share(given[0] if given else None)
+                case.check(given[1] if given else None, right)
             else:
-                measure(case, *shares[case.attention.layout])
+                case.measure()
             progress.update()
         progress.close()
         results = [report(case, comm, str(args.mask)) for case in cases]
@@ -144,11 +186,6 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> lis
     return cases
 
 
-def share(given: tuple[Inputs, Any] | None, comm: Communicator, layout: str) -> list[Array]:
-    """Return this rank's tokens of q, k, v, d_out."""
-    return [scatter(given and getattr(given[0], name), comm, layout) for name in ("q", "k", "v", "d_out")]
-
-
 def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
     """Return what `work` returns on rank 0, None elsewhere; the others leave the cores to it."""
     result = work() if comm.Get_rank() == 0 else None
@@ -164,49 +201,6 @@ def expected(given: Inputs, queries: Positions | None, mask: Any, scale: float |
     d_out = given.d_out if queries is None else given.d_out[:, :, queries]
     out, _ = oracle.attention(q, k, v, mask, scale, queries)
     return [out, *oracle.gradients(q, k, v, d_out, mask, scale, queries)]
-
-
-def check(
-    case: Case,
-    q: Array,
-    k: Array,
-    v: Array,
-    d_out: Array,
-    *,
-    queries: Positions | None,
-    right: Sequence[Array] | None,
-) -> None:
-    """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
-    comm, layout = case.comm.comm, case.attention.layout
-    tracemalloc.start()
-    out, saved = case.attention.forward(q, k, v)
-    case.received["forward"] = case.comm.trace.received()
-    case.comm.trace.clear()
-    gradients = case.attention.backward(d_out, saved)
-    case.received["backward"] = case.comm.trace.received()
-    case.comm.trace.clear()
-    case.peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    wholes = [gather(array, comm, layout) for array in (out, *gradients)]
-    for name, whole, reference in zip(RESULTS, wholes, right or (), strict=False):
-        rows = whole[:, :, queries] if name in ("out", "d_q") and queries is not None and whole is not None else whole
-        difference = np.abs(rows - reference).max(initial=0)
-        case.errors.append(float(difference / (np.abs(reference).max(initial=0) or 1)))
-
-
-def measure(case: Case, q: Array, k: Array, v: Array, d_out: Array) -> None:
-    """Run once more; keep the time and the time spent in waits, forward and backward."""
-    saved = None
-    for name in PASSES:
-        case.comm.comm.Barrier()
-        start = time.perf_counter()
-        if name == "forward":
-            _, saved = case.attention.forward(q, k, v)
-        elif saved is not None:
-            case.attention.backward(d_out, saved)
-        case.seconds[name].append(time.perf_counter() - start)
-        case.waits[name].append(case.comm.trace.waited())
-        case.comm.trace.clear()
 
 
 def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
@@ -292,7 +286,7 @@ def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
             axes.barh(places, values, left=left, color=colour, label=name)
             left += values
         for place, value in zip(places, left, strict=True):
-            axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+            axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
         axes.set_xlabel(unit)
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)

@@ -74,61 +74,74 @@ def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
     return LAYOUTS[check(layout)](tokens, ranks, rank)
 
 
+Where = Callable[[tuple[int, ...], int], Any]
+"""Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
+
+
 def scatter(
-    array: NDArray[Any] | None, comm: Communicator, layout: str, root: int = 0, axis: int = 2
+    array: NDArray[Any] | None, comm: Communicator, layout: str | Where, root: int = 0, axis: int = 2
 ) -> NDArray[Any]:
-    """Give each rank its tokens of an array that the root holds.
+    """Give each rank its share of an array that the root holds, without pickling.
 
     Parameters
     ----------
     array : (batch, heads, tokens, head_dim) on the root, None elsewhere
         Any array with tokens along `axis`, of a dtype in `arrays.DTYPES`.
     comm : mpi4py.MPI.Comm
-    layout : {"contiguous", "zigzag", "striped"}
+    layout : {"contiguous", "zigzag", "striped"}, or a function
+        Which tokens each rank owns; or a function of the shape and a rank, such as `Attention.owned` makes
+        it for arrays that are not shared out by tokens.
     root : int
     axis : int
         Axis of the tokens.
 
     Returns
     -------
-    This rank's tokens, contiguous in memory, in the order of their positions.
+    This rank's share, contiguous in memory; tokens in the order of their positions.
 
     Raises
     ------
     InputError
         On every rank, where the layout is unknown or the root has no such array.
     """
-    check(layout)
     size, rank = comm.Get_size(), comm.Get_rank()
+    where = by_tokens(layout, size, axis) if isinstance(layout, str) else layout
     description = describe(array)
     comm.Bcast(description, root)
     spec = described(description)
     if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
         raise InputError(f"rank {root} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
-    shape, dtype = list(spec[0]), spec[1]
-    owned = [positions(layout, shape[axis], size, owner) for owner in range(size)]
-    shape[axis] = len(owned[rank])
-    part = Parcel([(tuple(shape), dtype)])
-    requests = [comm.Irecv(part.message, root, Tag.SCATTER)]
+    shape, dtype = spec
+    own = Parcel([(np.broadcast_to(np.empty(1), shape)[where(shape, rank)].shape, dtype)])
+    requests = [comm.Irecv(own.message, root, Tag.SCATTER)]
     if array is not None and rank == root:
         for dest in range(size):
-            chunk = np.take(array, owned[dest], axis)
-            leaving = Parcel([(chunk.shape, dtype)])
-            leaving.pack(chunk)
+            share = array[where(shape, dest)]
+            leaving = Parcel([(share.shape, dtype)])
+            leaving.pack(share)
             requests.append(comm.Isend(leaving.message, dest, Tag.SCATTER))
     Waitall(requests)
-    return part.arrays[0]
+    return own.arrays[0]
 
 
 def gather(
-    array: NDArray[Any], comm: Communicator, layout: str, root: int = 0, axis: int = 2
+    array: NDArray[Any],
+    comm: Communicator,
+    layout: str | Where,
+    root: int = 0,
+    axis: int = 2,
+    shape: tuple[int, ...] | None = None,
 ) -> NDArray[Any] | None:
-    """Collect each rank's tokens on the root: the inverse of `scatter`.
+    """Collect each rank's share on the root, without pickling: the inverse of `scatter`.
 
     Parameters
     ----------
     array : (batch, heads, tokens, head_dim)
-        This rank's tokens; the shapes of all ranks agree but for `axis`.
+        This rank's share; the shapes of all ranks agree but for `axis`.
+    layout, root, axis
+        As in `scatter`.
+    shape : tuple of int, optional
+        Of the whole; needed where layout is a function.
 
     Returns
     -------
@@ -137,40 +150,53 @@ def gather(
     Raises
     ------
     InputError
-        On every rank, where the arrays do not make up a sequence in that layout.
+        On every rank, where the shares do not make up a whole in that layout.
     """
-    check(layout)
     size, rank = comm.Get_size(), comm.Get_rank()
+    where = by_tokens(layout, size, axis) if isinstance(layout, str) else layout
     table = np.empty((size, DESCRIPTION), np.int64)
     comm.Allgather(describe(array), table)
-    specs = [described(row) for row in table]
-    shapes = [list(spec[0]) if spec and -len(spec[0]) <= axis < len(spec[0]) else [] for spec in specs]
-    total = sum(shape[axis] for shape in shapes if shape)
-    owned = [positions(layout, total, size, owner) for owner in range(size)]
-    for owner, (spec, shape) in enumerate(zip(specs, shapes, strict=True)):
-        if spec is None or not shape:
+    specs = []
+    for owner, spec in enumerate(map(described, table)):
+        if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
             raise InputError(f"rank {owner} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
-        expected = [*shapes[0]]
-        expected[axis] = len(owned[owner])
-        if shape != expected or spec[1] != specs[0][1]:  # type: ignore[index]
+        specs.append(spec)
+    whole_shape, dtype = [*specs[0][0]], specs[0][1]
+    if shape is None:
+        whole_shape[axis] = sum(part[axis] for part, _ in specs)
+    whole_shape = [*(shape or whole_shape)]
+    outline = np.broadcast_to(np.empty(1), whole_shape)
+    for owner, (part, part_dtype) in enumerate(specs):
+        expected = outline[where(tuple(whole_shape), owner)].shape
+        if (part, part_dtype) != (expected, dtype):
             raise InputError(
-                f"rank {owner} has {spec[1]} {tuple(shape)}; the {layout} layout of {total} tokens over {size} "
-                f"ranks, as on rank 0, takes {specs[0][1]} {tuple(expected)}"  # type: ignore[index]
+                f"rank {owner} has {part_dtype} {part}; its share of {tuple(whole_shape)} over {size} ranks "
+                f"is {dtype} {expected}"
             )
-    dtype = specs[0][1]  # type: ignore[index]
-    own = Parcel([(array.shape, dtype)])
+    own = Parcel([specs[rank]])
     own.pack(array)
     requests = []
-    arriving = [Parcel([(tuple(shape), dtype)]) for shape in shapes] if rank == root else []
+    arriving = [Parcel([spec]) for spec in specs] if rank == root else []
     for source, part in enumerate(arriving):
         requests.append(comm.Irecv(part.message, source, Tag.GATHER))
     requests.append(comm.Isend(own.message, root, Tag.GATHER))
     Waitall(requests)
     if rank != root:
         return None
-    shape = [*shapes[0]]
-    shape[axis] = total
-    whole = np.empty(shape, dtype)
-    for part, places in zip(arriving, owned, strict=True):
-        np.moveaxis(whole, axis, 0)[places] = np.moveaxis(part.arrays[0], axis, 0)
+    whole = np.empty(whole_shape, dtype)
+    for owner, part in enumerate(arriving):
+        whole[where(tuple(whole_shape), owner)] = part.arrays[0]
     return whole
+
+
+def by_tokens(layout: str, ranks: int, axis: int = 2) -> Where:
+    """Return where each rank's tokens lie along an axis."""
+    try:
+        check(layout)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+    def where(shape: tuple[int, ...], rank: int) -> Any:
+        return (*[slice(None)] * (axis % len(shape)), positions(layout, shape[axis], ranks, rank))
+
+    return where

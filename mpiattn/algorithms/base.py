@@ -133,6 +133,16 @@ class Attention:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
         return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
 
+    def owned(self, name: str) -> Callable[[tuple[int, ...], int], Any]:
+        """Return where a rank's share of a whole array lies: a function of the whole's shape and the rank.
+
+        Parameters
+        ----------
+        name : {"q", "k", "v", "out"}
+            Gradients and lse lie as what they belong to; all have their tokens on axis 2.
+        """
+        return layouts.by_tokens(self.layout, self.comm.Get_size())
+
     def parcels(self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0) -> list[Parcel]:
         """Return a parcel for each list of specs; they keep their storage until the problem changes.
 
