@@ -187,6 +187,31 @@ def classify(mask: Mask, queries: Positions, keys: Positions) -> Block:
     return Block.FULL if count == len(queries) * len(keys) else Block.PARTIAL
 
 
-def needed(mask: Mask, queries: Sequence[Positions], keys: Sequence[Positions]) -> NDArray[np.bool_]:
-    """Return which blocks are not empty: (query chunks, key chunks)."""
-    return np.array([[pairs(mask, q, k) > 0 for k in keys] for q in queries], dtype=bool)
+def counts(mask: Mask, queries: Sequence[Positions], keys: Sequence[Positions]) -> NDArray[np.int64]:
+    """Count the pairs of all blocks at once: int64, (query chunks, key chunks); what `pairs` counts of each.
+
+    A query with bounds [lo, hi) sees min(hi, p) - min(lo, p) of the positions below p. Summed over a chunk's
+    queries, that takes one search for each end of a run of consecutive keys.
+    """
+    owner, start, stop = [], [], []
+    for number, chunk in enumerate(keys):
+        breaks = np.flatnonzero(np.diff(chunk, prepend=-2) != 1)
+        owner.append(np.full(len(breaks), number))
+        start.append(chunk[breaks])
+        stop.append(chunk[np.append(breaks[1:], len(chunk))[: len(breaks)] - 1] + 1)
+    runs, owners = np.concatenate(start + stop), np.concatenate(owner)
+    result = np.zeros((len(queries), len(keys)), np.int64)
+    for number, chunk in enumerate(queries):
+        lo, hi = mask.bounds(chunk)
+        hi = np.minimum(hi, runs.max(initial=0))
+        seen = _below(hi, runs) - _below(np.minimum(lo, hi), runs)
+        begin, end = np.split(seen, 2)
+        np.add.at(result[number], owners, end - begin)
+    return result
+
+
+def _below(bounds: Positions, points: Positions) -> NDArray[np.int64]:
+    """Return for each point the sum of min(bound, point) over bounds, which ascend."""
+    place = np.searchsorted(bounds, points)
+    result: NDArray[np.int64] = np.append(0, np.cumsum(bounds))[place] + (len(bounds) - place) * points
+    return result
