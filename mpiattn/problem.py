@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import layout
 from .arrays import Spec
-from .mask import Mask, Positions, needed
+from .mask import Mask, Positions, counts
 from .softmax import accumulator
 
 
@@ -57,7 +57,13 @@ class Problem:
     @cached_property
     def needed(self) -> NDArray[np.bool_]:
         """Which blocks the mask leaves something of: (query chunks, key chunks)."""
-        return needed(self.mask, self.q_positions, self.kv_positions)
+        result: NDArray[np.bool_] = self.pairs > 0
+        return result
+
+    @cached_property
+    def pairs(self) -> NDArray[np.int64]:
+        """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
+        return counts(self.mask, self.q_positions, self.kv_positions)
 
     @property
     def wide(self) -> np.dtype[Any]:
