@@ -68,7 +68,7 @@ class Case:
         comm = self.comm.comm
         wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
         self.shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
-        self.inputs = [scatter(wholes.get(name), comm, self.attention.owned(name)) for name in self.shapes]
+        self.inputs = [scatter(wholes.get(name), comm, self.attention.owned(name, self.shapes)) for name in self.shapes]
 
     def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
@@ -84,7 +84,7 @@ class Case:
         tracemalloc.stop()
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")
-            whole = gather(array, comm, self.attention.owned(name), shape=self.shapes[name])
+            whole = gather(array, comm, self.attention.owned(name, self.shapes), shape=self.shapes[name])
             if whole is not None and reference is not None:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
                 difference = np.abs(rows - reference).max(initial=0)

@@ -48,10 +48,17 @@ LAYOUTS: dict[str, Callable[[int, int, int], Positions]] = {
 }
 
 
-def check(layout: str) -> str:
+EVERYWHERE = "everywhere"
+"""Layout of an algorithm that gives every rank all tokens, of some of the heads; see `heads`."""
+
+
+def check(layout: str, ranks: int = 0) -> str:
     """Return the layout's name, or raise ValueError with the names there are."""
-    if layout not in LAYOUTS:
+    name, _, parts = layout.partition("/")
+    if name not in LAYOUTS or not (parts or "1").isdecimal() or int(parts or 1) < 1:
         raise ValueError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
+    if ranks % int(parts or 1):
+        raise ValueError(f"layout {layout!r} takes a multiple of {parts} ranks, not {ranks}")
     return layout
 
 
@@ -61,7 +68,8 @@ def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
     Parameters
     ----------
     layout : str
-        A name in `LAYOUTS`.
+        A name in `LAYOUTS`, for ranks that each own a chunk of their own; or "zigzag/2", for chunks that 2
+        neighbours share: each has a run of them, as even as can be.
     tokens : int
         Length of the whole sequence.
     ranks, rank : int
@@ -71,7 +79,28 @@ def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
     -------
     int64, (tokens of this rank,)
     """
-    return LAYOUTS[check(layout)](tokens, ranks, rank)
+    if layout == EVERYWHERE:
+        return np.arange(tokens, dtype=np.int64)
+    name, _, number = check(layout, ranks).partition("/")
+    parts = int(number or 1)
+    chunk = LAYOUTS[name](tokens, ranks // parts, rank // parts)
+    return chunk[_runs(len(chunk), parts, rank % parts)]
+
+
+def heads(count: int, kv_count: int, ranks: int, rank: int) -> tuple[slice, slice]:
+    """Return the query heads and the K/V heads of `rank`, for algorithms that spread heads over ranks.
+
+    K/V heads are cut as even as can be, and their query heads with them. Where they are fewer than ranks,
+    neighbours share a K/V head and cut its query heads; what is left without any has no K/V head either.
+    """
+    group = count // kv_count
+    if ranks <= kv_count:
+        first, last = rank * kv_count // ranks, (rank + 1) * kv_count // ranks
+        return slice(first * group, last * group), slice(first, last)
+    head = rank * kv_count // ranks
+    begin, end = (-(-h * ranks // kv_count) for h in (head, head + 1))  # the ranks that share the K/V head
+    first, last = ((place - begin) * group // (end - begin) for place in (rank, rank + 1))
+    return slice(head * group + first, head * group + last), slice(head, head + (last > first))
 
 
 Where = Callable[[tuple[int, ...], int], Any]
@@ -183,9 +212,9 @@ def gather(
     Waitall(requests)
     if rank != root:
         return None
-    whole = np.empty(whole_shape, dtype)
+    whole = np.zeros(whole_shape, dtype)
     for owner, part in enumerate(arriving):
-        whole[where(tuple(whole_shape), owner)] = part.arrays[0]
+        whole[where(tuple(whole_shape), owner)] += part.arrays[0]  # gradients of copies add up
     return whole
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import layout
-from .arrays import Spec
+from .arrays import DTYPES, Spec
 from .mask import Mask, Positions, counts
 from .softmax import accumulator
 
@@ -64,6 +64,12 @@ class Problem:
     def pairs(self) -> NDArray[np.int64]:
         """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
         return counts(self.mask, self.q_positions, self.kv_positions)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All that is a number, so that ranks can compare."""
+        counts = self.ranks, self.batch, self.heads, self.kv_heads, self.head_dim, self.v_head_dim
+        return *counts, self.q_tokens, self.kv_tokens, DTYPES.index(self.dtype)
 
     @property
     def wide(self) -> np.dtype[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,6 +16,7 @@ from ..kernels.numpy import NumpyKernel
 from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem
+from ..softmax import delta
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -33,13 +34,18 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Saved:
-    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n."""
+    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
+
+    `out` and `lse` belong to the queries that `forward` was given. q, k, v are what this rank computed with:
+    its tokens, or where heads are exchanged, its heads.
+    """
 
     q: Array
     k: Array
     v: Array
     out: Array
     lse: Array
+    problem: Problem
 
 
 class Attention:
@@ -83,7 +89,7 @@ class Attention:
         self.xp: Any = np
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
-        self.agree(layouts.check, self.layout)
+        self.agree(layouts.check, self.layout, comm.Get_size())
         self.agree(None, type(self).__name__, self.mask, scale)
 
     def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
@@ -101,7 +107,8 @@ class Attention:
         out : dtype of q, (batch, heads, tokens, v_head_dim)
         saved : Saved
         """
-        raise NotImplementedError
+        problem = self.agree_forward(q, k, v)
+        return self.finish(q, k, v, *self.attend(problem, q, k, v))
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Return this rank's rows of dQ, dK, dV, in the dtype of q.
@@ -113,6 +120,30 @@ class Attention:
         saved : Saved
             From `forward`.
         """
+        problem = self.agree_backward(d_out, saved)
+        rows = saved.lse, delta(d_out, saved.out)
+        d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, *rows)
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Return the complete out and lse of this rank's queries, in the dtype of partial sums.
+
+        The ranks have agreed on the problem, and planned for it.
+        """
+        raise NotImplementedError
+
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return this rank's rows of dQ, dK, dV, in the dtype of partial sums.
+
+        Parameters
+        ----------
+        problem, q, k, v
+            As in `attend`.
+        d_out, lse, row_delta
+            Of this rank's queries; row_delta is rowsum(d_out * out).
+        """
         raise NotImplementedError
 
     @classmethod
@@ -123,7 +154,8 @@ class Attention:
     def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
         """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
         result = out.astype(q.dtype)
-        return result, Saved(q, k, v, result, lse.copy())
+        assert self.problem is not None
+        return result, Saved(q, k, v, result, lse.copy(), self.problem)
 
     def plan(self, problem: Problem) -> None:
         """Make what depends on the problem only: called when it differs from the last one."""
@@ -133,13 +165,15 @@ class Attention:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
         return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
 
-    def owned(self, name: str) -> Callable[[tuple[int, ...], int], Any]:
+    def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> layouts.Where:
         """Return where a rank's share of a whole array lies: a function of the whole's shape and the rank.
 
         Parameters
         ----------
         name : {"q", "k", "v", "out"}
             Gradients and lse lie as what they belong to; all have their tokens on axis 2.
+        shapes : dict
+            Shape of the whole "q" and the whole "k", at least.
         """
         return layouts.by_tokens(self.layout, self.comm.Get_size())
 
@@ -172,17 +206,22 @@ class Attention:
     def agree_forward(self, q: object, k: object, v: object) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         table = self._gather(q, k, v)
-        return self._planned(agreed(table, self.layout, self.mask), q)
+        return self.prepare(agreed(table, self.layout, self.mask), q)
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
-        table = self._gather(saved.q, saved.k, saved.v, saved.out, d_out)
-        for rank, (*_, out, gradient) in enumerate(table):
+        problem = saved.problem
+        own = (problem.layout, problem.mask) == (self.layout, self.mask)
+        table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes))
+        if not own:
+            raise InputError("saved is of an attention with another layout or mask")
+        for rank, (out, gradient) in enumerate(table):
             if gradient != out:
                 raise InputError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
-        return self._planned(agreed([row[:3] for row in table], self.layout, self.mask), saved.q)
+        return self.prepare(problem, saved.q)
 
-    def _planned(self, problem: Problem, like: Any) -> Problem:
+    def prepare(self, problem: Problem, like: Any) -> Problem:
+        """Plan for a problem of arrays like this one, unless it is the last one."""
         xp = arrays.namespace(like)
         if problem == self.problem and xp is self.xp:
             return self.problem
@@ -192,11 +231,16 @@ class Attention:
         self.problem = problem
         return problem
 
-    def _gather(self, *values: object) -> list[list[arrays.Spec | None]]:
-        """Return shape and dtype of every array of every rank."""
-        own = np.concatenate([arrays.describe(value) for value in values])
-        table = np.empty((self.comm.Get_size(), len(values), arrays.DESCRIPTION), np.int64)
-        self.comm.Allgather(own, table)
+    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> list[list[arrays.Spec | None]]:
+        """Return shape and dtype of every array of every rank; the numbers must be the same on all."""
+        own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
+        everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
+        self.comm.Allgather(own, everything)
+        table, others = np.split(everything, [len(values) * arrays.DESCRIPTION], axis=1)
+        table = table.reshape(-1, len(values), arrays.DESCRIPTION)
+        for rank, row in enumerate(others):
+            if (row != others[0]).any():
+                raise InputError(f"rank {rank} gave what was saved by another forward than on rank 0")
         for rank, kinds in enumerate(table[:, :, 0]):
             if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
                 raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")

@@ -26,8 +26,8 @@ from ..arrays import Parcel
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
 from ..schedule import Op, Step
-from ..softmax import delta, merge
-from .base import Array, Attention, Options, Saved
+from ..softmax import merge
+from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -82,9 +82,8 @@ class MeshAttention(Attention):
         self.q_travels = travels(tile[self.r].any(axis=1))
         self.kv_travels = travels(tile[:, :, :, self.c].any(axis=1).T)
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
-        """Follow the forward schedule. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Follow the forward schedule."""
         qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners])
         kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
         specs = [problem.o(owner) for owner in self.q_owners]
@@ -110,11 +109,13 @@ class MeshAttention(Attention):
             Waitall(requests)
             for slot in arrived:
                 merge(*outs[slot].arrays, *shares[slot].arrays)
-        return self.finish(q, k, v, *outs[0].arrays)
+        out, lse = outs[0].arrays
+        return out, lse
 
-    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """Follow the backward schedule. Shapes, dtypes, errors: see `Attention.backward`."""
-        problem = self.agree_backward(d_out, saved)
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Follow the backward schedule."""
         qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners])
         kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
         specs = [problem.d_q(owner) for owner in self.q_owners]
@@ -123,8 +124,8 @@ class MeshAttention(Attention):
         d_kvs, kv_shares = self.parcels("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             total.buffer.fill(0)
-        qs[0].pack(saved.lse, delta(d_out, saved.out), saved.q, d_out)
-        kvs[0].pack(saved.k, saved.v)
+        qs[0].pack(lse, row_delta, q, d_out)
+        kvs[0].pack(k, v)
         for step in self.backward_steps:
             requests: list[Any] = []
             arrived: list[int] = []
@@ -141,14 +142,15 @@ class MeshAttention(Attention):
                     requests, arrived = collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
             for i, j in self.blocks(step, problem):
                 where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
-                (lse, row_delta, q, gradient), (k, v) = qs[j].arrays, kvs[i].arrays
+                (near_lse, near_delta, near_q, gradient), (near_k, near_v) = qs[j].arrays, kvs[i].arrays
                 (d_q,), (d_k, d_v), progress = d_qs[j].arrays, d_kvs[i].arrays, partial(Testall, requests)
-                self.kernel.backward(q, k, v, gradient, lse, row_delta, *where, d_q, d_k, d_v, progress)
+                near = near_q, near_k, near_v, gradient, near_lse, near_delta
+                self.kernel.backward(*near, *where, d_q, d_k, d_v, progress)
             Waitall(requests)
             for slot in arrived:
                 totals[slot].add(shares[slot])
         d_q, d_k, d_v = d_qs[0].arrays + d_kvs[0].arrays
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return d_q, d_k, d_v
 
     def blocks(self, step: Step, problem: Problem) -> list[tuple[int, int]]:
         """Return the blocks (KV slot, Q slot) of a step that the mask leaves something of."""

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, travels
-from ..softmax import delta
-from .base import Array, Attention, Options, Saved
+from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -44,9 +43,8 @@ class RingAttention(Attention):
         # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
         self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2)
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
-        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attend to one owner's K/V a step."""
         [state] = self.parcels("o", [problem.o(self.rank)])
         state.fill(0, -math.inf)
         out, lse = state.arrays
@@ -58,7 +56,7 @@ class RingAttention(Attention):
                 near_k, near_v = self.kv[step].arrays
                 self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
-        return self.finish(q, k, v, out, lse)
+        return out, lse
 
     def pass_kv(self, step: int) -> list[Any]:
         """Post the messages that bring the K/V of the next step, and pass this step's on."""
@@ -69,17 +67,17 @@ class RingAttention(Attention):
             requests.append(self.ring.Isend(self.kv[step].message, self.dest, Tag.KV))
         return requests
 
-    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
-        problem = self.agree_backward(d_out, saved)
-        rows = saved.lse, delta(d_out, saved.out)
-        d_q = self.xp.zeros(saved.q.shape, problem.wide)
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step."""
+        d_q = self.xp.zeros(q.shape, problem.wide)
         # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         users = self.travels[self.rank]
-        self.kv[0].pack(saved.k, saved.v)
+        self.kv[0].pack(k, v)
         for step in range(self.size + 1):
             requests, arrived = [], []
             if step < self.size:
@@ -102,15 +100,14 @@ class RingAttention(Attention):
                 owner = self.owners[step]
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    (k, v), (d_k, d_v) = self.kv[step].arrays, d_kv[step].arrays
-                    gradients = d_q, d_k, d_v
-                    progress = partial(Testall, requests)
-                    self.kernel.backward(saved.q, k, v, d_out, *rows, *where, *gradients, progress)
+                    (near_k, near_v), (d_k, d_v) = self.kv[step].arrays, d_kv[step].arrays
+                    rows, totals, progress = (d_out, lse, row_delta), (d_q, d_k, d_v), partial(Testall, requests)
+                    self.kernel.backward(q, near_k, near_v, *rows, *where, *totals, progress)
             Waitall(requests)
             for total, share in arrived:
                 total.add(share)
         d_k, d_v = own.arrays
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return d_q, d_k, d_v
 
     def free(self) -> None:
         """Free the ring's communicator."""
