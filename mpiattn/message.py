@@ -51,6 +51,21 @@ def Testall(requests: Sequence[Any]) -> bool:
     return not requests or bool(type(requests[0]).Testall(requests))
 
 
+PAGE = 4096  # bytes
+
+
+def Allocate_shared(comm: Communicator, nbytes: int) -> Any:
+    """Return a window with a part of that many bytes for each rank of a host, as `MPI.Win.Allocate_shared`.
+
+    Each part begins on a page of its own, so in the memory of the processor whose rank first writes to it.
+    """
+    if hasattr(comm, "Allocate_shared"):
+        return comm.Allocate_shared(nbytes)
+    from mpi4py import MPI
+
+    return MPI.Win.Allocate_shared(max(-(-nbytes // PAGE), 1) * PAGE, comm=comm)
+
+
 def Rows(buffer: NDArray[np.uint8]) -> Any:
     """Describe a buffer of bytes to a send or a receive, whatever its size.
 

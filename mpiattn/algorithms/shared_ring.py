@@ -1,0 +1,114 @@
+"""Ring Attention for the ranks of one host: each reads the others' K/V in place, nothing is sent.
+
+Each rank puts its K/V into its part of a window of memory that all ranks of the host see (`Allocate_shared`,
+Hoefler et al. 2013, doi 10.1007/s00607-013-0324-2). Step by step they read what the ring would bring, so that
+no two of them read, nor add to, the same part at a time:
+
+    step 0      step 1      step 2
+  0: kv 0     0: kv 2     0: kv 1        kv o is where owner o has put it
+  1: kv 1     1: kv 0     1: kv 2
+  2: kv 2     2: kv 1     2: kv 0
+
+Backward, each adds its share of dK/dV where the owner will find the sum. `Fence` separates the writes of one
+step from the reads of the next: the only moments at which ranks wait for each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..arrays import Parcel, Spec, nbytes
+from ..message import Allocate_shared, Communicator, InputError, constant
+from ..problem import Problem
+from ..softmax import delta
+from .base import Array, Attention, Options, Saved
+
+if TYPE_CHECKING:
+    from .base import Unpack
+
+
+class SharedRingAttention(Attention):
+    """Ring Attention in the memory of one host: no messages, two fences forward, n + 1 backward.
+
+    Parameters: see `Attention`.
+
+    Raises
+    ------
+    InputError
+        As `Attention`, and where the ranks are on several hosts or the arrays are not NumPy's.
+    """
+
+    def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
+        super().__init__(comm, **options)
+        self.size, self.rank = comm.Get_size(), comm.Get_rank()
+        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+        here = host.Get_size()
+        host.Free()
+        self.agree(one_host, self.size, here)
+        self.owners = [(self.rank - step) % self.size for step in range(self.size)]
+        self.windows: list[Any] = []
+
+    def plan(self, problem: Problem) -> None:
+        """Allocate the windows: K/V of all ranks, and the sums of their gradients."""
+        if self.xp is not np:
+            raise InputError("the shared ring works in the memory of a host: give it NumPy arrays")
+        self.free()
+        self.kv, self.kvs = self.share(problem.kv)
+        self.d_kv, self.d_kvs = self.share(problem.d_kv)
+
+    def share(self, parcel: Callable[[int], list[Spec]]) -> tuple[Any, list[Parcel]]:
+        """Return a window, and for each rank the parcel that lies in its part."""
+        window = Allocate_shared(self.comm, nbytes(parcel(self.rank)))
+        self.windows.append(window)
+        parts = [np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self.size)]
+        return window, [Parcel(parcel(rank), part) for rank, part in enumerate(parts)]
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        [state] = self.parcels("o", [problem.o(self.rank)])
+        state.fill(0, -math.inf)
+        out, lse = state.arrays
+        self.kvs[self.rank].pack(k, v)
+        self.kv.Fence()
+        for owner in self.owners:
+            if problem.needed[self.rank, owner]:
+                where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                self.kernel.forward(q, *self.kvs[owner].arrays, *where, out, lse)
+        self.kv.Fence()
+        return self.finish(q, k, v, out, lse)
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        rows = saved.lse, delta(d_out, saved.out)
+        d_q = self.xp.zeros(saved.q.shape, problem.wide)
+        self.kvs[self.rank].pack(saved.k, saved.v)
+        self.d_kvs[self.rank].fill(0, 0)
+        self.kv.Fence()
+        for owner in self.owners:
+            if problem.needed[self.rank, owner]:
+                where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                (k, v), (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
+                self.kernel.backward(saved.q, k, v, d_out, *rows, *where, d_q, d_k, d_v)
+            self.d_kv.Fence()
+        d_k, d_v = self.d_kvs[self.rank].arrays
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def free(self) -> None:
+        """Free the windows."""
+        for window in self.windows:
+            window.Free()
+        self.windows.clear()
+
+
+def one_host(ranks: int, here: int) -> None:
+    """Raise ValueError where a host has some of the ranks only."""
+    if here != ranks:
+        raise ValueError(
+            f"the shared ring needs all {ranks} ranks on one host, here are {here}: use ring or double_ring"
+        )
