@@ -31,9 +31,6 @@ from .message import Communicator, InputError
 from .progress import bar
 from .trace import TracedComm
 
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest relative error that passes; 16-bit inputs and results are rounded to 11 or 8 bits."""
-
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
 
@@ -87,8 +84,7 @@ class Case:
             whole = gather(array, comm, self.attention.owned(name, self.shapes), shape=self.shapes[name])
             if whole is not None and reference is not None:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
-                difference = np.abs(rows - reference).max(initial=0)
-                self.errors.append(float(difference / (np.abs(reference).max(initial=0) or 1)))
+                self.errors.append(oracle.error(rows, reference))
 
     def measure(self) -> None:
         """Run once more; keep the time and the time spent in waits, forward and backward."""
@@ -208,7 +204,7 @@ def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
     ranks = comm.allgather((case.seconds, case.waits, case.received, case.peak))
     seconds, waits, received, peaks = zip(*ranks, strict=True)
     errors = comm.bcast(case.errors)
-    tolerance = TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
+    tolerance = oracle.TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
     result: dict[str, Any] = {
         "algorithm": case.algorithm,
         "grid": case.grid,
@@ -261,7 +257,7 @@ def print_results(
     print(
         f"Times: median of {args.iterations} rounds, slowest rank. Waiting, messages, MB: forward + backward, the rank "
         f"with the most.\nErrors: relative to the largest value, against float64; {checked}; "
-        f"at most {TOLERANCES[given.q.dtype.name]:.0e} is ok."
+        f"at most {oracle.TOLERANCES[given.q.dtype.name]:.0e} is ok."
     )
     for name in ("q", "k", "v", "d_out"):
         if count := int(np.isnan(getattr(given, name).astype(np.float32)).sum()):

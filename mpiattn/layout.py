@@ -192,14 +192,14 @@ def gather(
         specs.append(spec)
     whole_shape, dtype = [*specs[0][0]], specs[0][1]
     if shape is None:
-        whole_shape[axis] = sum(part[axis] for part, _ in specs)
+        whole_shape[axis] = sum(part_shape[axis] for part_shape, _ in specs)
     whole_shape = [*(shape or whole_shape)]
     outline = np.broadcast_to(np.empty(1), whole_shape)
-    for owner, (part, part_dtype) in enumerate(specs):
+    for owner, spec in enumerate(specs):
         expected = outline[where(tuple(whole_shape), owner)].shape
-        if (part, part_dtype) != (expected, dtype):
+        if spec != (expected, dtype):
             raise InputError(
-                f"rank {owner} has {part_dtype} {part}; its share of {tuple(whole_shape)} over {size} ranks "
+                f"rank {owner} has {spec[1]} {spec[0]}; its share of {tuple(whole_shape)} over {size} ranks "
                 f"is {dtype} {expected}"
             )
     own = Parcel([specs[rank]])

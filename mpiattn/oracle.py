@@ -16,6 +16,15 @@ from .mask import Mask, Positions, allowed
 Array = NDArray[Any]
 SLAB = 512
 
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""Largest error of an exact algorithm, relative to the largest value, by the dtype of its input and output."""
+
+
+def error(result: Array, reference: Array) -> float:
+    """Return the largest difference relative to the largest value of the reference; NaN where there is one."""
+    difference = np.abs(result - reference).max(initial=0)
+    return float(difference / (np.abs(reference).max(initial=0) or 1))
+
 
 def attention(
     q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None, queries: Positions | None = None

@@ -1,0 +1,160 @@
+"""Check an implementation of attention against the oracle: values, gradients, and every byte it receives.
+
+Any class or function with the one signature can be checked: called with a communicator and the options
+layout, mask, scale, it returns an object with forward, backward, owned, and is a context manager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from . import arrays, costs, oracle
+from .algorithms import ALGORITHMS
+from .layout import LAYOUTS
+from .mask import parse
+from .message import Communicator, InputError
+from .oracle import Array
+from .progress import bar
+from .trace import TracedComm
+
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem of the matrix; `str` gives it as text."""
+
+    layout: str = "zigzag"
+    mask: str = "causal"
+    tokens: int = 37
+    kv_tokens: int | None = None
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    v_head_dim: int = 8
+    dtype: str = "float64"
+    scale: float | None = None
+    peak: float = 0
+    """Magnitude of the logits, by one large component that queries and keys share."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "default"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the algorithm is built with."""
+        return {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
+
+
+def cases() -> Iterator[Case]:
+    """Yield the matrix: layouts x masks, then what else can differ, under a causal and a full mask."""
+    masks = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
+    for layout, mask in itertools.product(LAYOUTS, masks):
+        yield Case(layout=layout, mask=mask)
+    for layout, mask in (("zigzag", "causal"), ("contiguous", "full"), ("striped", "causal")):
+        both = functools.partial(Case, layout=layout, mask=mask)
+        yield both(tokens=64)  # even
+        yield both(tokens=5)  # fewer tokens than ranks
+        yield both(tokens=1)
+        yield both(tokens=0)
+        yield both(heads=6, kv_heads=6, batch=2)
+        yield both(heads=6, kv_heads=1)
+        yield both(heads=3, kv_heads=3, head_dim=5, v_head_dim=11)
+        yield both(scale=0.5, peak=1e4)
+        for dtype in ("float32", "float16", "bfloat16"):
+            yield both(dtype=dtype, head_dim=16, v_head_dim=16, batch=2)
+    yield Case(mask="full", layout="contiguous", kv_tokens=50)
+    yield Case(mask="full", layout="striped", kv_tokens=3, dtype="float32")
+
+
+@functools.lru_cache(maxsize=64)
+def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the global arrays q, k, v, out (its gradient), and what the oracle makes of them."""
+    rng = np.random.default_rng(case.seed)
+    keys = case.tokens if case.kv_tokens is None else case.kv_tokens
+    shapes = {
+        "q": (case.batch, case.heads, case.tokens, case.head_dim),
+        "k": (case.batch, case.kv_heads, keys, case.head_dim),
+        "v": (case.batch, case.kv_heads, keys, case.v_head_dim),
+        "out": (case.batch, case.heads, case.tokens, case.v_head_dim),
+    }
+    given = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    if case.peak:
+        for name in "qk":
+            given[name][..., 0] = np.sqrt(case.peak / (case.scale or case.head_dim**-0.5))
+    given = {name: array.astype(arrays.dtype(case.dtype)) for name, array in given.items()}
+    q, k, v, d_out = given.values()
+    mask = parse(case.mask)
+    out, lse = oracle.attention(q, k, v, mask, case.scale)
+    d_q, d_k, d_v = oracle.gradients(q, k, v, d_out, mask, case.scale)
+    return given, {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+
+
+def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..., costs.Costs] | None = None) -> None:
+    """Raise AssertionError, on every rank alike, where a rank's results or traffic are wrong.
+
+    Parameters
+    ----------
+    factory : called with a communicator and `Case.options`
+    comm : mpi4py.MPI.Comm
+    case : Case
+    traffic : called with the problem and the rank, optional
+        Returns what the rank should receive.
+    """
+    given, right = problem(case)
+    traced = TracedComm(comm)
+    with factory(traced, **case.options) as attention:
+        shapes = {name: whole.shape for name, whole in given.items()}
+        places = {name: attention.owned(name, shapes) for name in given}
+        own = {
+            name: np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())])
+            for name, whole in given.items()
+        }
+        out, saved = attention.forward(own["q"], own["k"], own["v"])
+        forward = traced.trace.received()
+        traced.trace.clear()
+        d_q, d_k, d_v = attention.backward(own["out"], saved)
+        backward = traced.trace.received()
+        results = {"out": out, "lse": saved.lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+        wrong = []
+        for name, result in results.items():
+            place = places["out" if name == "lse" else name.removeprefix("d_")]
+            reference = right[name][place(right[name].shape, comm.Get_rank())]
+            wrong += compare(name, result, reference, right[name], given["q"].dtype.name)
+        if traffic is not None:
+            expected = traffic(attention.problem, comm.Get_rank())
+            for name, seen, formula in (("forward", forward, expected.forward), ("backward", backward, expected.backward)):
+                if seen != (formula.messages, formula.nbytes):
+                    wrong.append(f"{name} received {seen[0]} messages of {seen[1]} bytes, the formula says {formula}")
+    reports = [f"rank {rank}: {'; '.join(text)}" for rank, text in enumerate(comm.allgather(wrong)) if text]
+    if reports:
+        raise AssertionError(f"{case}\n" + "\n".join(reports))
+
+
+def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str) -> list[str]:
+    """Return what is wrong with one rank's share of a result."""
+    if result.shape != reference.shape:
+        return [f"{name} is {result.shape} instead of {reference.shape}"]
+    if name == "lse":  # -inf where a query attends to nothing
+        if not np.array_equal(np.isneginf(result), np.isneginf(reference)):
+            return ["lse is -inf elsewhere than it should be"]
+        result, reference = (np.where(np.isneginf(array), 0, array) for array in (result, reference))
+        whole = np.where(np.isneginf(whole), 0, whole)
+    elif result.dtype.name != dtype:
+        return [f"{name} is {result.dtype} instead of {dtype}"]
+    largest = np.abs(whole).max(initial=0) or 1
+    error = np.abs(result - reference).max(initial=0) / largest
+    tolerance = oracle.TOLERANCES[dtype]
+    return [] if error <= tolerance else [f"error of {name} {error:.1e} exceeds {tolerance:.0e}"]
