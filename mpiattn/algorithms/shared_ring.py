@@ -24,8 +24,7 @@ import numpy as np
 from ..arrays import Parcel, Spec, nbytes
 from ..message import Allocate_shared, Communicator, InputError, constant
 from ..problem import Problem
-from ..softmax import delta
-from .base import Array, Attention, Options, Saved
+from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -67,9 +66,8 @@ class SharedRingAttention(Attention):
         parts = [np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self.size)]
         return window, [Parcel(parcel(rank), part) for rank, part in enumerate(parts)]
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
-        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attend to one owner's K/V a step."""
         [state] = self.parcels("o", [problem.o(self.rank)])
         state.fill(0, -math.inf)
         out, lse = state.arrays
@@ -80,24 +78,24 @@ class SharedRingAttention(Attention):
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 self.kernel.forward(q, *self.kvs[owner].arrays, *where, out, lse)
         self.kv.Fence()
-        return self.finish(q, k, v, out, lse)
+        return out, lse
 
-    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
-        problem = self.agree_backward(d_out, saved)
-        rows = saved.lse, delta(d_out, saved.out)
-        d_q = self.xp.zeros(saved.q.shape, problem.wide)
-        self.kvs[self.rank].pack(saved.k, saved.v)
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step."""
+        d_q = self.xp.zeros(q.shape, problem.wide)
+        self.kvs[self.rank].pack(k, v)
         self.d_kvs[self.rank].fill(0, 0)
         self.kv.Fence()
         for owner in self.owners:
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                (k, v), (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
-                self.kernel.backward(saved.q, k, v, d_out, *rows, *where, d_q, d_k, d_v)
+                totals = d_q, *self.d_kvs[owner].arrays
+                self.kernel.backward(q, *self.kvs[owner].arrays, d_out, lse, row_delta, *where, *totals)
             self.d_kv.Fence()
         d_k, d_v = self.d_kvs[self.rank].arrays
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return d_q, d_k, d_v
 
     def free(self) -> None:
         """Free the windows."""
