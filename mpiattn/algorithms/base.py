@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -186,7 +187,11 @@ class Attention:
         if name not in self.storage:
             largest = [max(arrays.nbytes(group) for group in specs[start::count]) for start in range(count)]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
-        return [Parcel(group, self.storage[name][step % count]) for step, group in enumerate(specs)]
+        made: dict[Any, Parcel] = {}  # chunks of one shape in one buffer are one parcel
+        for step, group in enumerate(specs):
+            if (key := (step % count, *group)) not in made:
+                made[key] = Parcel(group, self.storage[name][step % count])
+        return [made[step % count, *group] for step, group in enumerate(specs)]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
@@ -205,17 +210,17 @@ class Attention:
 
     def agree_forward(self, q: object, k: object, v: object) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
-        table = self._gather(q, k, v)
-        return self.prepare(agreed(table, self.layout, self.mask), q)
+        return self.prepare(posed(self._gather(q, k, v), self.comm.Get_size(), self.layout, self.mask), q)
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
         problem = saved.problem
         own = (problem.layout, problem.mask) == (self.layout, self.mask)
         table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes))
+        specs = described(table, self.comm.Get_size(), 2)
         if not own:
             raise InputError("saved is of an attention with another layout or mask")
-        for rank, (out, gradient) in enumerate(table):
+        for rank, (out, gradient) in enumerate(specs):
             if gradient != out:
                 raise InputError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
         return self.prepare(problem, saved.q)
@@ -231,20 +236,12 @@ class Attention:
         self.problem = problem
         return problem
 
-    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> list[list[arrays.Spec | None]]:
-        """Return shape and dtype of every array of every rank; the numbers must be the same on all."""
+    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> bytes:
+        """Return the descriptions of every array of every rank; the numbers must be the same on all."""
         own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
         everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
         self.comm.Allgather(own, everything)
-        table, others = np.split(everything, [len(values) * arrays.DESCRIPTION], axis=1)
-        table = table.reshape(-1, len(values), arrays.DESCRIPTION)
-        for rank, row in enumerate(others):
-            if (row != others[0]).any():
-                raise InputError(f"rank {rank} gave what was saved by another forward than on rank 0")
-        for rank, kinds in enumerate(table[:, :, 0]):
-            if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
-                raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
-        return [[arrays.described(description) for description in row] for row in table]
+        return everything.tobytes()
 
     def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:
         """Raise ValueError on every rank where a check fails on one, or where their arguments differ."""
@@ -260,6 +257,30 @@ class Attention:
                 raise InputError(problem)
             if text != described[0][0]:
                 raise InputError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
+
+
+# The same descriptions give the same objects: ranks of one process (`virtual.py`) share what they work out.
+
+
+@functools.lru_cache(maxsize=16)
+def posed(descriptions: bytes, ranks: int, layout_name: str, mask: Mask) -> Problem:
+    """Return the problem that all ranks' q, k, v pose; errors as `agreed`."""
+    return agreed(described(descriptions, ranks, 3), layout_name, mask)
+
+
+@functools.lru_cache(maxsize=16)
+def described(descriptions: bytes, ranks: int, values: int) -> list[list[arrays.Spec | None]]:
+    """Return shape and dtype of every array of every rank; the numbers behind them must be the same on all."""
+    everything = np.frombuffer(descriptions, np.int64).reshape(ranks, -1)
+    table, others = np.split(everything, [values * arrays.DESCRIPTION], axis=1)
+    table = table.reshape(-1, values, arrays.DESCRIPTION)
+    for rank, row in enumerate(others):
+        if (row != others[0]).any():
+            raise InputError(f"rank {rank} gave what was saved by another forward than on rank 0")
+    for rank, kinds in enumerate(table[:, :, 0]):
+        if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
+            raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
+    return [[arrays.described(description) for description in row] for row in table]
 
 
 def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask: Mask) -> Problem:
