@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,9 @@ class Tag(enum.IntEnum):
     SCATTER = 6
     GATHER = 7
     CLOCK = 8
+    QKV = 9
+    D_O = 10
+    D_QKV = 11
 
 
 def constant(name: str) -> Any:
@@ -73,6 +77,24 @@ def Rows(buffer: NDArray[np.uint8]) -> Any:
     becomes one element of a datatype made of rows of 1 MiB and a remainder.
     """
     return buffer if buffer.nbytes < 2**31 else [buffer, 1, _rows(buffer.nbytes)]
+
+
+def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int]) -> Any:
+    """Describe a buffer of bytes to a collective: a piece of each rank, of these sizes, one after the other.
+
+    As in `Rows`, a larger buffer is counted in a unit that all pieces are multiples of.
+    """
+    if buffer.nbytes < 2**31:
+        return [buffer, list(sizes)]
+    unit = math.gcd(*sizes)
+    return [buffer, [size // unit for size in sizes], None, _bytes(unit)]
+
+
+@functools.cache
+def _bytes(nbytes: int) -> Any:
+    from mpi4py import MPI
+
+    return MPI.BYTE.Create_contiguous(nbytes).Commit()
 
 
 @functools.cache

@@ -1,0 +1,125 @@
+"""Ulysses inside, a ring or a mesh outside (USP, arXiv 2405.07719): n = ulysses x rows x cols ranks.
+
+    4 ranks, ulysses=2       ring of rank 0 and 2: heads 0, 1
+    ulysses group a: rank 0   rank 1
+    ulysses group b: rank 2   rank 3
+                             ring of rank 1 and 3: heads 2, 3
+
+The ranks of a group, neighbours in rank order and best in one host, together own one chunk of the sequence.
+They exchange its tokens for heads, as in Ulysses. Then each attends in the ring of the ranks that have the
+same heads, one of each group, where the chunks go round; and they exchange back. The rings know nothing
+of the groups: they are Ring Attention or Mesh-Attention of fewer heads on fewer ranks with longer chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .. import grid
+from ..message import Communicator
+from ..problem import Problem
+from .base import Array, Attention, Options
+from .mesh import MeshAttention
+from .ring import RingAttention
+from .ulysses import UlyssesAttention
+
+if TYPE_CHECKING:
+    from .base import Unpack
+
+
+class HybridAttention(UlyssesAttention):
+    """Ulysses in groups of ranks, and Ring Attention (one column) or Mesh-Attention between the groups.
+
+    Parameters
+    ----------
+    comm, options
+        See `Attention`. The layout is that of the groups' chunks; each rank has a run of its group's.
+    ulysses : int, optional
+        Ranks of a group; by default what `rows` and `cols` leave, or the grid nearest to a square.
+    rows, cols : int, optional
+        The groups' grid, as in `MeshAttention`; by default one column, which is a ring.
+
+    Notes
+    -----
+    A mask saves messages of the ring or the mesh, none of the groups'.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        *,
+        ulysses: int | None = None,
+        rows: int | None = None,
+        cols: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(comm, **options)
+        self.agree(shape, comm.Get_size(), ulysses, rows, cols)
+        self.ulysses, self.rows, self.cols = shape(comm.Get_size(), ulysses, rows, cols)
+        groups = self.rows * self.cols
+        self.grid = comm.Create_cart([groups, self.ulysses], periods=[True, True], reorder=False)
+        self.group = self.grid.Sub([False, True])
+        self.ring = self.grid.Sub([True, False])
+        number = self.ring.Get_rank()
+        self.members = list(range(number * self.ulysses, (number + 1) * self.ulysses))
+        options["layout"] = self.layout
+        self.inner: Attention = (
+            RingAttention(self.ring, **options)
+            if self.cols == 1
+            else MeshAttention(self.ring, rows=self.rows, cols=self.cols, **options)
+        )
+        if self.ulysses > 1:
+            self.layout = f"{self.layout}/{self.ulysses}"
+
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return every number of ranks in a group, and every grid of the groups."""
+        return [{"ulysses": ulysses, "rows": rows, "cols": cols} for ulysses, rows, cols in shapes(ranks)]
+
+    def plan(self, problem: Problem) -> None:
+        """Plan for the exchange in the group, and for the groups' problem with this rank's heads."""
+        super().plan(problem)
+        self.chunks = replace(self.part, ranks=self.rows * self.cols, layout=self.inner.layout)
+
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attend to all groups' chunks."""
+        if not problem.heads:
+            return super().attend(problem, q, k, v)
+        self.inner.kernel = self.kernel
+        return self.inner.attend(self.inner.prepare(self.chunks, q), q, k, v)
+
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Attend to all groups' chunks, backward."""
+        if not problem.heads:
+            return super().gradients(problem, q, k, v, d_out, lse, row_delta)
+        self.inner.kernel = self.kernel
+        return self.inner.gradients(self.inner.prepare(self.chunks, q), q, k, v, d_out, lse, row_delta)
+
+    def free(self) -> None:
+        """Free the communicators of the groups, and of what is between them."""
+        self.inner.free()
+        for comm in (self.ring, self.group, self.grid):
+            comm.Free()
+
+
+def shapes(ranks: int) -> list[tuple[int, int, int]]:
+    """Return every (ulysses, rows, cols) that makes that many ranks."""
+    return [(ulysses, rows, cols) for ulysses, groups in grid.grids(ranks) for rows, cols in grid.grids(groups)]
+
+
+def shape(ranks: int, ulysses: int | None, rows: int | None, cols: int | None) -> tuple[int, int, int]:
+    """Return (ulysses, rows, cols), completed where some are None, or raise ValueError with those that fit."""
+    if ulysses is None:
+        known = max(rows or 1, 1) * max(cols or 1, 1)
+        ulysses = grid.squarest(ranks)[1] if rows is cols is None else ranks // known
+    groups = ranks // max(ulysses, 1)
+    if rows is None:
+        rows = groups // max(cols or 1, 1)
+    choice = (ulysses, rows, groups // max(rows, 1) if cols is None else cols)
+    if choice not in shapes(ranks):
+        fits = ", ".join("x".join(map(str, fit)) for fit in shapes(ranks))
+        raise ValueError(f"ulysses x rows x cols = {'x'.join(map(str, choice))} is not {ranks} ranks: choose from {fits}")
+    return choice

@@ -1,0 +1,148 @@
+"""DeepSpeed-Ulysses (arXiv 2309.14509): ranks that share out the tokens share out the heads instead, for a while.
+
+With 3 ranks and 3 heads:
+
+             tokens   heads                   tokens   heads                   tokens   heads
+    rank 0:  a        0 1 2    all-to-all ->  a b c    0        all-to-all ->  a        0 1 2
+    rank 1:  b        0 1 2                   a b c    1                       b        0 1 2
+    rank 2:  c        0 1 2                   a b c    2                       c        0 1 2
+
+Q, K, V go to the heads, out comes back to the tokens; backward, dO goes, and dQ, dK, dV come back.
+`layout.heads` says which heads a rank has, for any number of them. Where K/V heads are fewer than ranks,
+those that share one are sent the same, and the owner of the tokens adds up their partial dK/dV.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..arrays import Parcel, Spec
+from ..mask import Positions
+from ..message import Communicator, Tag, Waitall
+from ..problem import Problem
+from ..softmax import delta
+from .base import Array, Attention, Options, Saved
+from .dense import join
+
+if TYPE_CHECKING:
+    from .base import Unpack
+
+
+class UlyssesAttention(Attention):
+    """DeepSpeed-Ulysses: two all-to-alls forward and two backward, each one message from each other rank.
+
+    Every head needs all tokens, so a mask saves compute but no messages. Ranks without a head, where ranks
+    outnumber heads, compute nothing. `saved` has all tokens of this rank's heads, as in the paper: n times
+    the tokens and one n-th of the heads, so that backward doesn't send Q, K, V again.
+    Parameters and errors: see `Attention`.
+    """
+
+    def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
+        super().__init__(comm, **options)
+        self.group, self.members = comm, list(range(comm.Get_size()))
+
+    def plan(self, problem: Problem) -> None:
+        """Say which heads each rank of the group has, and where its tokens lie in those of the whole group."""
+        self.place = self.group.Get_rank()
+        self.rank = self.members[self.place]
+        shares = problem.by_heads(len(self.members))
+        self.heads = [(heads, kv_heads) for heads, kv_heads, _ in shares]
+        self.parts = [part for *_, part in shares]
+        self.part = self.parts[self.place]
+        self.partial = sum(part.kv_heads for part in self.parts) > problem.kv_heads
+        self.queries, self.q_places = union([problem.q_positions[member] for member in self.members])
+        self.keys, self.kv_places = union([problem.kv_positions[member] for member in self.members])
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        leaving = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
+        arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
+        q, k, v = (
+            join([parcel.arrays[i] for parcel in arrived], places)
+            for i, places in enumerate((self.q_places, self.kv_places, self.kv_places))
+        )
+        out, lse = self.attend(self.part, q, k, v)
+        arrived = self.to_tokens(Tag.O, Problem.out, [(lse[:, :, at], out[:, :, at]) for at in self.q_places])
+        [state] = self.parcels("o", [problem.out(self.rank)])
+        lse, out = state.arrays
+        for (heads, _), parcel in zip(self.heads, arrived, strict=True):
+            lse[:, heads], out[:, heads] = parcel.arrays
+        return self.finish(q, k, v, out, lse)
+
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Return out and lse of all the group's tokens, of this rank's heads."""
+        out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
+        lse = self.xp.full(q.shape[:3], -math.inf, problem.wide)
+        if problem.heads:
+            self.kernel.forward(q, k, v, self.queries, self.keys, out, lse)
+        return out, lse
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Exchange as forward, with gradients. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        rows = saved.lse, delta(d_out, saved.out), d_out
+        arrived = self.to_heads(Tag.D_O, Problem.d_out, [[row[:, heads] for row in rows] for heads, _ in self.heads])
+        lse, row_delta, gradient = (join([parcel.arrays[i] for parcel in arrived], self.q_places) for i in range(3))
+        d_q, d_k, d_v = self.gradients(self.part, saved.q, saved.k, saved.v, gradient, lse, row_delta)
+        leaving = [
+            (d_k[:, :, keys], d_v[:, :, keys], d_q[:, :, queries])
+            for keys, queries in zip(self.kv_places, self.q_places, strict=True)
+        ]
+        arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)
+        [total] = self.parcels("d_qkv", [problem.d_kv(self.rank) + problem.d_q(self.rank)])
+        total.fill(0, 0, 0)
+        d_k, d_v, d_q = total.arrays
+        for (heads, kv_heads), parcel in zip(self.heads, arrived, strict=True):
+            part_k, part_v, d_q[:, heads] = parcel.arrays
+            d_k[:, kv_heads] += part_k
+            d_v[:, kv_heads] += part_v
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return dQ, dK, dV of all the group's tokens, of this rank's heads."""
+        d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
+        if problem.heads:
+            self.kernel.backward(q, k, v, d_out, lse, row_delta, self.queries, self.keys, d_q, d_k, d_v)
+        return d_q, d_k, d_v
+
+    def to_heads(self, tag: Tag, spec: SpecOf, contents: Sequence[Sequence[Array]]) -> list[Parcel]:
+        """Send each rank its heads of this rank's tokens; return each rank's tokens of this rank's heads."""
+        leaving = [spec(part, self.rank) for part in self.parts]
+        return self.exchange(tag, leaving, [spec(self.part, member) for member in self.members], contents)
+
+    def to_tokens(self, tag: Tag, spec: SpecOf, contents: Sequence[Sequence[Array]]) -> list[Parcel]:
+        """Send each rank its tokens of this rank's heads; return each rank's heads of this rank's tokens."""
+        leaving = [spec(self.part, member) for member in self.members]
+        return self.exchange(tag, leaving, [spec(part, self.rank) for part in self.parts], contents)
+
+    def exchange(
+        self, tag: Tag, leaving: list[list[Spec]], arriving: list[list[Spec]], contents: Sequence[Sequence[Array]]
+    ) -> list[Parcel]:
+        """All-to-all: one message to each other rank of the group that has something to get."""
+        to, here = self.parcels(f"to {tag.name}", leaving), self.parcels(f"here {tag.name}", arriving)
+        for parcel, arrays in zip(to, contents, strict=True):
+            parcel.pack(*arrays)
+        here[self.place].pack(*to[self.place].arrays)
+        # Step by step each rank sends to another one, so that they don't all send to the same one first.
+        steps, size = range(1, len(self.members)), len(self.members)
+        sources, dests = ([(self.place + sign * step) % size for step in steps] for sign in (-1, 1))
+        requests = [self.group.Irecv(here[s].message, s, tag) for s in sources if here[s].buffer.size]
+        Waitall(requests + [self.group.Isend(to[d].message, d, tag) for d in dests if to[d].buffer.size])
+        return here
+
+
+SpecOf = Callable[[Problem, int], list[Spec]]
+"""What travels of a problem from or to a rank."""
+
+
+def union(chunks: Sequence[Positions]) -> tuple[Positions, list[Positions]]:
+    """Return the positions of all chunks, ascending, and where each chunk lies in them."""
+    whole = np.sort(np.concatenate(chunks))
+    return whole, [np.searchsorted(whole, chunk) for chunk in chunks]
