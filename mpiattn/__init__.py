@@ -1,6 +1,6 @@
 """Exact distributed attention over MPI, forward and backward, in which every message can be read."""
 
-from .algorithms import ALGORITHMS, DenseAttention, MeshAttention, RingAttention
+from .algorithms import ALGORITHMS, DenseAttention, DoubleRingAttention, MeshAttention, RingAttention
 from .layout import gather, scatter
 from .mask import Causal, Documents, Full, SlidingWindow
 
@@ -9,6 +9,7 @@ __all__ = [
     "Causal",
     "DenseAttention",
     "Documents",
+    "DoubleRingAttention",
     "Full",
     "MeshAttention",
     "RingAttention",

@@ -7,6 +7,8 @@ With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V he
     dense        rank 0: (n-1)(1 + 2/g)        rank 0: (n-1)(2 + 2/g)
                  others: 1                     others: 1 + 2/g
     ring         (n-1) 2/g                     (n-1) 4/g
+    double ring  (n-1) 2/g                     (n-1) 4/g
+    shared ring  0                             0
     mesh a x b   (a-1) 2 + (b-1) 2/g           (a-1) 3 + (b-1) 4/g
 
 Below, the same sums over chunks of any length. A chunk comes to a rank if the rank or one after it on the
@@ -15,11 +17,12 @@ ring uses it (`problem.travels`), its partial sums if they start before the rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .arrays import Spec, nbytes
-from .problem import Problem, Travel, travels
+from .problem import Problem, Travel, travels, windows
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,31 @@ def spread(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: Ca
 
 def collect(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: Callable[[int], list[Spec]]) -> Traffic:
     """Return what the rank at a place of a ring receives of the sums on their way to their owners."""
+    home = [parcel(owners[place])] if ways[place].last > 0 else []
+    return passing(ways, place, owners, parcel) + total(home)
+
+
+def passing(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: Callable[[int], list[Spec]]) -> Traffic:
+    """Return what the rank at a place of a ring receives of the sums that it adds to and passes on."""
     size = len(owners)
-    passing = [o for o in range(size) if ways[o].first < (place - o) % size <= ways[o].last]
-    home = [place] if ways[place].last > 0 else []
-    return total([parcel(owners[o]) for o in passing + home])
+    return total([parcel(owners[o]) for o in range(size) if ways[o].first < (place - o) % size <= ways[o].last])
+
+
+def allreduce_parts(length: int, ranks: int, rank: int) -> list[int]:
+    """Return what a rank receives in an all-reduce of a buffer of that length, round a ring.
+
+    The buffer is cut in as many parts as there are ranks, as even as can be. Their sums go round until each
+    is complete on the rank of its number, and then round again: all parts but one come each time.
+    """
+    parts = [(part + 1) * length // ranks - part * length // ranks for part in range(ranks)]
+    return [parts[p] for absent in ((rank - 1) % ranks, rank) for p in range(ranks) if p != absent]
+
+
+def allreduce(spec: Spec, ranks: int, rank: int) -> Traffic:
+    """Return the traffic of an all-reduce of an array."""
+    shape, dtype = spec
+    sizes = [part * dtype.itemsize for part in allreduce_parts(math.prod(shape), ranks, rank) if part]
+    return Traffic(len(sizes), sum(sizes))
 
 
 def dense(problem: Problem, rank: int) -> Costs:
@@ -78,6 +102,34 @@ def ring(problem: Problem, rank: int) -> Costs:
     return Costs(kv, kv + collect(ways, rank, owners, problem.d_kv))
 
 
+def double_ring(problem: Problem, rank: int, outer: int, order: Sequence[int] | None = None) -> Costs:
+    """K/V round the row in each window, and from row to row; backward dK/dV behind them in the row, then home.
+
+    `order` has the ranks by their place in the grid, where they aren't in order there.
+    """
+    ranks = list(range(problem.ranks) if order is None else order)
+    inner = problem.ranks // outer
+    rows = [ranks[row * inner :][:inner] for row in range(outer)]
+    r, c = divmod(ranks.index(rank), inner)
+    col = [row[c] for row in rows]
+    in_col, in_row = windows(problem.needed, rows)
+    kv = spread([in_col[owner] for owner in col], r, col, problem.kv)
+    d_kv = Traffic()
+    for window in range(outer):
+        owners = rows[(r - window) % outer]
+        ways = [in_row[window][owner] for owner in owners]
+        kv += spread(ways, c, owners, problem.kv)
+        d_kv += passing(ways, c, owners, problem.d_kv)
+        if in_row[window][rank].first <= in_row[window][rank].last:
+            d_kv += total([problem.d_kv(rank)])
+    return Costs(kv, kv + d_kv)
+
+
+def shared_ring(problem: Problem, rank: int) -> Costs:
+    """Read in place, in the memory of the host: nothing is received."""
+    return Costs(Traffic(), Traffic())
+
+
 def mesh(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
     """Q and its sums along the row, K/V and theirs along the column."""
     r, c = divmod(rank, cols)
@@ -94,5 +146,11 @@ def mesh(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
     )
 
 
-COSTS: dict[str, Callable[..., Costs]] = {"dense": dense, "ring": ring, "mesh": mesh}
+COSTS: dict[str, Callable[..., Costs]] = {
+    "dense": dense,
+    "ring": ring,
+    "double_ring": double_ring,
+    "shared_ring": shared_ring,
+    "mesh": mesh,
+}
 """By the algorithm's name; called with the problem, the rank and the algorithm's own parameters."""

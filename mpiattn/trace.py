@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import message
+from . import costs, message
 from .message import Communicator, Tag
 
 
@@ -94,8 +94,8 @@ class Trace:
 class TracedRequest:
     """A request whose completion is recorded."""
 
-    def __init__(self, request: Any, event: Event, trace: Trace) -> None:
-        self.request, self.event, self.trace = request, event, trace
+    def __init__(self, request: Any, events: Sequence[Event], trace: Trace) -> None:
+        self.request, self.events, self.trace = request, events, trace
 
     @staticmethod
     def Waitall(requests: Sequence[TracedRequest]) -> None:
@@ -116,9 +116,9 @@ class TracedRequest:
 
 
 def _complete(requests: Sequence[TracedRequest], end: float) -> None:
-    for request in requests:
-        if request.event.end != request.event.end:  # not a number yet: seen complete now
-            request.event.end = end
+    for event in (event for request in requests for event in request.events):
+        if event.end != event.end:  # not a number yet: seen complete now
+            event.end = end
 
 
 class TracedComm:
@@ -169,6 +169,18 @@ class TracedComm:
         """Return a rank's coordinates in a grid."""
         return list(self.comm.Get_coords(rank))
 
+    def Get_cart_rank(self, coords: Sequence[int]) -> int:
+        """Return the rank at coordinates of a grid."""
+        return int(self.comm.Get_cart_rank(coords))
+
+    def Split(self, color: int = 0, key: int = 0) -> TracedComm:
+        """Make a communicator of the ranks that give one color, in the order of their keys."""
+        return self._derived(self.comm.Split(color, key))
+
+    def Split_type(self, split_type: Any, key: int = 0) -> TracedComm:
+        """Make a communicator of the ranks that share something, such as a host."""
+        return self._derived(self.comm.Split_type(split_type, key))
+
     def Free(self) -> None:
         """Free the communicator."""
         self.comm.Free()
@@ -188,7 +200,62 @@ class TracedComm:
         nbytes = (buf[0] if isinstance(buf, list) else buf).nbytes
         event = Event(kind, name, self.ranks[peer], nbytes, time.perf_counter())
         self.trace.events.append(event)
-        return TracedRequest(call(buf, peer, tag), event, self.trace)
+        return TracedRequest(call(buf, peer, tag), [event], self.trace)
+
+    # Collectives: counted as one message for each piece that comes from another rank
+
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give every rank the pieces of all; recvbuf is [buffer, counts, ...]."""
+        sizes = [count * recvbuf[0].itemsize for count in recvbuf[1]]
+        self._collective(self.comm.Allgatherv, self._from_others(sizes), sendbuf, recvbuf)
+
+    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give each rank its piece of every other's; recvbuf is [buffer, counts, ...]."""
+        sizes = [count * recvbuf[0].itemsize for count in recvbuf[1]]
+        self._collective(self.comm.Alltoallv, self._from_others(sizes), sendbuf, recvbuf)
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, *op: Any) -> None:
+        """Combine the buffers of all; counted as round a ring."""
+        size, rank = self.Get_size(), self.Get_rank()
+        parts = costs.allreduce_parts(recvbuf.size, size, rank)
+        pieces = [((rank - 1) % size, part * recvbuf.itemsize) for part in parts]
+        self._collective(self.comm.Allreduce, pieces, sendbuf, recvbuf, *op)
+
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> TracedRequest:
+        """Start to give every rank the pieces of all; recvbuf is [buffer, counts] or [buffer, counts, None, type]."""
+        unit = recvbuf[3].Get_size() if len(recvbuf) > 3 else recvbuf[0].itemsize
+        pieces = self._from_others([count * unit for count in recvbuf[1]])
+        return self._start(self.comm.Iallgatherv, pieces, sendbuf, recvbuf)
+
+    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int]) -> TracedRequest:
+        """Start to add up the buffers of all, and give each rank its piece; counted as a piece from each other."""
+        nbytes = recvcounts[self.Get_rank()] * recvbuf.itemsize
+        pieces = self._from_others([nbytes] * self.Get_size())
+        return self._start(self.comm.Ireduce_scatter, pieces, sendbuf, recvbuf, recvcounts)
+
+    def _start(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> TracedRequest:
+        start = time.perf_counter()
+        events = [Event("receive", call.__name__, self.ranks[peer], nbytes, start) for peer, nbytes in pieces if nbytes]
+        self.trace.events += events
+        return TracedRequest(call(*arguments), events, self.trace)
+
+    def _from_others(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [(peer, size) for peer, size in enumerate(sizes) if peer != self.Get_rank()]
+
+    def _collective(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> None:
+        start = time.perf_counter()
+        call(*arguments)
+        end = time.perf_counter()
+        for peer, nbytes in pieces:
+            if nbytes:
+                self.trace.events.append(Event("receive", call.__name__, self.ranks[peer], nbytes, start, end))
+        self.trace.events.append(Event("wait", call.__name__, -1, 0, start, end))
+
+    # Memory of a host
+
+    def Allocate_shared(self, nbytes: int) -> TracedWindow:
+        """Make a window of memory that the ranks of a host share; see `message.Allocate_shared`."""
+        return TracedWindow(message.Allocate_shared(self.comm, nbytes), self.trace)
 
     # Agreement
 
@@ -210,6 +277,27 @@ class TracedComm:
         result = call(*arguments)
         event.end = time.perf_counter()
         return result
+
+
+class TracedWindow:
+    """A window of shared memory whose fences are recorded as waits; nothing is received."""
+
+    def __init__(self, window: Any, trace: Trace) -> None:
+        self.window, self.trace = window, trace
+
+    def Shared_query(self, rank: int) -> Any:
+        """Return the memory of a rank's part, and its unit."""
+        return self.window.Shared_query(rank)
+
+    def Fence(self) -> None:
+        """Wait for the other ranks, and see what they wrote."""
+        start = time.perf_counter()
+        self.window.Fence()
+        self.trace.events.append(Event("wait", "Fence", -1, 0, start, time.perf_counter()))
+
+    def Free(self) -> None:
+        """Free the window."""
+        self.window.Free()
 
 
 class TracedKernel:
@@ -352,11 +440,11 @@ def document(traces: Sequence[Trace]) -> dict[str, Any]:
         for lane in range(lanes):
             note(rank, "thread_name", FIRST_LANE + lane, name="messages" + f" {lane + 1}" * (lane > 0))
     for number, (_, sent, _, arrived) in enumerate(flows(traces)):
-        start, end = places[id(sent)], places[id(arrived)]
+        tail, tip = places[id(sent)], places[id(arrived)]
         common = {"name": sent.name, "cat": "message", "id": number}
-        events.append({"ph": "s", "pid": start["pid"], "tid": start["tid"], "ts": start["ts"], **common})
+        events.append({"ph": "s", "pid": tail["pid"], "tid": tail["tid"], "ts": tail["ts"], **common})
         # Bound to the receive that encloses it: just before its end.
-        place = {"pid": end["pid"], "tid": end["tid"], "ts": end["ts"] + 0.999 * end["dur"]}
+        place = {"pid": tip["pid"], "tid": tip["tid"], "ts": tip["ts"] + 0.999 * tip["dur"]}
         events.append({"ph": "f", "bp": "e", **place, **common})
     return {"displayTimeUnit": "ms", "otherData": {"ranks": len(traces)}, "traceEvents": events}
 

@@ -1,0 +1,204 @@
+"""Double ring attention (LoongTrain, arXiv 2406.18485): fast rings inside the hosts, a slow one between them.
+
+The n ranks form a grid of `outer` rows of `inner` ranks, by default a row for each host. K/V go round the
+row, as in Ring Attention, during a window of `inner` steps. Meanwhile the K/V with which the next window
+begins come from the row before, so that this message has a whole window to travel. With 2 x 3 ranks:
+
+    step            0     1     2  |  3     4     5
+    rank (0, 0)   kv 0  kv 2  kv 1 | kv 3  kv 5  kv 4
+    rank (0, 1)   kv 1  kv 0  kv 2 | kv 4  kv 3  kv 5
+    rank (0, 2)   kv 2  kv 1  kv 0 | kv 5  kv 4  kv 3     kv 3, 4, 5 leave the ranks (1, 0), (1, 1), (1, 2) at step 0
+
+Backward, K/V go the same ways again. Behind them, one step later, go the partial dK/dV of a window, to which
+each rank of the row adds; the last one that adds sends them home, and that message too has a window to travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import grid
+from ..arrays import Parcel, Spec
+from ..message import Communicator, Tag, Testall, Waitall, constant
+from ..problem import Problem, windows
+from ..softmax import delta
+from .base import Array, Attention, Options, Saved
+
+if TYPE_CHECKING:
+    from .base import Unpack
+
+Posted = tuple[list[Any], list[tuple[Parcel, Parcel]]]
+"""Requests, and the pairs (sum, share to be added to it) that they bring."""
+
+
+class DoubleRingAttention(Attention):
+    """Double ring: n-1 messages of K/V forward; n-1 of K/V and n-1 of dK/dV backward, most of them inside a row.
+
+    Parameters
+    ----------
+    comm, options
+        See `Attention`.
+    outer : int, optional
+        Rows of the grid; divides the number of ranks. By default each host is a row; where hosts hold
+        unequally many ranks, rows are as long as the greatest common divisor of their numbers.
+
+    Notes
+    -----
+    Rows are filled host by host, wherever mpiexec placed the ranks. One row is Ring Attention, and so are
+    rows of one rank. On both rings a chunk travels as far as its last user.
+    """
+
+    def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
+        super().__init__(comm, **options)
+        self.agree(lambda rows: rows is None or grid.check(comm.Get_size(), rows, None), outer)
+        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+        hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
+        host.Free()
+        self.inner = math.gcd(*map(len, hosts)) if outer is None else len(hosts) // outer
+        self.outer = len(hosts) // self.inner
+        self.order = sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank))
+        self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))
+        self.grid = self.ordered.Create_cart([self.outer, self.inner], periods=[True, True], reorder=False)
+        self.row = self.grid.Sub([False, True])
+        self.col = self.grid.Sub([True, False])
+        self.r, self.c = self.grid.Get_coords(self.grid.Get_rank())
+
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return every number of rows."""
+        return [{"outer": rows} for rows, _ in grid.grids(ranks)]
+
+    def plan(self, problem: Problem) -> None:
+        """Say whose K/V are here at each step of each window, and how far each chunk travels."""
+        at = [self.order[row * self.inner :][: self.inner] for row in range(self.outer)]
+        self.rank = at[self.r][self.c]
+        self.owners = [[at[self.r - w][self.c - step] for step in range(self.inner)] for w in range(self.outer)]
+        self.in_col, self.in_row = windows(problem.needed, at)
+        self.kv = self.slots("kv", [[problem.kv(owner) for owner in owners] for owners in self.owners], far=0)
+
+    def slots(self, name: str, specs: Sequence[Sequence[Sequence[Spec]]], far: int) -> list[list[Parcel]]:
+        """Return parcels for each window and step: two buffers take turns, two others at step `far` of the windows.
+
+        What step `far` leaves there is still on its way to another row while the next steps go on.
+        """
+        fars = self.parcels(f"far {name}", [window[far] for window in specs], buffers=2)
+        rest = [spec for window in specs for step, spec in enumerate(window) if step != far]
+        near = iter(self.parcels(f"near {name}", rest, buffers=2))
+        return [[fars[w] if step == far else next(near) for step in range(self.inner)] for w in range(self.outer)]
+
+    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
+        problem = self.agree_forward(q, k, v)
+        [state] = self.parcels("o", [problem.o(self.rank)])
+        state.fill(0, -math.inf)
+        out, lse = state.arrays
+        self.kv[0][0].pack(k, v)
+        for window, owners in enumerate(self.owners):
+            far = self.pass_down(window)
+            for step, owner in enumerate(owners):
+                near = self.pass_along(window, step)
+                if problem.needed[self.rank, owner]:
+                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                    near_k, near_v = self.kv[window][step].arrays
+                    self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, far + near))
+                Waitall(near)
+            Waitall(far)
+        return self.finish(q, k, v, out, lse)
+
+    def pass_down(self, window: int) -> list[Any]:
+        """Post the messages that bring the K/V with which the next window begins, and pass this one's on."""
+        source, dest = self.col.Shift(0, 1)
+        requests = []
+        if window + 1 < self.outer and window < self.in_col[self.owners[window + 1][0]].last:
+            requests.append(self.col.Irecv(self.kv[window + 1][0].message, source, Tag.KV))
+        if window < self.in_col[self.owners[window][0]].last:
+            requests.append(self.col.Isend(self.kv[window][0].message, dest, Tag.KV))
+        return requests
+
+    def pass_along(self, window: int, step: int) -> list[Any]:
+        """Post the messages that bring the K/V of the window's next step, and pass this step's on."""
+        source, dest = self.row.Shift(0, 1)
+        ways, owners, slots = self.in_row[window], self.owners[window], self.kv[window]
+        requests = []
+        if step + 1 < self.inner and step < ways[owners[step + 1]].last:
+            requests.append(self.row.Irecv(slots[step + 1].message, source, Tag.KV))
+        if step < ways[owners[step]].last:
+            requests.append(self.row.Isend(slots[step].message, dest, Tag.KV))
+        return requests
+
+    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
+        problem = self.agree_backward(d_out, saved)
+        rows = saved.lse, delta(d_out, saved.out)
+        d_q = self.xp.zeros(saved.q.shape, problem.wide)
+        specs = [[problem.d_kv(owner) for owner in owners] for owners in self.owners]
+        [own], self.home = self.parcels("own d_kv", specs[0][:1]), self.parcels("home d_kv", specs[0][:1] * 2)
+        self.shares = self.parcels("arriving d_kv", [spec for window in specs for spec in window], buffers=1)
+        self.sums = self.slots("d_kv", specs, far=self.inner - 1)
+        self.sums[0][0] = own
+        self.kv[0][0].pack(saved.k, saved.v)
+        far: list[Any] = []
+        returned: list[tuple[Parcel, Parcel]] = []
+        for window, owners in enumerate(self.owners):
+            far += self.pass_down(window)
+            for step, owner in enumerate(owners):
+                near, arrived = self.pass_sums(window, step)
+                near += self.pass_along(window, step)
+                self.sums[window][step].fill(0, 0)
+                if problem.needed[self.rank, owner]:
+                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
+                    (k, v), (d_k, d_v) = self.kv[window][step].arrays, self.sums[window][step].arrays
+                    gradients, progress = (d_q, d_k, d_v), partial(Testall, far + near)
+                    self.kernel.backward(saved.q, k, v, d_out, *rows, *where, *gradients, progress)
+                Waitall(near)
+                add(arrived)
+            Waitall(far)
+            add(returned)
+            far, returned = self.send_home(window, self.inner - 1)
+        Waitall(far)
+        add(returned)
+        d_k, d_v = own.arrays
+        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+
+    def pass_sums(self, window: int, step: int) -> Posted:
+        """Post the sums that follow K/V: those for this step's K/V arrive, those of the step before move on."""
+        if step == 0:
+            return [], []
+        source, dest = self.row.Shift(0, 1)
+        ways, owners, sums = self.in_row[window], self.owners[window], self.sums[window]
+        requests, arrived = self.send_home(window, step - 1)
+        if ways[owners[step]].first < step <= ways[owners[step]].last:
+            arriving = self.shares[window * self.inner + step]
+            requests.append(self.row.Irecv(arriving.message, source, Tag.D_KV))
+            arrived.append((sums[step], arriving))
+        if ways[owners[step - 1]].first < step <= ways[owners[step - 1]].last:
+            requests.append(self.row.Isend(sums[step - 1].message, dest, Tag.D_KV))
+        return requests, arrived
+
+    def send_home(self, window: int, step: int) -> Posted:
+        """Post the sums that were complete at that step: one goes home, the share of the own one arrives."""
+        ways, owner = self.in_row[window], self.owners[window][step]
+        requests, arrived = [], []
+        if ways[self.rank].first <= ways[self.rank].last == step:
+            source = self.grid.Get_cart_rank([self.r + window, self.c + step])
+            share = self.home[window % 2]
+            requests.append(self.grid.Irecv(share.message, source, Tag.D_KV))
+            arrived.append((self.sums[0][0], share))
+        if ways[owner].first <= ways[owner].last == step:
+            dest = self.grid.Get_cart_rank([self.r - window, self.c - step])
+            requests.append(self.grid.Isend(self.sums[window][step].message, dest, Tag.D_KV))
+        return requests, arrived
+
+    def free(self) -> None:
+        """Free the communicators of the grid, its row and its column."""
+        for comm in (self.row, self.col, self.grid, self.ordered):
+            comm.Free()
+
+
+def add(arrived: Sequence[tuple[Parcel, Parcel]]) -> None:
+    """Add the shares that have arrived to their sums."""
+    for total, share in arrived:
+        total.add(share)
