@@ -292,6 +292,7 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
     ----------
     table : for each rank, (shape, dtype) of q, k and v
     """
+    spread, axis = ("heads", 1) if layout_name == layouts.EVERYWHERE else ("tokens", 2)
     for rank, row in enumerate(table):
         for name, spec in zip("qkv", row, strict=True):
             if spec is None or len(spec[0]) != 4 or spec[1] not in arrays.FLOATS:
@@ -301,10 +302,10 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
                 )
     for rank, row in enumerate(table):
         for name, spec, first in zip("qkv", row, table[0], strict=True):
-            if _without_tokens(spec) != _without_tokens(first):
+            if _without(axis, spec) != _without(axis, first):
                 raise InputError(
                     f"{name} on rank {rank} is {_show(spec)}, on rank 0 {_show(first)}: "
-                    "only the number of tokens may differ between ranks"
+                    f"only the number of {spread} may differ between ranks"
                 )
         (q, q_dtype), (k, k_dtype), (v, v_dtype) = (spec for spec in row if spec is not None)
         where = f"on rank {rank}, q is {_show(row[0])}, k {_show(row[1])}, v {_show(row[2])}: "
@@ -316,32 +317,37 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
             raise InputError(where + "k and v must have the same heads and tokens")
         if q[3] != k[3] or q[3] < 1 or v[3] < 1:
             raise InputError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
-        if k[1] < 1 or q[1] % k[1]:
+        none = axis == 1 and q[1] == k[1] == 0
+        if not none and (k[1] < 1 or q[1] % k[1]):
             legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
             raise InputError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
-    (q, dtype), (k, _), (v, _) = (spec for spec in table[0] if spec is not None)
-    tokens = {name: [row[index][0][2] for row in table] for index, name in enumerate("qk")}  # type: ignore[index]
-    totals = {name: sum(counts) for name, counts in tokens.items()}
-    problem = Problem(
-        len(table), q[0], q[1], k[1], q[3], v[3], totals["q"], totals["k"], np.dtype(dtype), layout_name, mask
+    shapes = [[spec[0] for spec in row if spec is not None] for row in table]
+    batch, heads, q_tokens, head_dim = (
+        sum(q[i] for q, _, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][0])
     )
-    for name, positions in (("q", problem.q_positions), ("k", problem.kv_positions)):
-        for rank, count in enumerate(tokens[name]):
-            if count != len(positions[rank]):
+    _, kv_heads, kv_tokens, _ = (
+        sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
+    )
+    sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
+    problem = Problem(len(table), *sizes, np.dtype(q_dtype), layout_name, mask)
+    both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
+    for index, (name, tokens, positions) in enumerate(both):
+        for rank, row_shapes in enumerate(shapes):
+            if (count := row_shapes[index][2]) != len(positions[rank]):
                 raise InputError(
-                    f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {totals[name]} tokens "
+                    f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {tokens} tokens "
                     f"over {len(table)} ranks gives it {len(positions[rank])}: cut with "
-                    f"positions({totals[name]}) or scatter()"
+                    f"positions({tokens}) or scatter()"
                 )
     try:
-        mask.check(totals["q"], totals["k"])
+        mask.check(q_tokens, kv_tokens)
     except ValueError as error:
         raise InputError(str(error)) from None
     return problem
 
 
-def _without_tokens(spec: arrays.Spec | None) -> Any:
-    return spec and (spec[0][:2], spec[0][3:], spec[1])
+def _without(axis: int, spec: arrays.Spec | None) -> Any:
+    return spec and (spec[0][:axis], spec[0][axis + 1 :], spec[1])
 
 
 def _show(spec: arrays.Spec | None) -> str:
