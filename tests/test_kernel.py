@@ -220,6 +220,7 @@ def test_fully_masked_rows(dtype: Any, factor: float) -> None:
 def test_row_without_keys_has_no_gradient() -> None:
     """lse = -inf gives zero gradients, whatever the mask says of this block."""
     q, k, v, d_out = inputs(40)
+    q *= 1e3  # exp2 of its scores would overflow
     positions = np.arange(40)
     d_q, d_k, d_v = (np.zeros_like(x) for x in (q, k, v))
     lse, delta = np.full(q.shape[:3], -np.inf), np.ones(q.shape[:3])
@@ -281,6 +282,14 @@ def test_shift_follows_the_row(offset: float) -> None:
     q[0, 0, :, 1] = np.linspace(-1, 1, 20)
     expected = reference(q, k, v, d_out, np.ones((20, tokens), bool), 1.0)
     compare(chunked(q, k, v, d_out, Full(), (whole(20), whole(tokens)), 1.0), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_weights_are_never_denormal(dtype: Any) -> None:
+    """They would cost a matrix product 100 times its time."""
+    score = np.linspace(-2e4, 0, 100, dtype=dtype)[None]
+    NumpyKernel(Full())._exp2(score, None)
+    assert score.min() > 1e5 * np.finfo(dtype).tiny
 
 
 def test_merges_into_what_is_there() -> None:

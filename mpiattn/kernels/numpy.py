@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.mask import Mask, Positions
-from mpiattn.softmax import accumulator, merge
+from ..mask import Mask, Positions
+from ..softmax import accumulator, merge
 
 Array = NDArray[Any]
 Progress = Callable[[], object]
