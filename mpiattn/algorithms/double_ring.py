@@ -24,8 +24,7 @@ from .. import grid
 from ..arrays import Parcel, Spec
 from ..message import Communicator, Tag, Testall, Waitall, constant
 from ..problem import Problem, windows
-from ..softmax import delta
-from .base import Array, Attention, Options, Saved
+from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -89,9 +88,8 @@ class DoubleRingAttention(Attention):
         near = iter(self.parcels(f"near {name}", rest, buffers=2))
         return [[fars[w] if step == far else next(near) for step in range(self.inner)] for w in range(self.outer)]
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
-        """Attend to one owner's K/V a step. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attend to one owner's K/V a step."""
         [state] = self.parcels("o", [problem.o(self.rank)])
         state.fill(0, -math.inf)
         out, lse = state.arrays
@@ -106,7 +104,7 @@ class DoubleRingAttention(Attention):
                     self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, far + near))
                 Waitall(near)
             Waitall(far)
-        return self.finish(q, k, v, out, lse)
+        return out, lse
 
     def pass_down(self, window: int) -> list[Any]:
         """Post the messages that bring the K/V with which the next window begins, and pass this one's on."""
@@ -129,17 +127,17 @@ class DoubleRingAttention(Attention):
             requests.append(self.row.Isend(slots[step].message, dest, Tag.KV))
         return requests
 
-    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """Add to one owner's dK/dV a step. Shapes, dtypes, errors: see `Attention.backward`."""
-        problem = self.agree_backward(d_out, saved)
-        rows = saved.lse, delta(d_out, saved.out)
-        d_q = self.xp.zeros(saved.q.shape, problem.wide)
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Add to one owner's dK/dV a step."""
+        d_q = self.xp.zeros(q.shape, problem.wide)
         specs = [[problem.d_kv(owner) for owner in owners] for owners in self.owners]
         [own], self.home = self.parcels("own d_kv", specs[0][:1]), self.parcels("home d_kv", specs[0][:1] * 2)
         self.shares = self.parcels("arriving d_kv", [spec for window in specs for spec in window], buffers=1)
         self.sums = self.slots("d_kv", specs, far=self.inner - 1)
         self.sums[0][0] = own
-        self.kv[0][0].pack(saved.k, saved.v)
+        self.kv[0][0].pack(k, v)
         far: list[Any] = []
         returned: list[tuple[Parcel, Parcel]] = []
         for window, owners in enumerate(self.owners):
@@ -150,9 +148,9 @@ class DoubleRingAttention(Attention):
                 self.sums[window][step].fill(0, 0)
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    (k, v), (d_k, d_v) = self.kv[window][step].arrays, self.sums[window][step].arrays
-                    gradients, progress = (d_q, d_k, d_v), partial(Testall, far + near)
-                    self.kernel.backward(saved.q, k, v, d_out, *rows, *where, *gradients, progress)
+                    (near_k, near_v), (d_k, d_v) = self.kv[window][step].arrays, self.sums[window][step].arrays
+                    rows, totals, progress = (d_out, lse, row_delta), (d_q, d_k, d_v), partial(Testall, far + near)
+                    self.kernel.backward(q, near_k, near_v, *rows, *where, *totals, progress)
                 Waitall(near)
                 add(arrived)
             Waitall(far)
@@ -161,7 +159,7 @@ class DoubleRingAttention(Attention):
         Waitall(far)
         add(returned)
         d_k, d_v = own.arrays
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return d_q, d_k, d_v
 
     def pass_sums(self, window: int, step: int) -> Posted:
         """Post the sums that follow K/V: those for this step's K/V arrive, those of the step before move on."""
