@@ -6,24 +6,19 @@ layout, mask, scale, it returns an object with forward, backward, owned, and is 
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from . import arrays, costs, oracle
-from .algorithms import ALGORITHMS
 from .layout import LAYOUTS
 from .mask import parse
-from .message import Communicator, InputError
+from .message import Communicator
 from .oracle import Array
-from .progress import bar
 from .trace import TracedComm
 
 Factory = Callable[..., Any]
@@ -58,25 +53,44 @@ class Case:
         return {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
 
 
-def cases() -> Iterator[Case]:
-    """Yield the matrix: layouts x masks, then what else can differ, under a causal and a full mask."""
-    masks = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
-    for layout, mask in itertools.product(LAYOUTS, masks):
-        yield Case(layout=layout, mask=mask)
-    for layout, mask in (("zigzag", "causal"), ("contiguous", "full"), ("striped", "causal")):
-        both = functools.partial(Case, layout=layout, mask=mask)
-        yield both(tokens=64)  # even
-        yield both(tokens=5)  # fewer tokens than ranks
-        yield both(tokens=1)
-        yield both(tokens=0)
-        yield both(heads=6, kv_heads=6, batch=2)
-        yield both(heads=6, kv_heads=1)
-        yield both(heads=3, kv_heads=3, head_dim=5, v_head_dim=11)
-        yield both(scale=0.5, peak=1e4)
-        for dtype in ("float32", "float16", "bfloat16"):
-            yield both(dtype=dtype, head_dim=16, v_head_dim=16, batch=2)
-    yield Case(mask="full", layout="contiguous", kv_tokens=50)
-    yield Case(mask="full", layout="striped", kv_tokens=3, dtype="float32")
+MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
+
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"tokens": 64},  # even
+    {"tokens": 5},  # fewer tokens than ranks
+    {"tokens": 1},
+    {"tokens": 0},
+    {"heads": 6, "kv_heads": 6, "batch": 2},
+    {"heads": 6, "kv_heads": 1},
+    {"heads": 3, "kv_heads": 3, "head_dim": 5, "v_head_dim": 11},
+    {"scale": 4.0, "peak": 1e4},
+    {"dtype": "float32", "head_dim": 16, "v_head_dim": 16, "batch": 2},
+    {"dtype": "float16"},
+    {"dtype": "bfloat16"},
+)
+
+
+def fast() -> list[Case]:
+    """Return a part of the matrix in which every layout, mask and shape occurs."""
+    layouts = itertools.cycle(LAYOUTS)
+    return [
+        *(Case(layout=next(layouts), mask=mask) for mask in MASKS),
+        *(Case(layout=next(layouts), mask=MASKS[number % 3], **shape) for number, shape in enumerate(SHAPES)),
+        Case(layout="contiguous", mask="full", kv_tokens=50),
+        Case(layout="striped", mask="full", kv_tokens=3, dtype="float32"),
+    ]
+
+
+def matrix() -> list[Case]:
+    """Return the whole matrix: layouts x masks, and each shape on them that fits."""
+    plain = [Case(layout=layout, mask=mask) for layout, mask in itertools.product(LAYOUTS, MASKS)]
+    shaped = [
+        Case(layout=layout, mask=mask, **shape) for layout, mask, shape in itertools.product(LAYOUTS, MASKS[:4], SHAPES)
+    ]
+    crossed = [
+        Case(layout=layout, mask="full", kv_tokens=tokens) for layout, tokens in itertools.product(LAYOUTS, (0, 3, 50))
+    ]
+    return plain + shaped + crossed
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,7 +149,10 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
             wrong += compare(name, result, reference, right[name], given["q"].dtype.name)
         if traffic is not None:
             expected = traffic(attention.problem, comm.Get_rank())
-            for name, seen, formula in (("forward", forward, expected.forward), ("backward", backward, expected.backward)):
+            for name, seen, formula in (
+                ("forward", forward, expected.forward),
+                ("backward", backward, expected.backward),
+            ):
                 if seen != (formula.messages, formula.nbytes):
                     wrong.append(f"{name} received {seen[0]} messages of {seen[1]} bytes, the formula says {formula}")
     reports = [f"rank {rank}: {'; '.join(text)}" for rank, text in enumerate(comm.allgather(wrong)) if text]

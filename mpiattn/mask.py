@@ -8,7 +8,6 @@ construction. lo and hi never decrease with p.
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -20,14 +19,6 @@ from numpy.typing import NDArray
 Positions = NDArray[np.int64]
 
 END = np.iinfo(np.int64).max
-
-
-class Block(enum.Enum):
-    """What a mask leaves of a block of queries against keys."""
-
-    EMPTY = "empty"
-    PARTIAL = "partial"
-    FULL = "full"
 
 
 class Mask:
@@ -177,14 +168,6 @@ def pairs(mask: Mask, queries: Positions, keys: Positions) -> int:
     lo, hi = mask.bounds(queries)
     counts = np.searchsorted(keys, hi) - np.searchsorted(keys, lo)
     return int(np.maximum(counts, 0).sum())
-
-
-def classify(mask: Mask, queries: Positions, keys: Positions) -> Block:
-    """Say whether the mask leaves nothing, a part or the whole of a block."""
-    count = pairs(mask, queries, keys)
-    if count == 0:
-        return Block.EMPTY
-    return Block.FULL if count == len(queries) * len(keys) else Block.PARTIAL
 
 
 def counts(mask: Mask, queries: Sequence[Positions], keys: Sequence[Positions]) -> NDArray[np.int64]:

@@ -1,0 +1,142 @@
+"""Bad input: every rank raises the same error before the first message, and the communicator stays usable."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpiattn
+from mpiattn.message import InputError
+from mpiattn.trace import TracedComm
+
+
+def zeros(rank: int, size: int, tokens: int = 6, heads: int = 4, dim: int = 8, dtype: Any = np.float32) -> Any:
+    """This rank's share of a contiguous sequence of tokens * size."""
+    return np.zeros((1, heads, tokens, dim), dtype)
+
+
+def refused(comm, build: Callable[[Any], Any], act: Callable[[Any], Any] = lambda attention: None) -> str:
+    """Return the one message with which all ranks refuse, having sent nothing."""
+    traced = TracedComm(comm)
+    with pytest.raises(InputError) as caught:
+        attention = build(traced)
+        act(attention)
+    texts = comm.allgather(str(caught.value))
+    assert set(texts) == {texts[0]}
+    assert not [event for event in traced.trace.events if event.kind in ("send", "receive")]
+    return texts[0]
+
+
+def ring(comm) -> Any:
+    return mpiattn.RingAttention(comm, layout="contiguous")
+
+
+ARRAYS = {
+    "heads no multiple of kv heads": (
+        lambda r, n: (zeros(r, n, heads=4), zeros(r, n, heads=3), zeros(r, n, heads=3)),
+        r"the 4 heads of q need k and v with one of \[1, 2, 4\] heads",
+    ),
+    "k and v differ": (lambda r, n: (zeros(r, n), zeros(r, n), zeros(r, n, tokens=5)), "same heads and tokens"),
+    "head_dim differs": (lambda r, n: (zeros(r, n), zeros(r, n, dim=9), zeros(r, n)), "same head_dim"),
+    "dtypes differ": (lambda r, n: (zeros(r, n), zeros(r, n, dtype=np.float64), zeros(r, n)), "one dtype"),
+    "integers": (lambda r, n: (zeros(r, n, dtype=np.int64),) * 3, "q on rank 0 is int64 .* must be an array of 4 axes"),
+    "three axes": (lambda r, n: (zeros(r, n)[0],) * 3, "must be an array of 4 axes"),
+    "no array": (lambda r, n: ("q", "k", "v"), "no array that can be sent"),
+    "batch differs": (lambda r, n: (zeros(r, n), *[np.concatenate([zeros(r, n)] * 2)] * 2), "one batch size"),
+}
+
+ON_ONE_RANK = {
+    "heads on one rank": (lambda r, n: (zeros(r, n, heads=4 + 4 * (r == n - 1)),) * 3, "only the number of tokens"),
+    "dtype on one rank": (lambda r, n: (zeros(r, n, dtype="f8" if r == 1 else "f4"),) * 3, "on rank 1 is float64"),
+    "tokens on one rank": (lambda r, n: (zeros(r, n, tokens=6 + 3 * (r == 1)),) * 3, "cut with positions"),
+    "no array on one rank": (lambda r, n: (None if r == 1 else zeros(r, n),) * 3, "q on rank 1 is no array"),
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays(comm, case: str) -> None:
+    make, message = ARRAYS[case]
+    arrays = make(comm.Get_rank(), comm.Get_size())
+    assert_matches(refused(comm, ring, lambda attention: attention.forward(*arrays)), message)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("case", ON_ONE_RANK)
+def test_arrays_on_one_rank(comm, case: str) -> None:
+    make, message = ON_ONE_RANK[case]
+    arrays = make(comm.Get_rank(), comm.Get_size())
+    assert_matches(refused(comm, ring, lambda attention: attention.forward(*arrays)), message)
+
+
+@pytest.mark.mpi
+def test_gradient_of_another_shape(comm) -> None:
+    def act(attention: Any) -> None:
+        q = zeros(comm.Get_rank(), comm.Get_size())
+        _, saved = attention.forward(q, q, q)
+        attention.comm.trace.clear()
+        wrong = q[:, :, :5] if comm.Get_rank() == comm.Get_size() - 1 else q
+        attention.backward(wrong, saved)
+
+    assert "d_out on rank" in refused(comm, ring, act)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda comm: mpiattn.RingAttention(comm, layout="spiral"), "unknown layout 'spiral': choose from contiguous"),
+        (
+            lambda comm: mpiattn.MeshAttention(comm, rows=7, cols=11),
+            "a grid of 7x11 does not hold . ranks: choose from 1x",
+        ),
+        (lambda comm: mpiattn.MeshAttention(comm, rows=77), "does not hold"),
+    ],
+)
+def test_arguments(comm, build: Callable[[Any], Any], message: str) -> None:
+    assert_matches(refused(comm, build), message)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda comm: mpiattn.RingAttention(comm, mask=mpiattn.Causal() if comm.Get_rank() else mpiattn.Full()),
+        lambda comm: mpiattn.RingAttention(comm, layout="zigzag" if comm.Get_rank() else "striped"),
+        lambda comm: mpiattn.RingAttention(comm, scale=float(comm.Get_rank())),
+        lambda comm: (mpiattn.RingAttention if comm.Get_rank() else mpiattn.MeshAttention)(comm),
+        lambda comm: mpiattn.MeshAttention(comm, **({"rows": 1} if comm.Get_rank() else {"rows": comm.Get_size()})),
+    ],
+    ids=["mask", "layout", "scale", "algorithm", "grid"],
+)
+def test_arguments_that_differ_between_ranks(comm, build: Callable[[Any], Any]) -> None:
+    assert "was given" in refused(comm, build)
+
+
+@pytest.mark.mpi
+def test_documents_of_another_length(comm) -> None:
+    q = zeros(comm.Get_rank(), comm.Get_size())
+    mask = mpiattn.Documents([5])
+    message = refused(
+        comm, lambda c: mpiattn.RingAttention(c, layout="contiguous", mask=mask), lambda a: a.forward(q, q, q)
+    )
+    assert "the documents hold 5 tokens" in message
+
+
+@pytest.mark.mpi
+def test_nan_in_gives_nan_out(comm) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 2, 20, 4))
+    q[0, 1, 7, 2] = np.nan
+    for algorithm in (mpiattn.RingAttention, mpiattn.MeshAttention, mpiattn.DenseAttention):
+        with algorithm(comm, mask=mpiattn.Causal()) as attention:
+            mine = attention.positions(20)
+            out, _ = attention.forward(q[:, :, mine], k[:, :, mine], v[:, :, mine])
+            assert np.isnan(out[0, 1, mine == 7]).all()
+            assert np.isfinite(out[0, 0]).all() and np.isfinite(out[0, 1, mine != 7]).all()
+
+
+def assert_matches(text: str, pattern: str) -> None:
+    assert re.search(pattern, text), text

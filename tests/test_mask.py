@@ -1,0 +1,68 @@
+"""Masks: the interval of keys against the definition of each mask, pair by pair."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpiattn.mask import (
+    Causal,
+    Documents,
+    Full,
+    Mask,
+    SlidingWindow,
+    allowed,
+    counts,
+    pairs,
+    parse,
+)
+
+LENGTHS = (7, 0, 20, 3)
+TOKENS = sum(LENGTHS)
+DOCUMENT = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+
+DEFINITIONS = [
+    (Full(), lambda q, k: True),
+    (Causal(), lambda q, k: k <= q),
+    (SlidingWindow(4), lambda q, k: q - 4 <= k <= q),
+    (SlidingWindow(3, 5), lambda q, k: q - 3 <= k <= q + 5),
+    (Documents(LENGTHS), lambda q, k: DOCUMENT[q] == DOCUMENT[k]),
+    (Documents(LENGTHS) & Causal(), lambda q, k: DOCUMENT[q] == DOCUMENT[k] and k <= q),
+    (Documents(LENGTHS) & SlidingWindow(2, 1), lambda q, k: DOCUMENT[q] == DOCUMENT[k] and q - 2 <= k <= q + 1),
+]
+
+
+@pytest.mark.parametrize(("mask", "definition"), DEFINITIONS, ids=[str(mask) for mask, _ in DEFINITIONS])
+def test_masks_mean_what_they_say(mask: Mask, definition) -> None:
+    every = np.arange(TOKENS)
+    expected = np.array([[bool(definition(q, k)) for k in every] for q in every])
+    assert np.array_equal(allowed(mask, every, every), expected)
+    assert parse(str(mask)) == mask
+
+
+positions = st.sets(st.integers(0, TOKENS - 1)).map(lambda chosen: np.array(sorted(chosen), dtype=np.int64))
+
+
+@given(st.sampled_from([mask for mask, _ in DEFINITIONS]), positions, positions, positions)
+def test_pairs_are_counted(mask: Mask, queries, keys, others) -> None:
+    assert pairs(mask, queries, keys) == allowed(mask, queries, keys).sum()
+    table = counts(mask, [queries, others], [keys, others, queries])
+    assert np.array_equal(table, [[pairs(mask, q, k) for k in (keys, others, queries)] for q in (queries, others)])
+
+
+def test_which_masks_are_causal() -> None:
+    assert Causal().causal and SlidingWindow(3).causal and (Documents([4, 4]) & Causal()).causal
+    assert not Full().causal and not SlidingWindow(3, 1).causal
+
+
+@pytest.mark.parametrize("text", ["", "casual", "window", "window=1,2,3", "window=-1", "documents=a"])
+def test_unknown_masks_name_the_choices(text: str) -> None:
+    with pytest.raises(ValueError, match="choose from full, causal, window=LEFT"):
+        parse(text)
+
+
+def test_documents_must_fill_the_sequence() -> None:
+    with pytest.raises(ValueError, match="the documents hold 30 tokens, the sequence has 31"):
+        Documents(LENGTHS).check(31, 31)
+    with pytest.raises(ValueError, match="0 or more"):
+        Documents([3, -1])
