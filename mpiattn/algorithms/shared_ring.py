@@ -76,7 +76,8 @@ class SharedRingAttention(Attention):
         for owner in self.owners:
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                self.kernel.forward(q, *self.kvs[owner].arrays, *where, out, lse)
+                near_k, near_v = self.kvs[owner].arrays
+                self.kernel.forward(q, near_k, near_v, *where, out, lse)
         self.kv.Fence()
         return out, lse
 
@@ -91,8 +92,8 @@ class SharedRingAttention(Attention):
         for owner in self.owners:
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                totals = d_q, *self.d_kvs[owner].arrays
-                self.kernel.backward(q, *self.kvs[owner].arrays, d_out, lse, row_delta, *where, *totals)
+                (near_k, near_v), (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
+                self.kernel.backward(q, near_k, near_v, d_out, lse, row_delta, *where, d_q, d_k, d_v)
             self.d_kv.Fence()
         d_k, d_v = self.d_kvs[self.rank].arrays
         return d_q, d_k, d_v
