@@ -79,15 +79,15 @@ def Rows(buffer: NDArray[np.uint8]) -> Any:
     return buffer if buffer.nbytes < 2**31 else [buffer, 1, _rows(buffer.nbytes)]
 
 
-def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int]) -> Any:
-    """Describe a buffer of bytes to a collective: a piece of each rank, of these sizes, one after the other.
+def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int] | None = None) -> Any:
+    """Describe a buffer of bytes to a collective: a piece of each rank, one after the other where not said otherwise.
 
-    As in `Rows`, a larger buffer is counted in a unit that all pieces are multiples of.
+    As in `Rows`, a larger buffer is counted in a unit that all pieces and their starts are multiples of.
     """
     if buffer.nbytes < 2**31:
-        return [buffer, list(sizes)]
-    unit = math.gcd(*sizes)
-    return [buffer, [size // unit for size in sizes], None, _bytes(unit)]
+        return [buffer, list(sizes), starts, None]
+    unit = math.gcd(*sizes, *(starts or ()))
+    return [buffer, [size // unit for size in sizes], starts and [start // unit for start in starts], _bytes(unit)]
 
 
 @functools.cache

@@ -205,14 +205,12 @@ class TracedComm:
     # Collectives: counted as one message for each piece that comes from another rank
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank the pieces of all; recvbuf is [buffer, counts, ...]."""
-        sizes = [count * recvbuf[0].itemsize for count in recvbuf[1]]
-        self._collective(self.comm.Allgatherv, self._from_others(sizes), sendbuf, recvbuf)
+        """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
+        self._collective(self.comm.Allgatherv, self._pieces(recvbuf), sendbuf, recvbuf)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give each rank its piece of every other's; recvbuf is [buffer, counts, ...]."""
-        sizes = [count * recvbuf[0].itemsize for count in recvbuf[1]]
-        self._collective(self.comm.Alltoallv, self._from_others(sizes), sendbuf, recvbuf)
+        """Give each rank its piece of every other's; recvbuf is `message.Pieces`."""
+        self._collective(self.comm.Alltoallv, self._pieces(recvbuf), sendbuf, recvbuf)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, *op: Any) -> None:
         """Combine the buffers of all; counted as round a ring."""
@@ -222,10 +220,8 @@ class TracedComm:
         self._collective(self.comm.Allreduce, pieces, sendbuf, recvbuf, *op)
 
     def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> TracedRequest:
-        """Start to give every rank the pieces of all; recvbuf is [buffer, counts] or [buffer, counts, None, type]."""
-        unit = recvbuf[3].Get_size() if len(recvbuf) > 3 else recvbuf[0].itemsize
-        pieces = self._from_others([count * unit for count in recvbuf[1]])
-        return self._start(self.comm.Iallgatherv, pieces, sendbuf, recvbuf)
+        """Start to give every rank the pieces of all; recvbuf is `message.Pieces`."""
+        return self._start(self.comm.Iallgatherv, self._pieces(recvbuf), sendbuf, recvbuf)
 
     def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int]) -> TracedRequest:
         """Start to add up the buffers of all, and give each rank its piece; counted as a piece from each other."""
@@ -238,6 +234,11 @@ class TracedComm:
         events = [Event("receive", call.__name__, self.ranks[peer], nbytes, start) for peer, nbytes in pieces if nbytes]
         self.trace.events += events
         return TracedRequest(call(*arguments), events, self.trace)
+
+    def _pieces(self, recvbuf: Sequence[Any]) -> list[tuple[int, int]]:
+        buffer, counts, _, datatype = recvbuf
+        unit = datatype.Get_size() if datatype else buffer.itemsize
+        return self._from_others([count * unit for count in counts])
 
     def _from_others(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
         return [(peer, size) for peer, size in enumerate(sizes) if peer != self.Get_rank()]
