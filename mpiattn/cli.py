@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from . import compare, env, run, schedule
+from . import bench, compare, env, run, schedule, trace
 from .message import InputError
 
 USAGE_ERROR = 2
@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
         ("compare", compare, "run algorithms side by side on the same input and check them"),
         ("run", run, "run one algorithm on a file and write the output to a file"),
         ("schedule", schedule, "print the order of messages and blocks of a mesh tile"),
+        ("trace", trace, "draw and sum up what --trace wrote"),
+        ("bench", bench, "measure kernels and messages"),
         ("env", env, "show which MPI, BLAS, threads, host and cores each rank got"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__)
@@ -75,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv, comm)
         if isinstance(args, int):
             return args
-        if args.command == "schedule":
-            return schedule.main(args) if comm is None or comm.Get_rank() == 0 else 0
+        if args.command in ("schedule", "trace"):  # no MPI in them
+            return int(args.main(args)) if comm is None or comm.Get_rank() == 0 else 0
         if comm is None:
             print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
             return 1
