@@ -1,0 +1,46 @@
+"""The kernel for arrays without data: it moves the clock by the time that the block takes on the machine."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from mpiattn.mask import Mask, Positions, pairs
+from mpiattn.problem import Problem
+from mpiattn.virtual import current
+
+
+class VirtualKernel:
+    """Attention of one rank's block in virtual time; parameters and methods as those of `NumpyKernel`."""
+
+    def __init__(self, mask: Mask, scale: float | None = None, problem: Problem | None = None) -> None:
+        self.mask = mask
+        self.problem = problem  # keeps the positions alive, and with them the meaning of their ids
+        self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, [])
+
+    def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
+        """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
+        self._spend(2 * (q.shape[3] + v.shape[3]), q, q_positions, k_positions, False)
+
+    def backward(
+        self, q: Any, k: Any, v: Any, d_out: Any, lse: Any, delta: Any, q_positions: Positions, k_positions: Positions,
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        """Spend the time of five: the scores again, dP, dV, dQ, dK."""
+        self._spend(2 * (3 * q.shape[3] + 2 * v.shape[3]), q, q_positions, k_positions, True)
+
+    def _spend(self, work: int, q: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
+        i, j = self.queries.get(id(q_positions)), self.keys.get(id(k_positions))
+        # A chunk of two ranks' tokens, or a part of one's, is none of the problem's.
+        count = pairs(self.mask, q_positions, k_positions) if i is None or j is None else self.counts[i][j]
+        rank, shape = current(), q.shape
+        machine, tokens = rank.cluster.machine, math.sqrt(len(q_positions) * len(k_positions))
+        rank.compute(machine.seconds(q.dtype.name, shape[0] * shape[1] * count * work, tokens, backward))
+
+
+@functools.lru_cache(maxsize=4)
+def _blocks(problem: Problem) -> tuple[dict[int, int], dict[int, int], list[list[int]]]:
+    """Return the chunks' numbers by the identity of their positions, and how many pairs each block has."""
+    places = [{id(chunk): rank for rank, chunk in enumerate(p)} for p in (problem.q_positions, problem.kv_positions)]
+    return places[0], places[1], problem.pairs.tolist()

@@ -1,0 +1,742 @@
+"""The virtual cluster: the algorithms' own text on up to a thousand ranks of one process, in virtual time.
+
+Each rank is a greenlet with a clock. It runs until it has to wait; the messages that it posts on its way
+become events at the time on its clock, and the earliest event is always next, so that the outcome is the
+same in every run. A message takes the ports of its two ranks (or their nodes' network cards) in the order
+in which messages become ready, and as long as the machine description says.
+
+The namespace of arrays without data is this module: they have a shape and a dtype, and each function that
+would touch memory moves the clock of the rank that calls it instead. Arrays with data work as well, and give
+the same bits as under MPI; only messages and collectives then take virtual time.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import EllipsisType, ModuleType
+from typing import Any, NamedTuple
+
+import greenlet
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .machine import LEVELS, Machine
+
+Index = Any
+
+_running: list[Rank] = []
+"""The rank that runs now, last; empty outside of a virtual cluster."""
+
+
+class Rank:
+    """One virtual process: a clock in seconds, its ports, and what it holds of memory."""
+
+    __slots__ = ("clock", "cluster", "computed", "greenlet", "held", "latest", "missing", "number", "peak", "pending", "waiting")
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.cluster, self.number = cluster, number
+        self.clock = self.latest = self.computed = self.waiting = 0.0
+        self.missing = self.held = self.peak = 0
+        self.pending: list[tuple[Request, tuple[int, int, int, int]]] = []
+        self.greenlet: Any = None
+
+    def compute(self, seconds: float) -> None:
+        """Spend time at work."""
+        self.clock += seconds
+        self.computed += seconds
+
+    def touch(self, nbytes: float) -> None:
+        """Spend the time that memory takes to move so many bytes."""
+        self.clock += nbytes / self.cluster.machine.memory_bandwidth
+
+    def allocate(self, nbytes: int) -> None:
+        """Count memory that this rank holds."""
+        self.held += nbytes
+        if self.held > self.peak:
+            self.peak = self.held
+
+
+def current() -> Rank:
+    """Return the rank whose text is running."""
+    if not _running:
+        raise RuntimeError("arrays without data live on a virtual cluster: call this from a function given to run()")
+    return _running[-1]
+
+
+# Arrays without data
+
+
+class Storage:
+    """Memory that a rank holds for as long as an array uses it."""
+
+    __slots__ = ("nbytes", "rank")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.rank = nbytes, current()
+        self.rank.allocate(nbytes)
+
+    def __del__(self) -> None:
+        self.rank.held -= self.nbytes
+
+
+class VirtualArray:
+    """Shape and dtype of an array, and the storage it keeps alive."""
+
+    __slots__ = ("dtype", "nbytes", "shape", "storage")
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: Storage) -> None:
+        self.shape, self.dtype, self.storage = shape, dtype, storage
+        self.nbytes = math.prod(shape) * dtype.itemsize
+
+    def __array_namespace__(self, api_version: str | None = None) -> ModuleType:
+        return sys.modules[__name__]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Index) -> VirtualArray:
+        shape, copied = _indexed(self.shape, index)
+        if not copied:
+            return VirtualArray(shape, self.dtype, self.storage)
+        result = empty(shape, self.dtype)
+        current().touch(2 * result.nbytes)
+        return result
+
+    def __setitem__(self, index: Index, value: Any) -> None:
+        shape, _ = _indexed(self.shape, index)
+        current().touch(2 * math.prod(shape) * self.dtype.itemsize)
+
+    def view(self, dtype: DTypeLike) -> VirtualArray:
+        """Return the same memory as another dtype, along the last axis."""
+        kind = np.dtype(dtype)
+        last = self.shape[-1] * self.dtype.itemsize // kind.itemsize
+        return VirtualArray((*self.shape[:-1], last), kind, self.storage)
+
+    def reshape(self, *shape: Any) -> VirtualArray:
+        """Return the same memory in another shape."""
+        lengths = tuple(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        if -1 in lengths:
+            rest = math.prod(length for length in lengths if length != -1)
+            lengths = tuple(self.size // rest if length == -1 else length for length in lengths)
+        if math.prod(lengths) != self.size:
+            raise ValueError(f"cannot reshape {self.shape} into {lengths}")
+        return VirtualArray(lengths, self.dtype, self.storage)
+
+    def transpose(self, *axes: Any) -> VirtualArray:
+        """Return the same memory with its axes in another order."""
+        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
+        return VirtualArray(tuple(self.shape[axis] for axis in order or range(self.ndim)[::-1]), self.dtype, self.storage)
+
+    def astype(self, dtype: DTypeLike, copy: bool = True) -> VirtualArray:
+        """Return a copy in another dtype."""
+        if not copy and np.dtype(dtype) == self.dtype:
+            return self
+        result = empty(self.shape, dtype)
+        current().touch(self.nbytes + result.nbytes)
+        return result
+
+    def copy(self) -> VirtualArray:
+        """Return a copy."""
+        return self.astype(self.dtype)
+
+    def fill(self, value: float) -> None:
+        """Write every element."""
+        current().touch(self.nbytes)
+
+    def all(self) -> bool:
+        """Say true: an array without data is in whatever state costs least to ask for."""
+        return True
+
+    def _update(self, other: Any) -> VirtualArray:
+        current().touch(2 * self.nbytes + getattr(other, "nbytes", 0))
+        return self
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _update
+
+    def _combine(self, other: Any) -> VirtualArray:
+        result = empty(np.broadcast_shapes(self.shape, getattr(other, "shape", ())), self.dtype)
+        current().touch(self.nbytes + getattr(other, "nbytes", 0) + result.nbytes)
+        return result
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _combine
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Stand in for the few NumPy functions that the algorithms call on arrays."""
+        own = getattr(sys.modules[__name__], function.__name__, None)
+        return NotImplemented if own is None else own(*args, **kwargs)
+
+
+def _indexed(shape: tuple[int, ...], index: Index) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of array[index], and whether it is a copy (an index array) and no view."""
+    entries = index if isinstance(index, tuple) else (index,)
+    given = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    result: list[int] = []
+    axis, copied = 0, False
+    for entry in entries:
+        if entry is None:
+            result.append(1)
+        elif isinstance(entry, EllipsisType):
+            skip = len(shape) - given
+            result += shape[axis : axis + skip]
+            axis += skip
+        elif isinstance(entry, slice):
+            result.append(len(range(*entry.indices(shape[axis]))))
+            axis += 1
+        elif isinstance(entry, (int, np.integer)):
+            axis += 1
+        else:
+            result.append(int(np.count_nonzero(entry)) if np.asarray(entry).dtype == bool else len(entry))
+            axis, copied = axis + 1, True
+    return (*result, *shape[axis:]), copied
+
+
+def empty(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype."""
+    kind = np.dtype(dtype)
+    lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
+    return VirtualArray(lengths, kind, Storage(math.prod(lengths) * kind.itemsize))
+
+
+def full(shape: Any, value: float, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype; writing it takes time."""
+    result = empty(shape, dtype)
+    result.fill(value)
+    return result
+
+
+def zeros(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype; writing it takes time."""
+    return full(shape, 0, dtype)
+
+
+def ascontiguousarray(array: VirtualArray) -> VirtualArray:
+    """Return the array."""
+    return array
+
+
+def isneginf(array: VirtualArray) -> VirtualArray:
+    """Return an array of booleans."""
+    return empty(array.shape, np.bool_)
+
+
+def concatenate(arrays: Sequence[VirtualArray], axis: int = 0) -> VirtualArray:
+    """Return the arrays one after the other."""
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(array.shape[axis] for array in arrays)
+    result = empty(shape, arrays[0].dtype)
+    current().touch(2 * result.nbytes)
+    return result
+
+
+def einsum(subscripts: str, *operands: VirtualArray) -> VirtualArray:
+    """Return an array of the shape that the subscripts say."""
+    inputs, output = subscripts.split("->")
+    lengths: dict[str, int] = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        named = letters.replace("...", "")
+        lengths.update(zip(named, operand.shape[operand.ndim - len(named) :], strict=True))
+    letters, operand = inputs.split(",")[0], operands[0]
+    batch = operand.shape[: operand.ndim - len(letters) + 3] if "..." in letters else ()
+    result = empty((*batch, *(lengths[letter] for letter in output.replace("...", ""))), operand.dtype)
+    current().touch(sum(array.nbytes for array in operands) + result.nbytes)
+    return result
+
+
+# Messages
+
+
+class Request:
+    """A message that a rank has posted, a send or a receive, or its part in a collective."""
+
+    __slots__ = ("arrived", "buffer", "done", "eager", "nbytes", "other", "peer", "posted", "rank", "sends", "waited")
+
+    def __init__(self, rank: Rank, buffer: Any, nbytes: int, peer: int, sends: bool) -> None:
+        self.rank, self.buffer, self.nbytes, self.peer, self.sends = rank, buffer, nbytes, peer, sends
+        self.posted = rank.clock
+        self.done = math.inf
+        """When it is complete; inf while that isn't known."""
+        self.other: Request | None = None
+        self.eager = self.waited = False
+        self.arrived = math.inf
+
+    @staticmethod
+    def Waitall(requests: Sequence[Request]) -> None:
+        """Wait until every request is complete."""
+        requests[0].rank.cluster.wait(requests[0].rank, requests)
+
+    @staticmethod
+    def Testall(requests: Sequence[Request]) -> bool:
+        """Let messages travel up to now, and say if all requests are complete."""
+        rank = requests[0].rank
+        rank.clock += POLL
+        rank.cluster.pause(rank)
+        return all(request.done <= rank.clock for request in requests)
+
+    def Wait(self) -> None:
+        """Wait until this request is complete."""
+        self.Waitall([self])
+
+    def Test(self) -> bool:
+        """Say if this request is complete."""
+        return self.Testall([self])
+
+    def complete(self, time: float) -> None:
+        """Set when it is complete; the rank that waits for it, and for nothing else, goes on then."""
+        self.done = time
+        if self.waited:
+            rank = self.rank
+            self.waited = False
+            rank.missing -= 1
+            if time > rank.latest:
+                rank.latest = time
+            if not rank.missing:
+                rank.cluster.schedule(rank.latest, rank)
+
+
+POLL = 1e-7
+"""Seconds that a look at the state of messages takes; more than 0, so that polling comes to an end."""
+
+NOBODY = -1
+"""The rank beyond the edge of a grid that does not wrap around: messages to it and from it are done at once."""
+
+Port = list[float]
+"""When a port is free again, one number in a list."""
+
+
+class Cluster:
+    """Virtual ranks, their events in the order of time, and the ports between them.
+
+    Parameters
+    ----------
+    ranks : int
+    machine : Machine
+    """
+
+    def __init__(self, ranks: int, machine: Machine) -> None:
+        if ranks < 1:
+            raise ValueError(f"a cluster has at least one rank, not {ranks}")
+        self.machine = machine
+        self.ranks = [Rank(self, number) for number in range(ranks)]
+        self.events: list[tuple[float, int, Rank | Request]] = []
+        self.posted = 0
+        self.mail: dict[tuple[int, int, int, int], deque[Request]] = {}
+        self.groups: dict[Any, Group] = {}
+        self.ports: dict[Any, Port] = {}
+        self.routes: dict[tuple[int, int], Route] = {}
+        self.failed: BaseException | None = None
+        self.hub: Any = None
+
+    def run(self, function: Callable[[VirtualComm], Any]) -> list[Any]:
+        """Call a function with each rank's communicator, and return what each returned.
+
+        Raises
+        ------
+        Whatever a rank raises first; RuntimeError where ranks wait for messages that nobody sends.
+        """
+        world = self.group(("world", len(self.groups)), range(len(self.ranks)))
+        results: list[Any] = [None] * len(self.ranks)
+
+        def start(rank: Rank) -> None:
+            try:
+                results[rank.number] = function(VirtualComm(world, rank))
+            except greenlet.GreenletExit:
+                pass  # another rank has failed
+            except BaseException as error:  # whoever called run gets it
+                self.failed = error
+
+        self.hub, self.failed = greenlet.getcurrent(), None
+        for rank in self.ranks:
+            rank.greenlet = greenlet.greenlet(functools.partial(start, rank))
+            self.schedule(rank.clock, rank)
+        _running.append(self.ranks[0])
+        try:
+            self._loop()
+        finally:
+            _running.pop()
+            self.events.clear()
+        return results
+
+    def _loop(self) -> None:
+        """Take the earliest event, until none is left."""
+        events = self.events
+        while events:
+            time, _, event = heapq.heappop(events)
+            if isinstance(event, Request):
+                self._transfer(time, event)
+                continue
+            event.clock = time
+            _running[-1] = event
+            event.greenlet.switch()
+            if self.failed is not None:
+                break
+        stuck = [rank for rank in self.ranks if not rank.greenlet.dead]
+        reasons = [self._stuck(rank) for rank in stuck[:4]] if self.failed is None else []
+        for rank in stuck:
+            _running[-1] = rank
+            rank.greenlet.throw(greenlet.GreenletExit)
+        if self.failed is not None:
+            raise self.failed
+        if reasons:
+            raise RuntimeError(f"{len(stuck)} ranks wait for ever: " + "; ".join(reasons))
+        left = [key for key, queue in self.mail.items() if queue]
+        if left:
+            _, source, dest, tag = left[0]
+            raise RuntimeError(f"a message from rank {source} to rank {dest} with tag {tag} has no partner")
+
+    def _stuck(self, rank: Rank) -> str:
+        mine = [key for key, queue in self.mail.items() for request in queue if request.rank is rank]
+        told = [f"{s} -> {d} tag {t}" for _, s, d, t in mine[:2]] or ["a collective that not all have called"]
+        return f"rank {rank.number} for {' and '.join(told)}"
+
+    def schedule(self, time: float, event: Rank | Request) -> None:
+        """Put an event in its place; events at the same time keep the order in which they were posted."""
+        self.posted += 1
+        heapq.heappush(self.events, (time, self.posted, event))
+
+    def pause(self, rank: Rank) -> None:
+        """Let everything happen that comes before this rank's clock."""
+        self._activate(rank)
+        self.schedule(rank.clock, rank)
+        self.hub.switch()
+
+    def wait(self, rank: Rank, requests: Sequence[Request]) -> None:
+        """Move a rank's clock to where all requests are complete."""
+        self._activate(rank)
+        start = latest = rank.clock
+        missing = 0
+        for request in requests:
+            if request.done == math.inf:
+                request.waited = True
+                missing += 1
+            elif request.done > latest:
+                latest = request.done
+        if missing:
+            rank.missing, rank.latest = missing, latest
+            self.hub.switch()
+        else:
+            rank.clock = latest
+        rank.waiting += rank.clock - start
+
+    # From post to completion
+
+    def post(self, request: Request, key: tuple[int, int, int, int]) -> None:
+        """Match a send with its receive; the message is ready when both are there."""
+        if not self.machine.progress:
+            request.rank.pending.append((request, key))
+        else:
+            self._match(request, key)
+
+    def _activate(self, rank: Rank) -> None:
+        """Hand the messages to an MPI library that works only while it is called."""
+        if rank.pending:
+            for request, key in rank.pending:
+                request.posted = rank.clock
+                self._match(request, key)
+            rank.pending.clear()
+
+    def _match(self, request: Request, key: tuple[int, int, int, int]) -> None:
+        if request.sends and request.nbytes < self.machine.eager:
+            request.eager = True
+            request.buffer = request.buffer.copy()
+            request.complete(request.posted)
+            self.schedule(request.posted, request)
+        queue = self.mail.get(key)
+        if queue is None:
+            queue = self.mail[key] = deque()
+        if not queue or queue[0].sends == request.sends:
+            queue.append(request)
+            return
+        other = queue.popleft()
+        send, receive = (request, other) if request.sends else (other, request)
+        send.other = receive
+        if not send.eager:
+            self.schedule(max(send.posted, receive.posted), send)
+        elif send.arrived < math.inf:
+            self._deliver(send, receive)
+
+    def _transfer(self, ready: float, send: Request) -> None:
+        """Take the ports on a message's way, for as long as it takes."""
+        pair = send.rank.number, send.peer
+        route = self.routes.get(pair)
+        if route is None:
+            route = self.routes[pair] = self._route(*pair)
+        start = ready
+        for port, _ in route.ports:
+            if port[0] > start:
+                start = port[0]
+        for port, per_byte in route.ports:
+            port[0] = start + send.nbytes * per_byte
+        end = start + send.nbytes * route.per_byte
+        send.arrived = end + route.latency
+        if send.other is not None:
+            self._deliver(send, send.other)
+        if not send.eager:
+            send.complete(end)
+
+    def _deliver(self, send: Request, receive: Request) -> None:
+        if receive.nbytes < send.nbytes:
+            raise ValueError(
+                f"rank {receive.rank.number} receives {receive.nbytes} bytes from rank {send.rank.number}, "
+                f"which sends {send.nbytes}"
+            )
+        _copy(send.buffer, receive.buffer)
+        receive.complete(max(send.arrived, receive.posted))
+
+    def _route(self, source: int, dest: int) -> Route:
+        """Return the way of messages from one rank to another."""
+        machine = self.machine
+        level = machine.level(source, dest)
+        link = machine.links[level]
+        per_byte = 1 / link.bandwidth
+        ports = []
+        for rank, way in ((source, "out"), (dest, "in")):
+            node, local = divmod(rank, machine.ranks_per_node)
+            way = way if machine.duplex else "both"
+            if link.cards:  # on the rack level, too, messages leave by the node's cards
+                ports.append((self._port("card", way, node, local * link.cards // machine.ranks_per_node), per_byte))
+            else:
+                ports.append((self._port(level in LEVELS[:2], way, rank), per_byte))
+            if math.isfinite(link.shared) and (rank == source or level not in LEVELS[:2]):
+                ports.append((self._port("shared", level, way, node), 1 / link.shared))
+        return Route(link.latency, per_byte, ports)
+
+    def _port(self, *key: object) -> Port:
+        return self.ports.setdefault(key, [0.0])
+
+    def group(self, key: object, ranks: Sequence[int]) -> Group:
+        """Return the group of that key; all its members ask for the same one."""
+        if key not in self.groups:
+            self.groups[key] = Group(len(self.groups), tuple(ranks))
+        return self.groups[key]
+
+    @property
+    def time(self) -> float:
+        """Seconds until the last rank was done."""
+        return max(rank.clock for rank in self.ranks)
+
+
+class Route(NamedTuple):
+    """Latency, seconds per byte, and the ports on the way with the seconds per byte that each is taken."""
+
+    latency: float
+    per_byte: float
+    ports: list[tuple[Port, float]]
+
+
+def _copy(source: Any, target: Any) -> None:
+    """Move the bytes of a message, if it has any."""
+    if isinstance(source, np.ndarray):
+        data = source.reshape(-1).view(np.uint8)
+        target.reshape(-1).view(np.uint8)[: len(data)] = data
+
+
+# Communicators
+
+
+class Group:
+    """What the communicators of several ranks share: who they are, and where they meet."""
+
+    def __init__(self, number: int, ranks: tuple[int, ...]) -> None:
+        self.number, self.ranks = number, ranks
+        self.place = {rank: place for place, rank in enumerate(ranks)}
+        self.meetings: dict[int, Meeting] = {}
+
+
+class Meeting:
+    """One collective call: what each rank brought, and what comes of it."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.values: list[Any] = [None] * size
+        self.requests: list[Request] = []
+        self.result: Any = None
+
+
+class VirtualComm:
+    """A communicator of virtual ranks, with mpi4py's methods.
+
+    Made by `Cluster.run` and by its own methods. Collectives take the time of the usual algorithms: binomial
+    trees for latency, rings or pairwise exchange for bytes (Thakur, Rabenseifner and Gropp 2005), over the
+    slowest link of the group, on which all ranks of a node are taken to be busy at once.
+    """
+
+    def __init__(self, group: Group, rank: Rank, dims: Sequence[int] = (), periods: Sequence[bool] = ()) -> None:
+        self.group, self.me, self.dims, self.periods = group, rank, list(dims), list(periods)
+        self.place = group.place[rank.number]
+        self.calls = self.children = 0
+
+    # Topology
+
+    def Get_size(self) -> int:
+        """Return the number of ranks."""
+        return len(self.group.ranks)
+
+    def Get_rank(self) -> int:
+        """Return this rank."""
+        return self.place
+
+    def _child(self, color: object, ranks: Sequence[int], **cart: Any) -> VirtualComm:
+        """Return the next communicator made from this one, shared by the ranks of one color."""
+        self.children += 1
+        group = self.me.cluster.group((self.group.number, self.children, color), ranks)
+        return VirtualComm(group, self.me, **cart)
+
+    def Dup(self) -> VirtualComm:
+        """Return a communicator of the same ranks."""
+        return self._child("dup", self.group.ranks, dims=self.dims, periods=self.periods)
+
+    def Create_cart(self, dims: Sequence[int], periods: Sequence[bool], reorder: bool = False) -> VirtualComm:
+        """Make a Cartesian communicator of all ranks; they keep their order."""
+        if math.prod(dims) != self.Get_size():
+            raise ValueError(f"a grid of {list(dims)} does not hold {self.Get_size()} ranks")
+        return self._child("cart", self.group.ranks, dims=dims, periods=periods)
+
+    def Sub(self, remain_dims: Sequence[bool]) -> VirtualComm:
+        """Make the communicator of a row or a column of a grid."""
+        coords = self.Get_coords(self.place)
+        numbers = np.array(self.group.ranks).reshape(self.dims)
+        where = tuple(slice(None) if remain else coord for remain, coord in zip(remain_dims, coords, strict=True))
+        kept = [axis for axis, remain in enumerate(remain_dims) if remain]
+        color = tuple(coord for coord, remain in zip(coords, remain_dims, strict=True) if not remain)
+        cart = {"dims": [self.dims[axis] for axis in kept], "periods": [self.periods[axis] for axis in kept]}
+        return self._child(color, numbers[where].reshape(-1).tolist(), **cart)
+
+    def Get_coords(self, rank: int) -> list[int]:
+        """Return a rank's coordinates in a grid."""
+        return [int(coord) for coord in np.unravel_index(rank, self.dims)]
+
+    def Get_cart_rank(self, coords: Sequence[int]) -> int:
+        """Return the rank at coordinates of a grid, which wrap around."""
+        return int(np.ravel_multi_index(tuple(coords), self.dims, mode="wrap"))
+
+    def Shift(self, direction: int, disp: int) -> tuple[int, int]:
+        """Return (source, dest) along a dimension of a grid."""
+        coords, size = self.Get_coords(self.place), self.dims[direction]
+        found = []
+        for step in (-disp, disp):
+            coord = coords[direction] + step
+            inside = self.periods[direction] or 0 <= coord < size
+            moved = [*coords[:direction], coord % size, *coords[direction + 1 :]]
+            found.append(self.Get_cart_rank(moved) if inside else NOBODY)
+        return found[0], found[1]
+
+    def Split(self, color: int = 0, key: int = 0) -> VirtualComm:
+        """Make a communicator of the ranks of the same color, in the order of their keys."""
+        brought = self.allgather((color, key))
+        members = sorted((theirs, place) for place, (other, theirs) in enumerate(brought) if other == color)
+        return self._child(color, [self.group.ranks[place] for _, place in members])
+
+    def Split_type(self, split_type: int = 0, key: int = 0) -> VirtualComm:
+        """Make a communicator of the ranks of this rank's node."""
+        return self.Split(self.me.number // self.me.cluster.machine.ranks_per_node, key)
+
+    def Free(self) -> None:
+        """Do nothing: a virtual communicator holds nothing."""
+
+    # Messages
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+        """Start to send a buffer."""
+        return self._post(buf, dest, (self.group.number, self.place, dest, tag), True)
+
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
+        """Start to receive into a buffer."""
+        return self._post(buf, source, (self.group.number, source, self.place, tag), False)
+
+    def _post(self, buf: Any, peer: int, key: tuple[int, int, int, int], sends: bool) -> Request:
+        buffer = buf[0] if isinstance(buf, list) else buf
+        rank = self.me
+        rank.clock += rank.cluster.machine.overhead
+        if peer < 0:
+            request = Request(rank, buffer, 0, peer, sends)
+            request.done = rank.clock
+            return request
+        request = Request(rank, buffer, buffer.nbytes, self.group.ranks[peer], sends)
+        rank.cluster.post(request, key)
+        return request
+
+    # Collectives
+
+    def _meet(self, name: str, value: Any, finish: Callable[[Meeting], float]) -> tuple[Request, Meeting]:
+        """Bring a value to a collective call; the last rank to come finishes it and says how long it takes."""
+        self.calls += 1
+        meeting = self.group.meetings.setdefault(self.calls, Meeting(name, self.Get_size()))
+        if meeting.name != name:
+            raise RuntimeError(f"rank {self.place} calls {name}, where others have called {meeting.name}")
+        request = Request(self.me, None, 0, self.me.number, False)
+        meeting.values[self.place] = value
+        meeting.requests.append(request)
+        if len(meeting.requests) == self.Get_size():
+            del self.group.meetings[self.calls]
+            done = max(other.posted for other in meeting.requests) + finish(meeting)
+            for other in meeting.requests:
+                other.complete(done)
+        return request, meeting
+
+    def _seconds(self, rounds: float, nbytes: float) -> float:
+        """Return the time of a collective: so many messages one after the other, so many bytes a rank."""
+        machine, ranks = self.me.cluster.machine, self.group.ranks
+        if len(ranks) == 1:
+            return 0.0
+        levels = [machine.level(ranks[0], other) for other in ranks[1:]]
+        link = machine.links[max(levels, key=LEVELS.index)]
+        share = link.cards / machine.ranks_per_node if link.cards else 1.0
+        return rounds * (link.latency + machine.overhead) + nbytes / (link.bandwidth * min(share, 1.0))
+
+    @property
+    def _depth(self) -> int:
+        return (self.Get_size() - 1).bit_length()
+
+    def Barrier(self) -> None:
+        """Wait for all ranks."""
+        self._meet("Barrier", None, lambda meeting: self._seconds(self._depth, 0))[0].Wait()
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Give every rank the objects of all."""
+        request, meeting = self._meet("allgather", value, lambda meeting: self._seconds(self._depth, 0))
+        request.Wait()
+        return list(meeting.values)
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """Give every rank the root's object."""
+        request, meeting = self._meet("bcast", value, lambda meeting: self._seconds(self._depth, 0))
+        request.Wait()
+        return meeting.values[root]
+
+    def Bcast(self, buf: Any, root: int = 0) -> None:
+        """Copy the root's buffer to every rank."""
+
+        def finish(meeting: Meeting) -> float:
+            for other in meeting.values:
+                if other is not meeting.values[root]:
+                    _copy(meeting.values[root], other)
+            return self._seconds(self._depth, 2 * buf.nbytes)
+
+        self._meet("Bcast", buf, finish)[0].Wait()
+
+    def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give every rank the buffers of all, one after the other."""
+
+        def finish(meeting: Meeting) -> float:
+            if isinstance(sendbuf, np.ndarray):
+                meeting.result = np.concatenate([np.ravel(value) for value in meeting.values])
+            return self._seconds(self._depth, (self.Get_size() - 1) * sendbuf.nbytes)
+
+        request, meeting = self._meet("Allgather", sendbuf, finish)
+        request.Wait()
+        _copy(meeting.result, recvbuf)
