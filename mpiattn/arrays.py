@@ -6,16 +6,21 @@ standard): NumPy's, CuPy's, or that of the arrays without data with which `virtu
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+import socket
+import sys
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .message import Rows
+from .message import Communicator, InputError, Rows, constant
 
 Array = NDArray[Any]
 Spec = tuple[tuple[int, ...], Any]
@@ -26,7 +31,8 @@ DTYPES = tuple(
 )
 FLOATS = DTYPES[:4]
 
-NAMESPACES = ("numpy", "cupy", "mpiattn.virtual")
+ELSEWHERE = "cupy (on another than the current device)"
+NAMESPACES = ("numpy", "cupy", "mpiattn.virtual", ELSEWHERE)
 """The kinds of arrays, by the name of their namespace."""
 
 DESCRIPTION = 9
@@ -35,7 +41,38 @@ DESCRIPTION = 9
 
 def namespace(array: Any) -> Any:
     """Return the module of functions for arrays of this kind."""
+    if type(array).__module__ == "cupy":  # has none
+        return sys.modules["cupy"]
     return array.__array_namespace__()
+
+
+def use_gpu(comm: Communicator) -> ModuleType:
+    """Make one of the host's GPUs this rank's current device, by the rank's number on the host; return CuPy.
+
+    Ranks share GPUs where there are more ranks than GPUs, with a warning.
+
+    Raises
+    ------
+    InputError
+        On every rank, where one has no CuPy or finds no GPU.
+    """
+    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+    local, here = host.Get_rank(), host.Get_size()
+    host.Free()
+    if importlib.util.find_spec("cupy") is None:
+        missing = "CuPy is not installed: pip install 'mpiattn[cuda13]'"
+    else:
+        import cupy
+
+        missing = "" if cupy.is_available() else "CuPy finds no GPU"
+    for rank, reason in enumerate(comm.allgather(missing)):
+        if reason:
+            raise InputError(f"rank {rank} has no GPU: {reason}")
+    count = cupy.cuda.runtime.getDeviceCount()
+    if local == 0 and here > count:
+        warnings.warn(f"{here} ranks share {count} GPUs on {socket.gethostname()}", stacklevel=2)
+    cupy.cuda.Device(local % count).use()
+    return cupy  # type: ignore[no-any-return]
 
 
 def dtype(name: str) -> np.dtype[Any]:
@@ -49,7 +86,10 @@ def dtype(name: str) -> np.dtype[Any]:
 def describe(array: Any) -> NDArray[np.int64]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
     description = np.full(DESCRIPTION, -1, dtype=np.int64)
-    kind = namespace(array).__name__ if hasattr(array, "__array_namespace__") else ""
+    brings = hasattr(array, "__array_namespace__") or type(array).__module__ == "cupy"
+    kind = namespace(array).__name__ if brings else ""
+    if kind == "cupy" and array.device != namespace(array).cuda.Device():
+        kind = ELSEWHERE
     if kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
         description[:3] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim
         description[3 : 3 + array.ndim] = array.shape

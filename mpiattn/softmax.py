@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .arrays import namespace
+
 Array = NDArray[Any]
 
 
@@ -35,6 +37,11 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
     lse, other_lse : the same dtype, (..., tokens)
         Natural logarithms of their sums; -inf where a query has attended to nothing.
     """
+    if namespace(out).__name__ == "cupy":
+        from .kernels import cupy
+
+        cupy.merge(out, lse, other_out, other_lse)
+        return
     if np.isneginf(lse).all():  # the neutral state: as a row's first block finds it
         out[...] = other_out
         lse[...] = other_lse
@@ -57,6 +64,11 @@ def delta(d_out: Array, out: Array) -> Array:
 
     The owner of the queries computes it once, so that out itself need not travel.
     """
+    if namespace(d_out).__name__ == "cupy":
+        from .kernels import cupy
+
+        rows: Array = cupy.delta(d_out, out)
+        return rows
     wide = accumulator(d_out.dtype)
     result: Array = np.einsum("...td,...td->...t", d_out.astype(wide), out.astype(wide))
     return result

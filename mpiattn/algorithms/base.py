@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import arrays
+from .. import arrays, device, kernels
 from .. import layout as layouts
 from ..arrays import Parcel
 from ..kernels.numpy import NumpyKernel
@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     layout: str | None
     mask: Mask | None
     scale: float | None
+    kernel: str | None
+    gpu_messages: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Attention:
         Evaluated on global positions.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) by default.
+    kernel : {"numpy", "cupy", "cudnn"}, optional
+        What computes a block. By default the fastest that can do the problem at hand.
+    gpu_messages : {"auto", "device", "host"}
+        Whether messages between GPUs are of device memory or go through the host's. By default the first,
+        if the MPI library turns out to take it.
 
     Raises
     ------
@@ -81,16 +88,21 @@ class Attention:
         layout: str | None = None,
         mask: Mask | None = None,
         scale: float | None = None,
+        kernel: str | None = None,
+        gpu_messages: str = "auto",
     ) -> None:
         self.mask = Full() if mask is None else mask
         self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
         self.comm = comm
-        self.kernel = NumpyKernel(self.mask, scale)
+        self.scale, self.kernel_name, self.gpu_messages = scale, kernel, gpu_messages
+        self.kernel: Any = NumpyKernel(self.mask, scale)
         self.problem: Problem | None = None
         self.xp: Any = np
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
         self.agree(layouts.check, self.layout, comm.Get_size())
+        self.agree(kernels.check, kernel)
+        self.agree(device.check, gpu_messages)
         self.agree(None, type(self).__name__, self.mask, scale)
 
     def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
@@ -230,6 +242,14 @@ class Attention:
         xp = arrays.namespace(like)
         if problem == self.problem and xp is self.xp:
             return self.problem
+        if self.problem is None or xp is not np or xp is not self.xp:
+            kernel = kernels.choose(xp.__name__, problem, self.mask, self.scale, self.kernel_name)
+            if hasattr(self.kernel, "kernel"):  # a TracedKernel
+                self.kernel.kernel = kernel
+            else:
+                self.kernel = kernel
+        if xp.__name__ == "cupy":
+            device.attach(self, xp, self.gpu_messages)
         self.xp = xp
         self.storage.clear()
         self.plan(problem)
@@ -280,6 +300,8 @@ def described(descriptions: bytes, ranks: int, values: int) -> list[list[arrays.
     for rank, kinds in enumerate(table[:, :, 0]):
         if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
             raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
+        if arrays.ELSEWHERE in present:
+            raise InputError(f"rank {rank} has arrays on another GPU than its current one: see mpiattn.arrays.use_gpu")
     return [[arrays.described(description) for description in row] for row in table]
 
 

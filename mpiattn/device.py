@@ -1,0 +1,344 @@
+"""Messages between GPUs: a communicator whose messages are posted when the device has come to them.
+
+Work on a GPU is queued. A buffer is ready to be sent, or free to receive, once the device has done what was
+queued before; to wait for that before a message would leave the device idle. So `DeviceComm` records an
+event where the algorithm posts a message, lets the algorithm queue its next block, and hands the message to
+MPI when the event has passed: in the `Testall` and `Waitall` that follow.
+
+Where the MPI library takes device memory, which `takes_device_memory` finds out, it is given just that. Else
+a message goes through pinned memory of the host in pieces, so that copies and transfers overlap.
+
+This module serves CuPy through the namespace that an array brings along; NumPy's arrays pass it untouched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .message import Communicator
+
+Array = Any
+
+MODES = ("auto", "device", "host")
+LARGEST = 2**30  # bytes of one message of device memory; an MPI-3 library counts them in a C int
+PIECE = 2**22  # bytes of a piece that is staged on the host
+SLOTS = 4  # pieces of a message under way at a time
+ROUNDS = 1000  # messages of one tag to one rank are numbered modulo this
+TAGS = 32  # tags of algorithms lie below
+
+FROM_LAUNCHER = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_", "OMPI_UNIVERSE", "HYDI_", "HYDRA_", "SLURM_", "MPI_LOCAL")
+
+PROBE = """
+import cupy
+from mpi4py import MPI
+sent = cupy.arange(2**16).astype("u1")
+got = cupy.zeros_like(sent)
+cupy.cuda.Device().synchronize()
+request = MPI.COMM_SELF.Irecv(got, 0)
+MPI.COMM_SELF.Send(sent, 0)
+request.Wait()
+assert (sent == got).all()
+"""
+
+
+def check(mode: str) -> None:
+    """Raise ValueError where there is no such way of messages."""
+    if mode not in MODES:
+        raise ValueError(f"unknown way of GPU messages {mode!r}: choose from {', '.join(MODES)}")
+
+
+@cache
+def survives_probe() -> bool:
+    """Return whether a process of its own survives a message of device memory; a library that can't dies of it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
+    try:
+        done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+found: list[bool] = []
+"""What was found out about the MPI library, once it was."""
+
+
+def takes_device_memory(comm: Communicator, xp: Any) -> bool:
+    """Find out by messages whether the MPI library takes device memory; all ranks call it together.
+
+    The first one is in a process of its own, on rank 0. The second goes to the next rank.
+    """
+    size, rank = comm.Get_size(), comm.Get_rank()
+    answer = comm.bcast(found[0] if rank == 0 and found else None)
+    if answer is None:
+        answer = comm.bcast(survives_probe() if rank == 0 else None)
+        if answer:
+            numbers, source = xp.arange(2**20).astype(np.uint8), (rank - 1) % size
+            sent, got = numbers + np.uint8(rank % 251), xp.zeros_like(numbers)
+            xp.cuda.Device().synchronize()
+            request = comm.Irecv(got, source, 0)
+            comm.Send(sent, (rank + 1) % size, 0)
+            request.Wait()
+            answer = all(comm.allgather(bool((got == numbers + np.uint8(source % 251)).all())))
+    found[:] = [answer]
+    return bool(answer)
+
+
+class Channel:
+    """What the communicators of one algorithm share: how messages go, and those under way.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        All its ranks make a channel together.
+    xp : module
+        CuPy.
+    mode : {"auto", "device", "host"}
+        Whether messages are of device memory, or go through the host's; "auto" finds out.
+    """
+
+    def __init__(self, comm: Communicator, xp: Any, mode: str = "auto") -> None:
+        self.xp = xp
+        self.on_device = mode == "device" or (mode == "auto" and takes_device_memory(comm, xp))
+        self.under_way: list[Transfer] = []
+        self.out, self.back = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
+        self.slots: list[Any] = []
+
+    def mark(self, stream: Any = None) -> Any:
+        """Return an event that passes when the device has done all that was queued so far."""
+        event = self.xp.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return event
+
+    def slot(self) -> Any:
+        """Return a piece of pinned memory, bytes of the host."""
+        if self.slots:
+            return self.slots.pop()
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(PIECE), np.uint8, PIECE)
+
+    def copy(self, to: int, source: int, size: int, stream: Any) -> Any:
+        """Queue a copy between host and device; return the event of its end."""
+        default = 4  # cudaMemcpyDefault: the pointers say which way
+        self.xp.cuda.runtime.memcpyAsync(to, source, size, default, stream.ptr)
+        return self.mark(stream)
+
+
+class Transfer:
+    """A message or a collective under way; `steps` brings it on, and yields while there is nothing to do."""
+
+    def __init__(self, channel: Channel, steps: Iterator[None]) -> None:
+        self.channel, self.steps = channel, steps
+        self.done = False
+        channel.under_way.append(self)
+        self.advance()
+
+    def advance(self) -> bool:
+        """Do what can be done now; return whether all is."""
+        if not self.done:
+            try:
+                next(self.steps)
+            except StopIteration:
+                self.done = True
+                self.channel.under_way.remove(self)
+        return self.done
+
+    @staticmethod
+    def Testall(requests: Sequence[Transfer]) -> bool:
+        """Bring on all transfers under way; return whether these have completed."""
+        for channel in {id(request.channel): request.channel for request in requests}.values():
+            for transfer in list(channel.under_way):
+                transfer.advance()
+        return all(request.done for request in requests)
+
+    @staticmethod
+    def Waitall(requests: Sequence[Transfer]) -> None:
+        """Bring on all transfers under way until these have completed."""
+        while not Transfer.Testall(requests):
+            pass
+
+
+def _done(requests: Sequence[Any]) -> bool:
+    return not requests or bool(type(requests[0]).Testall(requests))
+
+
+class DeviceComm:
+    """A communicator with mpi4py's methods that sends, receives, gathers and adds up device memory.
+
+    Messages of NumPy arrays, and all other methods, are the communicator's own. Collectives on device memory
+    are made of messages: MPI libraries differ in which ones they do there, and how fast.
+    """
+
+    def __init__(self, comm: Communicator, channel: Channel) -> None:
+        self.comm, self.channel = comm, channel
+        self.counts: dict[tuple[str, int, int], int] = defaultdict(int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Transfer:
+        """Start to send a buffer, once the device has filled it."""
+        return self._start("send", self.comm.Isend, buf, dest, tag)
+
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Transfer:
+        """Start to receive into a buffer, once the device no longer needs it."""
+        return self._start("receive", self.comm.Irecv, buf, source, tag)
+
+    def _start(self, kind: str, post: Callable[..., Any], buf: Any, peer: int, tag: int) -> Transfer:
+        array = _array(buf)
+        if isinstance(array, np.ndarray):
+            return Transfer(self.channel, _posted([post(buf, peer, tag)]))
+        # Numbered, as messages need not be posted in the order in which the algorithm posts them.
+        number = self.counts[kind, peer, tag]
+        self.counts[kind, peer, tag] += 1
+        tag += number % ROUNDS * TAGS
+        data = array.reshape(-1).view(np.uint8)
+        if self.channel.on_device:
+            steps = self._on_device(post, data, peer, tag)
+        else:
+            steps = (self._staged_send if kind == "send" else self._staged_receive)(data, peer, tag)
+        return Transfer(self.channel, steps)
+
+    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int) -> Iterator[None]:
+        ready = self.channel.mark()
+        while not ready.done:
+            yield
+        requests = [post(data[begin : begin + LARGEST], peer, tag) for begin in range(0, data.size, LARGEST)]
+        yield from _posted(requests)
+
+    def _staged_send(self, data: Array, dest: int, tag: int) -> Iterator[None]:
+        channel, stream = self.channel, self.channel.out
+        stream.wait_event(channel.mark())
+        pieces = deque(_pieces(data))
+        copying, sending = deque[Any](), deque[Any]()
+        while pieces or copying or sending:
+            while pieces and len(copying) + len(sending) < SLOTS:
+                pointer, size = pieces.popleft()
+                slot = channel.slot()
+                copying.append((channel.copy(slot.ctypes.data, pointer, size, stream), slot, size))
+            while copying and copying[0][0].done:
+                _, slot, size = copying.popleft()
+                sending.append((self.comm.Isend(slot[:size], dest, tag), slot))
+            while sending and sending[0][0].Test():
+                channel.slots.append(sending.popleft()[1])
+            yield
+
+    def _staged_receive(self, data: Array, source: int, tag: int) -> Iterator[None]:
+        channel, stream = self.channel, self.channel.back
+        stream.wait_event(channel.mark())
+        pieces = deque(_pieces(data))
+        receiving, copying = deque[Any](), deque[Any]()
+        while pieces or receiving or copying:
+            while pieces and len(receiving) + len(copying) < SLOTS:
+                pointer, size = pieces.popleft()
+                slot = channel.slot()
+                receiving.append((self.comm.Irecv(slot[:size], source, tag), slot, pointer, size))
+            while receiving and receiving[0][0].Test():
+                _, slot, pointer, size = receiving.popleft()
+                copying.append((channel.copy(pointer, slot.ctypes.data, size, stream), slot))
+            while copying and copying[0][0].done:
+                channel.slots.append(copying.popleft()[1])
+            yield
+
+    # Collectives
+
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
+        """Start to gather a piece of each rank, one after the other, on all ranks."""
+        own = _array(sendbuf)
+        if isinstance(own, np.ndarray):
+            return Transfer(self.channel, _posted([self.comm.Iallgatherv(sendbuf, recvbuf)]))
+        buffer, counts, *_, unit = [*recvbuf, None] if len(recvbuf) == 2 else recvbuf
+        width = 1 if unit is None else unit.Get_size()
+        parts = _split(buffer.reshape(-1).view(np.uint8), [count * width for count in counts])
+        rank = self.comm.Get_rank()
+        others = [other for other in range(len(parts)) if other != rank]
+        parts[rank][...] = own.reshape(-1).view(np.uint8)
+        received = [self.Irecv(parts[other], other, TAGS - 1) for other in others]
+        return Transfer(self.channel, _completed([*received, *(self.Isend(parts[rank], o, TAGS - 1) for o in others)]))
+
+    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, counts: Sequence[int]) -> Any:
+        """Start to add up the ranks' arrays, each piece on its rank, in the order of ranks."""
+        if isinstance(sendbuf, np.ndarray):
+            return Transfer(self.channel, _posted([self.comm.Ireduce_scatter(sendbuf, recvbuf, counts)]))
+        parts, rank = _split(sendbuf.reshape(-1), counts), self.comm.Get_rank()
+        shares = [part if other == rank else self.channel.xp.empty_like(recvbuf) for other, part in enumerate(parts)]
+        others = [other for other in range(len(parts)) if other != rank]
+        transfers = [self.Irecv(shares[other], other, TAGS - 1) for other in others]
+        transfers += [self.Isend(parts[other], other, TAGS - 1) for other in others]
+
+        def add() -> None:
+            recvbuf[...] = shares[0]
+            for share in shares[1:]:
+                recvbuf[...] += share
+
+        return Transfer(self.channel, _completed(transfers, add))
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, *op: Any) -> None:
+        """Add up the ranks' arrays on all ranks."""
+        if isinstance(_array(sendbuf), np.ndarray):
+            self.comm.Allreduce(sendbuf, recvbuf, *op)
+            return
+        size = self.comm.Get_size()
+        edges = [sendbuf.size * part // size for part in range(size + 1)]
+        counts = [after - before for before, after in itertools.pairwise(edges)]
+        own = self.channel.xp.empty(counts[self.comm.Get_rank()], sendbuf.dtype)
+        Transfer.Waitall([self.Ireduce_scatter(sendbuf, own, counts)])
+        Transfer.Waitall([self.Iallgatherv(own, [recvbuf, [count * own.itemsize for count in counts]])])
+
+
+def _array(buf: Any) -> Array:
+    """Return the array of a buffer argument of a message."""
+    return buf[0] if isinstance(buf, (list, tuple)) else buf
+
+
+def _pieces(data: Array) -> list[tuple[int, int]]:
+    """Return pointer and size of each piece of an array of bytes."""
+    return [(data.data.ptr + begin, min(PIECE, data.size - begin)) for begin in range(0, data.size, PIECE)]
+
+
+def _split(array: Array, counts: Sequence[int]) -> list[Array]:
+    ends = itertools.accumulate(counts)
+    return [array[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _posted(requests: Sequence[Any]) -> Iterator[None]:
+    while not _done(requests):
+        yield
+
+
+def _completed(transfers: Sequence[Transfer], then: Callable[[], object] = lambda: None) -> Iterator[None]:
+    while not all(transfer.done for transfer in transfers):
+        yield
+    then()
+
+
+def attach(attention: Any, xp: Any, mode: str = "auto") -> None:
+    """Let the communicators of an algorithm carry device memory; all ranks call it together."""
+    if isinstance(bare(attention.comm), DeviceComm):
+        return
+    channel = Channel(attention.comm, xp, mode)
+    wrapped: dict[int, Any] = {}
+
+    def wrap(comm: Any) -> Any:
+        if hasattr(comm, "trace"):  # a TracedComm stays outermost, and sees each message once
+            comm.comm = wrap(comm.comm)
+            return comm
+        if isinstance(comm, DeviceComm):
+            return comm
+        return wrapped.setdefault(id(comm), DeviceComm(comm, channel))
+
+    for name, value in list(vars(attention).items()):
+        if hasattr(value, "Isend") and hasattr(value, "Get_size"):
+            setattr(attention, name, wrap(value))
+
+
+def bare(comm: Any) -> Any:
+    """Return the communicator that a `TracedComm` records, any other as it is."""
+    return comm.comm if hasattr(comm, "trace") else comm

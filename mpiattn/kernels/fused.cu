@@ -1,0 +1,198 @@
+// The passes over memory of the kernels on GPUs, each fused into one kernel. Half-precision types are read and
+// written in place; sums are kept in A, which is float or double.
+//
+// A row is the head_dim numbers of one token of one head. Arrays of rows, (batch, heads, tokens, dim), and of
+// one number a row, (batch, heads, tokens), come with the strides of their first three axes, in elements.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef long long Index;
+
+template <typename A, typename T> __device__ inline A wide(T x) { return (A)x; }
+template <> __device__ inline float wide<float, __half>(__half x) { return __half2float(x); }
+template <> __device__ inline float wide<float, __nv_bfloat16>(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T, typename A> __device__ inline T narrow(A x) { return (T)x; }
+template <> __device__ inline __half narrow<__half, float>(float x) { return __float2half_rn(x); }
+template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) { return __float2bfloat16_rn(x); }
+
+__device__ inline float power2(float x) { return exp2f(x); }
+__device__ inline double power2(double x) { return exp2(x); }
+__device__ inline float natural_log(float x) { return logf(x); }
+__device__ inline double natural_log(double x) { return log(x); }
+__device__ inline float log_of_1_plus(float x) { return log1pf(x); }
+__device__ inline double log_of_1_plus(double x) { return log1p(x); }
+
+template <typename A> struct Number;
+template <> struct Number<float> { static __device__ float infinity() { return __int_as_float(0x7f800000); } };
+template <> struct Number<double> {
+    static __device__ double infinity() { return __longlong_as_double(0x7ff0000000000000LL); }
+};
+
+const double LOG2E = 1.4426950408889634;
+
+template <typename T, int V> struct __align__(sizeof(T) * V) Pack { T x[V]; };
+
+struct Strides { Index b, h, t; };
+
+// Parameters: whole numbers are Index and fractions double, as Python has them.
+#define STRIDES(name) Index name##_b, Index name##_h, Index name##_t
+#define AT(name) r.at({name##_b, name##_h, name##_t})
+
+struct Row {
+    Index b, h, t;
+    __device__ Row(Index row, Index heads, Index tokens) : t(row % tokens), h(row / tokens % heads), b(row / tokens / heads) {}
+    __device__ Index at(Strides s) const { return b * s.b + h * s.h + t * s.t; }
+};
+
+// One warp a row; a lane has V consecutive numbers at a time.
+#define FOR_EACH_ROW \
+    const int lane = threadIdx.x % 32; \
+    const Index row = ((Index)blockIdx.x * blockDim.x + threadIdx.x) / 32; \
+    if (row >= rows) return; \
+    const Row r(row, heads, tokens);
+
+template <typename A> __device__ A sum_of_warp(A x)
+{
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+
+// softmax.merge: (out, lse) and a partial result of the same queries, in place.
+template <typename A, typename T, int V>
+__global__ void merge(A* out, STRIDES(so), A* lse, STRIDES(sl), const T* part, STRIDES(sp), const A* part_lse, STRIDES(sq),
+                      Index rows, Index heads, Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    A* total = lse + AT(sl);
+    const A before = *total, here = part_lse[AT(sq)];
+    __syncwarp();
+    if (here == -Number<A>::infinity()) return;
+    const bool first = before == -Number<A>::infinity();
+    const A odds = first ? (A)0 : power2((before - here) * (A)LOG2E);  // old weight over new; may be infinite
+    const A keep = 1 / (1 + 1 / odds), add = 1 / (1 + odds);
+    if (lane == 0) {
+        const A high = before > here ? before : here, low = before > here ? here : before;
+        *total = first ? here : high + log_of_1_plus(power2((low - high) * (A)LOG2E));
+    }
+    A* to = out + AT(so);
+    const T* from = part + AT(sp);
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
+        Pack<A, V> y;
+        if (first) {
+            for (int i = 0; i < V; ++i) y.x[i] = wide<A>(x.x[i]);
+        } else {
+            y = *(const Pack<A, V>*)(to + d);
+            for (int i = 0; i < V; ++i) y.x[i] = keep * y.x[i] + add * wide<A>(x.x[i]);
+        }
+        *(Pack<A, V>*)(to + d) = y;
+    }
+}
+
+// sum += part.
+template <typename A, typename T, int V>
+__global__ void accumulate(A* sum, STRIDES(ss), const T* part, STRIDES(sp), Index rows, Index heads, Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    A* to = sum + AT(ss);
+    const T* from = part + AT(sp);
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
+        Pack<A, V> y = *(const Pack<A, V>*)(to + d);
+        for (int i = 0; i < V; ++i) y.x[i] += wide<A>(x.x[i]);
+        *(Pack<A, V>*)(to + d) = y;
+    }
+}
+
+// softmax.delta: the sum of each row of d_out * out.
+template <typename A, typename T, int V>
+__global__ void delta(A* result, STRIDES(sr), const T* d_out, STRIDES(sd), const T* out, STRIDES(so), Index rows, Index heads,
+                      Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    const T *a = d_out + AT(sd), *b = out + AT(so);
+    A sum = 0;
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(a + d), y = *(const Pack<T, V>*)(b + d);
+        for (int i = 0; i < V; ++i) sum += wide<A>(x.x[i]) * wide<A>(y.x[i]);
+    }
+    sum = sum_of_warp(sum);
+    if (lane == 0) result[AT(sr)] = sum;
+}
+
+// The shortest rows whose product with d_out has the given sums: delta * d_out / |d_out|^2. And a copy of lse.
+template <typename A, typename T, int V>
+__global__ void stand_in(T* out, STRIDES(so), A* near_lse, STRIDES(sn), const T* d_out, STRIDES(sd), const A* lse,
+                         STRIDES(sl), const A* delta, STRIDES(se), Index rows, Index heads, Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    const T* from = d_out + AT(sd);
+    T* to = out + AT(so);
+    A sum = 0;
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
+        for (int i = 0; i < V; ++i) sum += wide<A>(x.x[i]) * wide<A>(x.x[i]);
+    }
+    sum = sum_of_warp(sum);
+    const A factor = sum > 0 ? delta[AT(se)] / sum : (A)0;
+    if (lane == 0) near_lse[AT(sn)] = lse[AT(sl)];
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
+        Pack<T, V> y;
+        for (int i = 0; i < V; ++i) y.x[i] = narrow<T>(factor * wide<A>(x.x[i]));
+        *(Pack<T, V>*)(to + d) = y;
+    }
+}
+
+template <typename A> struct Softmax { A top, sum; };
+
+template <typename A> __device__ Softmax<A> joined(Softmax<A> a, Softmax<A> b)
+{
+    const A top = a.top > b.top ? a.top : b.top;
+    if (top == -Number<A>::infinity()) return {top, (A)0};
+    return {top, a.sum * power2(a.top - top) + b.sum * power2(b.top - top)};
+}
+
+// Scores of a tile become the weights of their rows' softmax, in place; one block a row. Row i of the tile is
+// query i % queries; it sees the tile's keys start - offset .. stop - offset.
+template <typename A>
+__global__ void softmax(A* score, A* lse, const int* start, const int* stop, Index offset, Index queries, Index keys,
+                        double natural_scale)
+{
+    const Index row = blockIdx.x, query = row % queries;
+    const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
+    const A scale = natural_scale * LOG2E;
+    A* s = score + row * keys;
+    Softmax<A> state = {-Number<A>::infinity(), (A)0};
+    for (Index key = first + threadIdx.x; key < last; key += blockDim.x) state = joined(state, {s[key] * scale, (A)1});
+    for (int step = 16; step; step /= 2)
+        state = joined(state, {__shfl_xor_sync(0xffffffff, state.top, step), __shfl_xor_sync(0xffffffff, state.sum, step)});
+    __shared__ Softmax<A> warps[32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
+    __syncthreads();
+    state = warps[0];
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) state = joined(state, warps[warp]);
+    const A factor = state.sum > 0 ? 1 / state.sum : (A)0;
+    for (Index key = threadIdx.x; key < keys; key += blockDim.x)
+        s[key] = key >= first && key < last ? power2(s[key] * scale - state.top) * factor : (A)0;
+    if (threadIdx.x == 0) lse[row] = natural_log(state.sum) + state.top / (A)LOG2E;
+}
+
+// Scores become weights, and d_weight the gradient of the scaled scores, both in place.
+template <typename A>
+__global__ void softmax_backward(A* score, A* d_weight, const A* lse, const A* delta, const int* start, const int* stop,
+                                 Index offset, Index queries, Index keys, double natural_scale)
+{
+    const Index row = blockIdx.x, query = row % queries;
+    const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
+    const A scale = natural_scale;
+    A *s = score + row * keys, *d = d_weight + row * keys;
+    const A shift = lse[row] * (A)LOG2E, mean = delta[row];
+    for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
+        const bool visible = key >= first && key < last;
+        const A weight = visible ? power2(s[key] * (scale * (A)LOG2E) - shift) : (A)0;
+        s[key] = weight;
+        d[key] = visible ? weight * (d[key] - mean) * scale : (A)0;
+    }
+}
