@@ -22,7 +22,7 @@ import numpy as np
 from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
-from . import env
+from . import bench_overlap, env
 from .compare import patiently
 from .kernels.numpy import NumpyKernel, plan
 from .mask import Causal, Full, Mask
@@ -77,10 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--mask", choices=MASKS, default="full", help="default full")
     kernel.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs (default float32)")
     kernel.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
+    overlap = benchmarks.add_parser(
+        "overlap",
+        help="how much of a message hides behind compute",
+        description=bench_overlap.DESCRIPTION,
+        epilog="example:\n  mpiexec -n 2 mpiattn bench overlap",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench_overlap.add_arguments(overlap)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run the benchmark that the command line names; collective."""
+    if args.benchmark == "overlap":
+        return bench_overlap.main(args, comm)
     if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
     if args.json and not args.json.parent.is_dir():
@@ -304,7 +314,7 @@ def print_results(results: list[dict[str, Any]]) -> None:
                 else ["", ""]
             )
         rows.append([*row, f"{result['peak_bytes'] / 1e6:.1f}", f"missed: {', '.join(missed)}" if missed else "met"])
-    columns = [f"{other}\n{what}" for other in others for what in ("ms", "fraction")]
+    columns = [name for other in others for name in (f"{other}\nms", f"of\n{other}")]
     headers = ["head_dim", "tokens", "pass", "kernel\nms", *columns, "peak\nMB", "targets"]
     print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
     for name, targets in TARGETS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError("bench overlap measures messages: start it on two or more ranks, mpiexec -n 2 ...")
     if args.mib <= 0 or args.rounds < 1 or min(args.ratios) <= 0:
         raise InputError("--mib, --ratios and --rounds are above zero")
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"{args.json.parent}: no such folder")
     environment = env.environment(comm)
     step = Step(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
     results = [row for ratio in args.ratios for row in measure(step, ratio, args.rounds)]
@@ -116,7 +119,13 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             rows.append([result["ratio"], "Testall" if result["progress"] else "none", *times, *shares])
         print(tabulate(rows, headers=[*headers, "overlap", "wait", "mean wait"], floatfmt=("g", "", *[".2f"] * 5)))
         if args.json:
-            document = {"environment": environment, "bytes": step.near.buffer.nbytes, "results": results}
+            command = " ".join(["mpiattn", *sys.argv[1:]])
+            document = {
+                "command": command,
+                "environment": environment,
+                "bytes": step.near.buffer.nbytes,
+                "results": results,
+            }
             args.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

@@ -29,7 +29,7 @@ from .layout import LAYOUTS, gather, scatter
 from .mask import Positions
 from .message import Communicator, InputError
 from .progress import bar
-from .trace import TracedComm
+from .trace import Trace, TracedComm, watch, write
 
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
@@ -86,19 +86,22 @@ class Case:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
                 self.errors.append(oracle.error(rows, reference))
 
-    def measure(self) -> None:
-        """Run once more; keep the time and the time spent in waits, forward and backward."""
-        (*qkv, d_out), saved = self.inputs, None
+    def measure(self, kept: Trace | None) -> None:
+        """Run once more; keep the time and the time spent in waits, forward and backward, and the events if asked."""
+        (*qkv, d_out), saved, trace = self.inputs, None, self.comm.trace
         for name in PASSES:
             self.comm.comm.Barrier()
             start = time.perf_counter()
-            if saved is None:
-                _, saved = self.attention.forward(*qkv)
-            else:
-                self.attention.backward(d_out, saved)
+            with trace.phase(f"{self.algorithm} {self.grid} {self.attention.layout} {name}"):
+                if saved is None:
+                    _, saved = self.attention.forward(*qkv)
+                else:
+                    self.attention.backward(d_out, saved)
             self.seconds[name].append(time.perf_counter() - start)
-            self.waits[name].append(self.comm.trace.waited())
-            self.comm.trace.clear()
+            self.waits[name].append(trace.waited())
+            if kept is not None:
+                kept.events += trace.events
+            trace.clear()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="timed rounds (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and bytes (.png, .svg, .pdf)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
     inputs.add_arguments(parser)
 
 
@@ -120,6 +124,10 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     given = inputs.on_root(comm, lambda: load(args))
     with ExitStack() as stack:
         cases = build(args, comm, stack)
+        kept = Trace()
+        if args.trace:
+            for case in cases:
+                watch(case.attention)
         right = patiently(comm, lambda: expected(*given, args.mask, args.scale) if given else None)
         progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
         for number, case in itertools.product(range(1 + args.iterations), cases):
@@ -128,10 +136,12 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 case.share(given[0] if given else None)
                 case.check(given[1] if given else None, right)
             else:
-                case.measure()
+                case.measure(kept if args.trace else None)
             progress.update()
         progress.close()
         results = [report(case, comm, str(args.mask)) for case in cases]
+    if args.trace:
+        write(comm, kept, args.trace)
     if given:
         print_results(results, *given, args)
         if args.json:
@@ -149,7 +159,7 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     """
     if args.iterations < 1:
         raise ValueError("--iterations is at least 1")
-    for path in (args.json, args.plot):
+    for path in (args.json, args.plot, args.trace):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent}: no such folder")
     given = inputs.load(args)

@@ -12,7 +12,8 @@ from typing import Any
 from . import grid, inputs
 from .algorithms import ALGORITHMS
 from .layout import LAYOUTS, gather, scatter
-from .message import Communicator
+from .message import Communicator, InputError
+from .trace import TracedComm, watch, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
     parser.add_argument("--backward", action="store_true", help="write the gradients too")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
     inputs.add_arguments(parser)
 
 
@@ -33,19 +35,28 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
     given = inputs.on_root(comm, lambda: inputs.load(args))
     inputs.on_root(comm, lambda: inputs.check_output(args.output))
+    if args.trace and not args.trace.parent.is_dir():
+        raise InputError(f"{args.trace.parent}: no such folder")
     options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale}
     if args.grid:
         options["rows"], options["cols"] = args.grid
-    with ALGORITHMS[args.algorithm](comm, **options) as attention:
+    traced = TracedComm(comm)
+    with ALGORITHMS[args.algorithm](traced if args.trace else comm, **options) as attention:
+        if args.trace:
+            watch(attention)
         q, k, v, d_out = (
             scatter(array, comm, attention.layout)
             for array in ((given.q, given.k, given.v, given.d_out) if given else [None] * 4)
         )
-        out, saved = attention.forward(q, k, v)
+        with traced.trace.phase("forward"):
+            out, saved = attention.forward(q, k, v)
         results = {"out": out, "lse": saved.lse}
         if args.backward:
-            results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
+            with traced.trace.phase("backward"):
+                results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
         whole = {name: gather(array, comm, attention.layout) for name, array in results.items()}
+    if args.trace:
+        write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:
         inputs.write(args.output, {name: array for name, array in whole.items() if array is not None})
         print(f"{args.output}: {', '.join(whole)}")
