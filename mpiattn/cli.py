@@ -8,10 +8,21 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from . import bench, compare, env, run, schedule, trace
+from . import bench, compare, conformance, env, run, schedule, trace
 from .message import InputError
 
 USAGE_ERROR = 2
+
+COMMANDS: dict[str, tuple[Any, bool, str]] = {
+    "compare": (compare, True, "run algorithms side by side on the same input and check them"),
+    "run": (run, True, "run one algorithm on a file and write the output to a file"),
+    "conformance": (conformance, True, "check an implementation, yours too, against the oracle and the formulas"),
+    "bench": (bench, True, "measure kernels and messages"),
+    "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
+    "schedule": (schedule, False, "print the order of messages and blocks of a mesh tile"),
+    "trace": (trace, False, "show what a file written with --trace recorded"),
+}
+"""Module, whether it needs MPI, and summary of each command."""
 
 EPILOG = """\
 examples:
@@ -35,17 +46,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module, summary in (
-        ("compare", compare, "run algorithms side by side on the same input and check them"),
-        ("run", run, "run one algorithm on a file and write the output to a file"),
-        ("schedule", schedule, "print the order of messages and blocks of a mesh tile"),
-        ("trace", trace, "draw and sum up what --trace wrote"),
-        ("bench", bench, "measure kernels and messages"),
-        ("env", env, "show which MPI, BLAS, threads, host and cores each rank got"),
-    ):
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(main=module.main)
+    for name, (module, _, summary) in COMMANDS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw))
     return top
 
 
@@ -77,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv, comm)
         if isinstance(args, int):
             return args
-        if args.command in ("schedule", "trace"):  # no MPI in them
-            return int(args.main(args)) if comm is None or comm.Get_rank() == 0 else 0
+        module, needs_mpi, _ = COMMANDS[args.command]
+        if not needs_mpi:
+            return int(module.main(args)) if comm is None or comm.Get_rank() == 0 else 0
         if comm is None:
             print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
             return 1
-        return int(args.main(args, comm))
+        return int(module.main(args, comm))
     except InputError as error:
         if comm is None or comm.Get_rank() == 0:
             print(f"mpiattn: error: {error}", file=sys.stderr)

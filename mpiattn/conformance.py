@@ -1,24 +1,35 @@
 """Check an implementation of attention against the oracle: values, gradients, and every byte it receives.
 
-Any class or function with the one signature can be checked: called with a communicator and the options
-layout, mask, scale, it returns an object with forward, backward, owned, and is a context manager.
+By default all of mpiattn's algorithms. With --module PACKAGE:FACTORY yours: FACTORY is a class or a function
+that is called with a communicator and the options layout, mask and scale, and returns a context manager with
+
+  forward(q, k, v) -> out, saved        this rank's tokens; saved.lse is its log-sum-exp
+  backward(d_out, saved) -> d_q, d_k, d_v
+
+Exit status 1 if any case is wrong; each is printed with what to pass to --case to run it alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from . import arrays, costs, oracle
+from . import arrays, costs, layout, oracle
+from .algorithms import ALGORITHMS
 from .layout import LAYOUTS
 from .mask import parse
-from .message import Communicator
+from .message import Communicator, InputError
 from .oracle import Array
+from .progress import bar
 from .trace import TracedComm
 
 Factory = Callable[..., Any]
@@ -45,7 +56,20 @@ class Case:
 
     def __str__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "default"
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "seed=0"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Return the case that `str` gives as this text."""
+        types = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for part in text.split():
+            name, _, value = part.partition("=")
+            if name not in types:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(types)}")
+            convert = next(kind for kind in (*get_args(types[name]), types[name]) if kind is not type(None))
+            values[name] = convert(value)
+        return cls(**values)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -131,7 +155,8 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
     traced = TracedComm(comm)
     with factory(traced, **case.options) as attention:
         shapes = {name: whole.shape for name, whole in given.items()}
-        places = {name: attention.owned(name, shapes) for name in given}
+        by_tokens = layout.by_tokens(case.layout, comm.Get_size())
+        places = {name: attention.owned(name, shapes) if hasattr(attention, "owned") else by_tokens for name in given}
         own = {
             name: np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())])
             for name, whole in given.items()
@@ -175,3 +200,52 @@ def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str
     error = np.abs(result - reference).max(initial=0) / largest
     tolerance = oracle.TOLERANCES[dtype]
     return [] if error <= tolerance else [f"error of {name} {error:.1e} exceeds {tolerance:.0e}"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn conformance`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}")
+    which.add_argument("--module", metavar="PACKAGE:FACTORY", help="an implementation of your own")
+    parser.add_argument("--full", action="store_true", help="the whole matrix, not the part that has one of everything")
+    parser.add_argument("--case", type=Case.parse, metavar="'NAME=VALUE ...'", help="this case alone")
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Check every case of every implementation; print what is wrong on rank 0."""
+    implementations = find(args, comm)
+    chosen = [args.case] if args.case else matrix() if args.full else fast()
+    wrong = []
+    progress = bar(comm, total=len(implementations) * len(chosen), unit="case")
+    for (name, factory, traffic), case in itertools.product(implementations, chosen):
+        progress.set_postfix_str(name)
+        try:
+            check(factory, comm, case, traffic)
+        except AssertionError as error:
+            wrong.append(f"{name}: {error}")
+        progress.update()
+    progress.close()
+    if comm.Get_rank() == 0:
+        print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
+        done = len(implementations) * len(chosen)
+        print(f"{done - len(wrong)} passed, {len(wrong)} failed on {comm.Get_size()} ranks")
+    return 1 if wrong else 0
+
+
+def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factory, Callable[..., costs.Costs] | None]]:
+    """Return name, factory and formula of each implementation that is asked for."""
+    if args.module:
+        package, _, name = args.module.partition(":")
+        try:
+            return [(args.module, getattr(importlib.import_module(package), name), None)]
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--module {args.module}: {error}") from None
+    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
+    if unknown := [name for name in names if name not in ALGORITHMS]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
+    return [
+        (" ".join([name, *(f"{key}={value}" for key, value in arguments.items())]), *built)
+        for name in names
+        for arguments in ALGORITHMS[name].variants(comm.Get_size())
+        for built in [(partial(ALGORITHMS[name], **arguments), partial(costs.COSTS[name], **arguments))]
+    ]
