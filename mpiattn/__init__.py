@@ -1,19 +1,35 @@
 """Exact distributed attention over MPI, forward and backward, in which every message can be read."""
 
-from .algorithms import ALGORITHMS, DenseAttention, DoubleRingAttention, MeshAttention, RingAttention
+from .algorithms import (
+    ALGORITHMS,
+    AllGatherAttention,
+    DenseAttention,
+    DoubleRingAttention,
+    GatheredMeshAttention,
+    HybridAttention,
+    MeshAttention,
+    RingAttention,
+    TensorParallelAttention,
+    UlyssesAttention,
+)
 from .layout import gather, scatter
 from .mask import Causal, Documents, Full, SlidingWindow
 
 __all__ = [
     "ALGORITHMS",
+    "AllGatherAttention",
     "Causal",
     "DenseAttention",
     "Documents",
     "DoubleRingAttention",
     "Full",
+    "GatheredMeshAttention",
+    "HybridAttention",
     "MeshAttention",
     "RingAttention",
     "SlidingWindow",
+    "TensorParallelAttention",
+    "UlyssesAttention",
     "gather",
     "scatter",
 ]

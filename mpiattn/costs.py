@@ -9,7 +9,13 @@ With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V he
     ring         (n-1) 2/g                     (n-1) 4/g
     double ring  (n-1) 2/g                     (n-1) 4/g
     shared ring  0                             0
-    mesh a x b   (a-1) 2 + (b-1) 2/g           (a-1) 3 + (b-1) 4/g
+    mesh a x b   (a-1) 2 + (b-1) 2/g           (a-1) 3 + (b-1) 4/g      (mesh_gathered: the same)
+    allgather    (n-1) 2/g                     (n-1) 4/g
+    ulysses      (n-1)/n (2 + 2/g)             (n-1)/n (2 + 2/g)
+    hybrid u x   (u-1)/u (2 + 2/g) and the ring or mesh of n/u ranks, with 1/u of the heads of u chunks
+    tensor parallel: 0; for an output projection, an all-reduce of all tokens' features each way
+
+Ulysses with fewer K/V heads than ranks: (n-1)/n (2 + 2n/H) for H query heads, if n divides H.
 
 Below, the same sums over chunks of any length. A chunk comes to a rank if the rank or one after it on the
 ring uses it (`problem.travels`), its partial sums if they start before the rank.
@@ -19,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .arrays import Spec, nbytes
 from .problem import Problem, Travel, travels, windows
@@ -47,6 +53,11 @@ class Costs:
 def total(parcels: Sequence[Sequence[Spec]]) -> Traffic:
     """Return the traffic of one message for each parcel."""
     return Traffic(len(parcels), sum(map(nbytes, parcels)))
+
+
+def pieces(parcels: Sequence[Sequence[Spec]]) -> Traffic:
+    """Return the traffic of one message for each parcel that has anything in it."""
+    return total([parcel for parcel in parcels if nbytes(parcel)])
 
 
 def spread(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: Callable[[int], list[Spec]]) -> Traffic:
@@ -146,11 +157,79 @@ def mesh(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
     )
 
 
+def mesh_gathered(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
+    """Q from the row, K/V from the column, and of the own sums what each rank there has computed."""
+    r, c = divmod(rank, cols)
+    tile = problem.needed.reshape(rows, cols, rows, cols)
+    q_owners, kv_owners = ([r * cols + place for place in range(cols)], [place * cols + c for place in range(rows)])
+    q_owners.remove(rank)
+    kv_owners.remove(rank)
+    q_shares = sum(bool(tile[r, c, :, place].any()) for place in range(cols) if place != c)
+    kv_shares = sum(bool(tile[place, :, r, c].any()) for place in range(rows) if place != r)
+    kv = pieces([problem.kv(owner) for owner in kv_owners])
+    return Costs(
+        pieces([problem.q(owner) for owner in q_owners]) + kv + pieces([problem.o(rank)] * q_shares),
+        pieces([problem.q_backward(owner) for owner in q_owners])
+        + kv
+        + pieces([problem.d_q(rank)] * q_shares)
+        + pieces([problem.d_kv(rank)] * kv_shares),
+    )
+
+
+def allgather(problem: Problem, rank: int, head_groups: int = 1) -> Costs:
+    """K/V of each group of heads from every other rank; backward each one's share of dK/dV, too."""
+    others = [owner for owner in range(problem.ranks) if owner != rank]
+    parts = [part for *_, part in problem.by_heads(min(head_groups, problem.kv_heads))]
+    kv = pieces([part.kv(owner) for part in parts for owner in others])
+    return Costs(kv, kv + pieces([part.d_kv(rank) for part in parts for _ in others]))
+
+
+def ulysses(problem: Problem, rank: int) -> Costs:
+    """Some heads of every other rank's tokens; back, every other rank's heads of the own tokens."""
+    return exchange(problem, rank, range(problem.ranks))
+
+
+def exchange(problem: Problem, rank: int, members: Sequence[int]) -> Costs:
+    """Tokens for heads and back, among the ranks of a group."""
+    place = members.index(rank)
+    parts = [part for *_, part in problem.by_heads(len(members))]
+    own, others = parts[place], [*parts[:place], *parts[place + 1 :]]
+    tokens = [member for member in members if member != rank]
+    partial = sum(part.kv_heads for part in parts) > problem.kv_heads
+    return Costs(
+        pieces([own.qkv(member) for member in tokens] + [part.out(rank) for part in others]),
+        pieces([own.d_out(member) for member in tokens] + [part.d_qkv(rank, partial) for part in others]),
+    )
+
+
+def hybrid(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) -> Costs:
+    """The exchange in the group, and a ring or a mesh of the ranks with the same heads."""
+    number, place = divmod(rank, ulysses)
+    group = exchange(problem, rank, range(number * ulysses, (number + 1) * ulysses))
+    *_, part = problem.by_heads(ulysses)[place]
+    if not part.heads:
+        return group
+    chunks = replace(part, ranks=rows * cols, layout=problem.layout.partition("/")[0])
+    inner = ring(chunks, number) if cols == 1 else mesh(chunks, number, rows, cols)
+    return Costs(group.forward + inner.forward, group.backward + inner.backward)
+
+
+def tensor_parallel(problem: Problem, rank: int, features: int = 0) -> Costs:
+    """Nothing; with an output projection to that many features its all-reduce, and that of the input's gradient."""
+    traffic = allreduce(((problem.batch, problem.q_tokens, features), problem.wide), problem.ranks, rank)
+    return Costs(traffic, traffic)
+
+
 COSTS: dict[str, Callable[..., Costs]] = {
     "dense": dense,
     "ring": ring,
     "double_ring": double_ring,
     "shared_ring": shared_ring,
     "mesh": mesh,
+    "mesh_gathered": mesh_gathered,
+    "allgather": allgather,
+    "ulysses": ulysses,
+    "hybrid": hybrid,
+    "tensor_parallel": tensor_parallel,
 }
 """By the algorithm's name; called with the problem, the rank and the algorithm's own parameters."""

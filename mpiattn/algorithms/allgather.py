@@ -108,10 +108,9 @@ class AllGatherAttention(Attention):
             for owner in self.blocks:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 pair = slice(2 * owner, 2 * owner + 2)
-                (near_k, near_v), near_d_kv = self.kv[step].arrays[pair], sums[step].arrays[pair]
-                rows = d_out[:, heads], lse[:, heads], row_delta[:, heads]
-                totals, progress = (d_q[:, heads], *near_d_kv), partial(Testall, requests)
-                self.kernel.backward(q[:, heads], near_k, near_v, *rows, *where, *totals, progress)
+                (near_k, near_v), (sum_k, sum_v) = self.kv[step].arrays[pair], sums[step].arrays[pair]
+                rows, totals = (d_out[:, heads], lse[:, heads], row_delta[:, heads]), (d_q[:, heads], sum_k, sum_v)
+                self.kernel.backward(q[:, heads], near_k, near_v, *rows, *where, *totals, partial(Testall, requests))
             Waitall(requests)
             requests = self.reduce(part, sums[step], own[step])
         Waitall(requests)

@@ -121,5 +121,7 @@ def shape(ranks: int, ulysses: int | None, rows: int | None, cols: int | None) -
     choice = (ulysses, rows, groups // max(rows, 1) if cols is None else cols)
     if choice not in shapes(ranks):
         fits = ", ".join("x".join(map(str, fit)) for fit in shapes(ranks))
-        raise ValueError(f"ulysses x rows x cols = {'x'.join(map(str, choice))} is not {ranks} ranks: choose from {fits}")
+        raise ValueError(
+            f"ulysses x rows x cols = {'x'.join(map(str, choice))} is not {ranks} ranks: choose from {fits}"
+        )
     return choice
