@@ -55,10 +55,11 @@ make_venv() {
 
 # What the ranks need, with either MPI, on a machine with fewer cores than ranks.
 mpi_settings() {
-    # One BLAS thread a rank: threads of several ranks on the same cores make each product several times slower.
+    # One BLAS thread a rank: two for each of 9 ranks on 2 cores made everything tens of times slower.
     export OMP_NUM_THREADS=1
-    # With more ranks than cores, MPICH yields the core while it waits, as it is. Open MPI does so (and agrees
-    # to start at all) when told to oversubscribe. Bound to cores, two jobs would share the first ones.
+    # With more ranks than cores, MPICH yields the core while it waits, as it is (its other settings made 9 ranks
+    # on 2 cores no faster). Open MPI does so, and agrees to start at all, when told to oversubscribe. Bound to
+    # cores, two jobs would share the first ones.
     export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
     export PRTE_MCA_hwloc_default_binding_policy=none
     if ((EUID == 0)); then # as in a container; Open MPI refuses otherwise
