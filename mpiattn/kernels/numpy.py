@@ -12,7 +12,8 @@ pass over the tile of its own:
   that of d_out holds minus delta, and the product with the values yields the sum of each query's weights.
 - No maximum is taken where the norms of queries and keys prove that exp2 can't overflow.
 
-A logit softcap belongs between the product and the shift of a score tile, dropout after `_exp2`.
+Two things have their place but aren't there yet. A logit softcap would follow the product of a score tile,
+and the shift would be subtracted after it, no longer within the product. Dropout would follow `_exp2`.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class NumpyKernel:
 
     Arrays are (batch, heads, tokens, head_dim) of float64, float32, float16 or bfloat16, contiguous or
     not. k and v may have fewer heads: query head h uses head h // (heads / kv_heads). What is computed
-    and accumulated is `softmax.accumulator(dtype)`, float32 or float64.
+    and accumulated is `softmax.accumulator(dtype)`, float32 or float64. As in a textbook's 0 * NaN, a NaN in v
+    reaches all rows of its tile, not only those that see it; one in q or k reaches the rows that see it.
 
     Parameters
     ----------
@@ -163,12 +165,12 @@ class NumpyKernel:
                     for tile in tiles:
                         if progress:
                             progress()
-                        part = query[:, tile.queries], total[:, tile.queries]
-                        score = self._product("score", keys[tile.keys], part[0])
+                        seeing, sums = query[:, tile.queries], total[:, tile.queries]
+                        score = self._product("score", keys[tile.keys], seeing)
                         if not safe:
-                            self._shift(score, *part, tile.visible)
+                            self._shift(score, seeing, sums, tile.visible)
                         self._exp2(score, tile.visible, bounded=safe)
-                        part[1][...] += self._product("sum", values[tile.keys].T, score)
+                        sums += self._product("part", values[tile.keys].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
                         part_lse = LN2 * (np.log2(weight) - query[-1])
@@ -224,14 +226,14 @@ class NumpyKernel:
                     for tile in tiles:
                         if progress:
                             progress()
-                        columns = tile.queries
-                        weight = self._product("score", keys[tile.keys], query[:, columns])
+                        seeing, d_seeing = query[:, tile.queries], d_row[:, tile.queries]
+                        weight = self._product("score", keys[tile.keys], seeing)
                         self._exp2(weight, tile.visible)
-                        d_score = self._product("d_score", values[tile.keys], d_row[:, columns])
+                        d_score = self._product("d_score", values[tile.keys], d_seeing)
                         d_score *= weight
-                        d_v[b, g, tile.keys] += self._product("sum", weight, d_row[:-1, columns].T)
-                        d_keys[tile.keys] += self._product("sum", d_score, query[:-1, columns].T)
-                        d_query[:, columns] += self._product("sum", keys[tile.keys, :-1].T, d_score)
+                        d_v[b, g, tile.keys] += self._product("part", weight, d_seeing[:-1].T)
+                        d_keys[tile.keys] += self._product("part", d_score, seeing[:-1].T)
+                        d_query[:, tile.queries] += self._product("part", keys[tile.keys, :-1].T, d_score)
                     d_query *= self._scale(q)
                     d_q[b, h, rows] += d_query.T
             d_keys *= LN2  # `query` holds q * scale * log2(e)
