@@ -315,6 +315,34 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
     table : for each rank, (shape, dtype) of q, k and v
     """
     spread, axis = ("heads", 1) if layout_name == layouts.EVERYWHERE else ("tokens", 2)
+    fit_together(table, spread, axis)
+    shapes = [[spec[0] for spec in row if spec is not None] for row in table]
+    batch, heads, q_tokens, head_dim = (
+        sum(q[i] for q, _, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][0])
+    )
+    _, kv_heads, kv_tokens, _ = (
+        sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
+    )
+    sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
+    problem = Problem(len(table), *sizes, np.dtype(q_dtype), layout_name, mask)
+    both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
+    for index, (name, tokens, positions) in enumerate(both):
+        for rank, row_shapes in enumerate(shapes):
+            if (count := row_shapes[index][2]) != len(positions[rank]):
+                raise InputError(
+                    f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {tokens} tokens "
+                    f"over {len(table)} ranks gives it {len(positions[rank])}: cut with "
+                    f"positions({tokens}) or scatter()"
+                )
+    try:
+        mask.check(q_tokens, kv_tokens)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return problem
+
+
+def fit_together(table: Sequence[Sequence[arrays.Spec | None]], spread: str = "tokens", axis: int = 2) -> None:
+    """Raise InputError where the ranks' q, k, v do not fit together, wherever what is spread over ranks lies."""
     for rank, row in enumerate(table):
         for name, spec in zip("qkv", row, strict=True):
             if spec is None or len(spec[0]) != 4 or spec[1] not in arrays.FLOATS:
@@ -343,29 +371,6 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
         if not none and (k[1] < 1 or q[1] % k[1]):
             legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
             raise InputError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
-    shapes = [[spec[0] for spec in row if spec is not None] for row in table]
-    batch, heads, q_tokens, head_dim = (
-        sum(q[i] for q, _, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][0])
-    )
-    _, kv_heads, kv_tokens, _ = (
-        sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
-    )
-    sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
-    problem = Problem(len(table), *sizes, np.dtype(q_dtype), layout_name, mask)
-    both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
-    for index, (name, tokens, positions) in enumerate(both):
-        for rank, row_shapes in enumerate(shapes):
-            if (count := row_shapes[index][2]) != len(positions[rank]):
-                raise InputError(
-                    f"{name} on rank {rank} has {count} tokens; the {layout_name} layout of {tokens} tokens "
-                    f"over {len(table)} ranks gives it {len(positions[rank])}: cut with "
-                    f"positions({tokens}) or scatter()"
-                )
-    try:
-        mask.check(q_tokens, kv_tokens)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return problem
 
 
 def _without(axis: int, spec: arrays.Spec | None) -> Any:
