@@ -203,7 +203,7 @@ class Attention:
         for step, group in enumerate(specs):
             if (key := (step % count, *group)) not in made:
                 made[key] = Parcel(group, self.storage[name][step % count])
-        return [made[step % count, *group] for step, group in enumerate(specs)]
+        return [made[(step % count, *group)] for step, group in enumerate(specs)]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
@@ -317,6 +317,7 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
     spread, axis = ("heads", 1) if layout_name == layouts.EVERYWHERE else ("tokens", 2)
     fit_together(table, spread, axis)
     shapes = [[spec[0] for spec in row if spec is not None] for row in table]
+    [dtype] = {spec[1] for row in table for spec in row if spec is not None}
     batch, heads, q_tokens, head_dim = (
         sum(q[i] for q, _, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][0])
     )
@@ -324,7 +325,7 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
         sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
     )
     sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
-    problem = Problem(len(table), *sizes, np.dtype(q_dtype), layout_name, mask)
+    problem = Problem(len(table), *sizes, np.dtype(dtype), layout_name, mask)
     both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
     for index, (name, tokens, positions) in enumerate(both):
         for rank, row_shapes in enumerate(shapes):
