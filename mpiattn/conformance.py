@@ -171,6 +171,8 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
         for name, result in results.items():
             place = places["out" if name == "lse" else name.removeprefix("d_")]
             reference = right[name][place(right[name].shape, comm.Get_rank())]
+            if name in ("d_k", "d_v"):
+                result = with_copies(comm, result, place, right[name].shape)
             wrong += compare(name, result, reference, right[name], given["q"].dtype.name)
         if traffic is not None:
             expected = traffic(attention.problem, comm.Get_rank())
@@ -183,6 +185,21 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
     reports = [f"rank {rank}: {'; '.join(text)}" for rank, text in enumerate(comm.allgather(wrong)) if text]
     if reports:
         raise AssertionError(f"{case}\n" + "\n".join(reports))
+
+
+def with_copies(comm: Communicator, gradient: Array, place: layout.Where, shape: tuple[int, ...]) -> Array:
+    """Return a share of a gradient plus that of its copies on other ranks, as of K/V heads in tensor parallelism."""
+    here, copies = place(shape, comm.Get_rank()), np.zeros(shape, int)
+    for rank in range(comm.Get_size()):
+        copies[place(shape, rank)] += 1
+    if copies.max(initial=0) <= 1:
+        return gradient
+    whole = np.zeros(shape)
+    fits = gradient.shape == whole[here].shape
+    if fits:
+        whole[here] = gradient
+    total = comm.allreduce(whole)[here].astype(gradient.dtype)
+    return total if fits else gradient
 
 
 def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str) -> list[str]:
