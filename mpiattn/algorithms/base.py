@@ -200,10 +200,10 @@ class Attention:
             largest = [max(arrays.nbytes(group) for group in specs[start::count]) for start in range(count)]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
         made: dict[Any, Parcel] = {}  # chunks of one shape in one buffer are one parcel
-        for step, group in enumerate(specs):
-            if (key := (step % count, *group)) not in made:
-                made[key] = Parcel(group, self.storage[name][step % count])
-        return [made[(step % count, *group)] for step, group in enumerate(specs)]
+        keys = [(step % count, tuple(group)) for step, group in enumerate(specs)]
+        for buffer, group in dict.fromkeys(keys):
+            made[buffer, group] = Parcel(group, self.storage[name][buffer])
+        return [made[key] for key in keys]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
