@@ -46,6 +46,12 @@ def namespace(array: Any) -> Any:
     return array.__array_namespace__()
 
 
+def on_host(array: Any) -> Array:
+    """Return the array if it is NumPy's, else a copy that is."""
+    result: Array = array.get() if type(array).__module__ == "cupy" else array
+    return result
+
+
 def use_gpu(comm: Communicator) -> ModuleType:
     """Make one of the host's GPUs this rank's current device, by the rank's number on the host; return CuPy.
 

@@ -1,0 +1,155 @@
+"""Messages of device memory, on a device that is the host: when they are posted, staging, collectives."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiattn import device
+from mpiattn.device import Channel, DeviceComm, Transfer
+from mpiattn.message import Tag, Testall, Waitall
+
+
+class Memory:
+    """As much of a CuPy array as messages use; its bytes are a NumPy array's."""
+
+    def __init__(self, array: Any) -> None:
+        self.host = np.asarray(array)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.host, name)
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.host.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        return self.host.__array_interface__
+
+    def __getitem__(self, index: Any) -> Memory:
+        return Memory(self.host[index])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.host[index] = value.host if isinstance(value, Memory) else value
+
+    def __iadd__(self, other: Any) -> Memory:
+        self.host += other.host
+        return self
+
+    def reshape(self, *shape: Any) -> Memory:
+        return Memory(self.host.reshape(*shape))
+
+    def view(self, dtype: Any) -> Memory:
+        return Memory(self.host.view(dtype))
+
+
+class Event:
+    """Passes when the test says so."""
+
+    behind = False
+
+    def __init__(self, **options: Any) -> None:
+        self.late = Event.behind
+
+    def record(self, stream: Any = None) -> None: ...
+
+    @property
+    def done(self) -> bool:
+        return not (self.late and Event.behind)
+
+
+def memcpy(to: int, source: int, size: int, kind: int, stream: int) -> None:
+    ctypes.memmove(to, source, size)
+
+
+XP = SimpleNamespace(
+    empty_like=lambda array: Memory(np.empty_like(array.host)),
+    empty=lambda size, dtype: Memory(np.empty(size, dtype)),
+    cuda=SimpleNamespace(
+        Event=Event,
+        Stream=lambda non_blocking: SimpleNamespace(ptr=0, wait_event=lambda event: None),
+        alloc_pinned_memory=bytearray,
+        runtime=SimpleNamespace(memcpyAsync=memcpy),
+    ),
+)
+
+
+@pytest.fixture(params=["device", "host"])
+def around(request: pytest.FixtureRequest, comm: Any, monkeypatch: pytest.MonkeyPatch) -> DeviceComm:
+    monkeypatch.setattr(device, "PIECE", 1000)
+    monkeypatch.setattr(device, "LARGEST", 2500)
+    return DeviceComm(comm, Channel(comm, XP, request.param))
+
+
+@pytest.mark.mpi
+def test_messages_of_any_size_arrive_in_order(around: DeviceComm) -> None:
+    rank, size = around.Get_rank(), around.Get_size()
+    sizes = [0, 1, 999, 1000, 1001, 2500, 12345]
+    sent = [Memory(np.full(n, rank * 10 + i, np.uint8)) for i, n in enumerate(sizes)]
+    got = [Memory(np.zeros(n, np.uint8)) for n in sizes]
+    requests = [around.Irecv(part, (rank - 1) % size, Tag.KV) for part in got]
+    requests += [around.Isend(part, (rank + 1) % size, Tag.KV) for part in sent]
+    Waitall(requests)
+    for i, part in enumerate(got):
+        assert (part.host == (rank - 1) % size * 10 + i).all()
+    assert around.channel.under_way == []
+
+
+@pytest.mark.mpi
+def test_nothing_is_posted_before_the_device_has_come_to_it(comm: Any) -> None:
+    around = DeviceComm(comm, Channel(comm, XP, "device"))
+    rank, size = comm.Get_rank(), comm.Get_size()
+    sent, got = Memory(np.full(10, 1, np.uint8)), Memory(np.zeros(10, np.uint8))
+    Event.behind = True
+    try:
+        requests = [around.Irecv(got, (rank - 1) % size, Tag.Q), around.Isend(sent, (rank + 1) % size, Tag.Q)]
+        assert not Testall(requests)
+        sent.host[:] = 2  # the device has not come to the message: this goes first
+        comm.Barrier()
+        assert not Testall(requests)
+    finally:
+        Event.behind = False
+    Waitall(requests)
+    assert (got.host == 2).all()
+
+
+@pytest.mark.mpi
+def test_waiting_for_one_message_brings_on_the_others(around: DeviceComm) -> None:
+    rank, size = around.Get_rank(), around.Get_size()
+    first, second = (Memory(np.zeros(5000, np.uint8)) for _ in range(2))
+    far = [around.Irecv(first, (rank - 1) % size, Tag.KV), around.Isend(Memory(np.ones(5000, np.uint8)), (rank + 1) % size, Tag.KV)]  # fmt: skip # noqa: E501
+    near = [around.Irecv(second, (rank + 1) % size, Tag.O), around.Isend(Memory(np.ones(5000, np.uint8)), (rank - 1) % size, Tag.O)]  # fmt: skip # noqa: E501
+    Waitall(near)
+    Waitall(far)
+    assert first.host.all() and second.host.all()
+
+
+@pytest.mark.mpi
+def test_collectives(around: DeviceComm) -> None:
+    rank, size = around.Get_rank(), around.Get_size()
+    counts = [(other * 3 + 1) * 4 for other in range(size)]
+    whole = Memory(np.zeros(sum(counts), np.uint8))
+    Waitall([around.Iallgatherv(Memory(np.full(counts[rank], rank + 1, np.uint8)), [whole, counts])])
+    assert (whole.host == np.repeat(np.arange(size) + 1, counts)).all()
+    numbers = [count // 4 for count in counts]
+    share, total = Memory(np.arange(sum(numbers), dtype=np.float32) + rank), Memory(np.zeros(numbers[rank], np.float32))
+    Waitall([around.Ireduce_scatter(share, total, numbers)])
+    start = sum(numbers[:rank])
+    assert (total.host == size * np.arange(start, start + numbers[rank]) + size * (size - 1) / 2).all()
+    result = Memory(np.zeros((7, 3), np.float64))
+    around.Allreduce(Memory(np.full((7, 3), rank + 1.0)), result)
+    assert (result.host == size * (size + 1) / 2).all()
+
+
+@pytest.mark.mpi
+def test_numpy_arrays_pass_untouched(around: DeviceComm) -> None:
+    rank, size = around.Get_rank(), around.Get_size()
+    got = np.zeros(3)
+    Waitall([around.Irecv(got, (rank - 1) % size, Tag.Q), around.Isend(np.full(3, 7.0), (rank + 1) % size, Tag.Q)])
+    assert (got == 7).all() and isinstance(around.Isend(got[:0], rank, Tag.Q), Transfer)
+    Waitall([around.Irecv(got[:0], rank, Tag.Q)])

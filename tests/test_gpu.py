@@ -1,0 +1,179 @@
+"""On GPUs: the kernels block by block, and every algorithm with messages of device memory and through the host.
+
+On one GPU or several, with as many ranks as there are, or more::
+
+    mpiexec -n 4 python -m mpi4py -m pytest -m gpu
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiattn import ALGORITHMS, RingAttention, arrays, device, kernels, layout
+from mpiattn.conformance import Case, check, compare, fast, problem
+from mpiattn.costs import COSTS
+from mpiattn.mask import Causal, parse
+from mpiattn.message import InputError, Tag, Waitall
+from mpiattn.problem import Problem
+from mpiattn.softmax import accumulator, delta, merge
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [
+    Case(dtype=dtype, layout=chosen, mask=mask, **shape)
+    for dtype, chosen, mask, shape in (
+        ("bfloat16", "zigzag", "causal", {"tokens": 1024, "head_dim": 128, "v_head_dim": 128}),
+        ("float16", "zigzag", "causal", {"tokens": 515, "head_dim": 64, "v_head_dim": 64, "batch": 2}),
+        (
+            "bfloat16",
+            "striped",
+            "causal",
+            {"tokens": 768, "head_dim": 128, "v_head_dim": 128, "heads": 6, "kv_heads": 1},
+        ),
+        ("bfloat16", "contiguous", "full", {"tokens": 300, "kv_tokens": 700, "head_dim": 64, "v_head_dim": 64}),
+        ("float16", "contiguous", "window=100", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+        ("bfloat16", "zigzag", "window=70,30", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+        ("bfloat16", "striped", "window=120", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+        ("float16", "contiguous", "documents=100,0,300,112+causal", {"tokens": 512, "head_dim": 64, "v_head_dim": 64}),
+        ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
+        ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
+    )
+]
+LARGE = [
+    Case(tokens=3000, head_dim=32, v_head_dim=32, layout=chosen, mask="causal", dtype="float32")
+    for chosen in layout.LAYOUTS
+]
+
+
+def posed(case: Case, ranks: int) -> Problem:
+    """Return the problem of a case."""
+    keys = case.tokens if case.kv_tokens is None else case.kv_tokens
+    sizes = case.batch, case.heads, case.kv_heads, case.head_dim, case.v_head_dim, case.tokens, keys
+    return Problem(ranks, *sizes, arrays.dtype(case.dtype), case.layout, parse(case.mask))
+
+
+@pytest.mark.parametrize("case", [*fast(), *HALVES, *LARGE], ids=str)
+@pytest.mark.parametrize("name", ["cupy", "cudnn"])
+def test_kernel(name: str, case: Case) -> None:
+    """All blocks of a problem spread over three ranks, on one."""
+    import cupy
+
+    whole = posed(case, 3)
+    try:
+        kernel = kernels.choose("cupy", whole, whole.mask, case.scale, name)
+    except InputError as error:
+        pytest.skip(str(error))
+    given, right = problem(case)
+    wide, results = accumulator(whole.dtype), {}
+    q, k, v, d_out = (cupy.asarray(array) for array in given.values())
+    out, lse = cupy.zeros(d_out.shape, wide), cupy.full(d_out.shape[:3], -math.inf, wide)
+    for queries in whole.q_positions:
+        near_out, near_lse = out[:, :, queries], lse[:, :, queries]  # copies
+        for keys in whole.kv_positions:
+            near = [cupy.ascontiguousarray(array[:, :, keys]) for array in (k, v)]
+            kernel.forward(cupy.ascontiguousarray(q[:, :, queries]), *near, queries, keys, near_out, near_lse)
+        out[:, :, queries], lse[:, :, queries] = near_out, near_lse
+    rounded = out.astype(q.dtype)
+    row_delta = delta(d_out, rounded)
+    d_q, d_k, d_v = (cupy.zeros(array.shape, wide) for array in (q, k, v))
+    for queries in whole.q_positions:
+        rows = [cupy.ascontiguousarray(array[:, :, queries]) for array in (d_out, lse, row_delta)]
+        near_q, share_q = q[:, :, queries], d_q[:, :, queries]
+        for keys in whole.kv_positions:
+            near = [array[:, :, keys] for array in (k, v)]
+            shares = [array[:, :, keys] for array in (d_k, d_v)]
+            kernel.backward(near_q, *near, *rows, queries, keys, share_q, *shares)
+            d_k[:, :, keys], d_v[:, :, keys] = shares
+        d_q[:, :, queries] = share_q
+    results = {"out": rounded, "lse": lse} | {
+        name: total.astype(q.dtype) for name, total in (("d_q", d_q), ("d_k", d_k), ("d_v", d_v))
+    }
+    wrong = []
+    for label, result in results.items():
+        wrong += compare(label, arrays.on_host(result), right[label], right[label], case.dtype)
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_merge_and_delta_are_those_of_the_host(dtype: str) -> None:
+    import cupy
+
+    rng = np.random.default_rng(0)
+    states = [
+        (rng.standard_normal((2, 3, 50, 20)).astype(dtype), rng.standard_normal((2, 3, 50)).astype(dtype)) for _ in "ab"
+    ]
+    states[0][1][:, :, 10:30] = states[1][1][:, :, 20:40] = -np.inf
+    states[0][1][:, :, 45:] = 300
+    there = [[cupy.asarray(array) for array in state] for state in states]
+    for state in (states, there):
+        merge(*state[0], *state[1])
+    for here, result in zip(states[0], there[0], strict=True):
+        np.testing.assert_allclose(arrays.on_host(result), here, rtol=1e-5 if dtype == "float32" else 1e-13, atol=1e-7)
+    a, b = states[0][0], states[1][0]
+    np.testing.assert_allclose(
+        arrays.on_host(delta(cupy.asarray(a), cupy.asarray(b))),
+        delta(a, b),
+        rtol=1e-4 if dtype == "float32" else 1e-12,
+        atol=1e-5,
+    )
+
+
+def test_a_kernel_that_can_not_do_it_says_which_can() -> None:
+    with pytest.raises(InputError, match=r"float16 and bfloat16, not float32; kernel 'cupy' can|not installed"):
+        kernels.choose("cupy", posed(Case(dtype="float32"), 1), Causal(), None, "cudnn")
+    with pytest.raises(InputError, match="choose from cupy, cudnn"):
+        kernels.choose("cupy", posed(Case(dtype="float32"), 1), Causal(), None, "numpy")
+
+
+@pytest.fixture
+def xp(comm: Any) -> Any:
+    """CuPy, with a GPU for each rank if there are as many."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return arrays.use_gpu(comm)
+
+
+@pytest.fixture(params=["device", "host"])
+def messages(request: pytest.FixtureRequest, comm: Any, xp: Any) -> str:
+    """How messages go."""
+    if request.param == "device" and not device.takes_device_memory(comm, xp):
+        pytest.skip("this MPI library does not take device memory")
+    return str(request.param)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", [*fast(), *HALVES[:3]], ids=str)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "shared_ring"])
+def test_conformance(comm: Any, xp: Any, messages: str, name: str, case: Case) -> None:
+    for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+        factory = partial(ALGORITHMS[name], gpu_messages=messages, **arguments)
+        check(factory, comm, case, partial(COSTS[name], **arguments), xp)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_mixed_arrays_are_refused_on_every_rank(comm: Any, xp: Any) -> None:
+    q = np.ones((1, 2, 4, 8), np.float32)
+    mine = xp.asarray(q) if comm.Get_rank() == 1 else q
+    with (
+        RingAttention(comm, layout="contiguous") as attention,
+        pytest.raises(InputError, match="rank 1 mixes cupy and numpy"),
+    ):
+        attention.forward(mine, mine, mine)
+
+
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_messages_beyond_2_gib(comm: Any, xp: Any, messages: str) -> None:
+    other, size = 1 - comm.Get_rank(), 2**31 + 12345
+    around = device.DeviceComm(comm, device.Channel(comm, xp, messages))
+    sent, got = (xp.arange(size, dtype=np.uint32) % 251).astype(np.uint8), xp.zeros(size, np.uint8)
+    sent[-1] = 77
+    Waitall([around.Irecv(got, other, Tag.KV), around.Isend(sent, other, Tag.KV)])
+    assert bool((sent == got).all())
