@@ -140,7 +140,13 @@ def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     return given, {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
-def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..., costs.Costs] | None = None) -> None:
+def check(
+    factory: Factory,
+    comm: Communicator,
+    case: Case,
+    traffic: Callable[..., costs.Costs] | None = None,
+    xp: Any = np,
+) -> None:
     """Raise AssertionError, on every rank alike, where a rank's results or traffic are wrong.
 
     Parameters
@@ -150,6 +156,8 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
     case : Case
     traffic : called with the problem and the rank, optional
         Returns what the rank should receive.
+    xp : module
+        Whose arrays: NumPy's, or CuPy's on a GPU.
     """
     given, right = problem(case)
     traced = TracedComm(comm)
@@ -158,7 +166,7 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
         by_tokens = layout.by_tokens(case.layout, comm.Get_size())
         places = {name: attention.owned(name, shapes) if hasattr(attention, "owned") else by_tokens for name in given}
         own = {
-            name: np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())])
+            name: xp.asarray(np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]))
             for name, whole in given.items()
         }
         out, saved = attention.forward(own["q"], own["k"], own["v"])
@@ -169,6 +177,7 @@ def check(factory: Factory, comm: Communicator, case: Case, traffic: Callable[..
         results = {"out": out, "lse": saved.lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
         wrong = []
         for name, result in results.items():
+            result = arrays.on_host(result)
             place = places["out" if name == "lse" else name.removeprefix("d_")]
             reference = right[name][place(right[name].shape, comm.Get_rank())]
             if name in ("d_k", "d_v"):
