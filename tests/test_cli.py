@@ -1,0 +1,186 @@
+"""The command line as a user meets it: under mpiexec, from help to a rank that is killed."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import mpiexec
+from safetensors.numpy import load_file, save_file
+
+from mpiattn import compare, oracle
+from mpiattn.mask import Causal
+
+SMALL = ("--tokens", "37", "--heads", "4", "--kv-heads", "2", "--head-dim", "8")
+KEYS = {
+    "algorithm", "grid", "layout", "mask", "forward_seconds", "backward_seconds", "forward_wait_seconds",
+    "backward_wait_seconds", "forward_bytes_received", "backward_bytes_received", "forward_messages_received",
+    "backward_messages_received", "peak_bytes", "error_out", "error_d_q", "error_d_k", "error_d_v", "ok",
+}  # fmt: skip
+
+
+def mpiattn(n: int, *arguments: str | Path, timeout: float = 90):
+    return mpiexec(n, sys.executable, "-m", "mpiattn", *arguments, timeout=timeout)
+
+
+def test_compare(tmp_path: Path) -> None:
+    chosen = ("--algorithms", "ring,mesh", "--grid", "2x3", "--mask", "causal", "--layout", "zigzag")
+    files = ("--json", tmp_path / "c.json", "--plot", tmp_path / "c.png")
+    done = mpiattn(6, "compare", *chosen, *files, "--tokens", "101")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  ok\n") == 2 and "WRONG" not in done.stdout
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert set(document) == {"environment", "input", "results"}
+    assert [(r["algorithm"], r["grid"]) for r in document["results"]] == [("ring", "6"), ("mesh", "2x3")]
+    for result in document["results"]:
+        assert set(result) >= KEYS and result["ok"] and result["error_out"] < 2e-5
+        for key in KEYS:
+            if key.endswith(("wait_seconds", "received", "peak_bytes")):
+                assert len(result[key]) == 6
+        assert min(result["peak_bytes"]) > 0
+    assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_compare_on_the_sample_checks_a_sample_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    given, queries = compare.load(parser.parse_args([]))
+    assert given.q.shape == (1, 9, 2048, 64) and given.k.shape == (1, 3, 2048, 64) and queries is None
+    monkeypatch.setattr(compare, "ORACLE_SCORES", 9 * 2048 * 20)
+    given, queries = compare.load(parser.parse_args([]))
+    assert queries is not None and len(queries) == 20
+    others = np.setdiff1d(np.arange(2048), queries)
+    assert not given.d_out[:, :, others].any() and given.d_out[:, :, queries].all()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_run(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(1)
+    arrays = {name: rng.standard_normal((1, 2, 23, 4)) for name in ("q", "k", "v", "d_out")}
+    given, output = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    (save_file(arrays, given) if suffix == ".safetensors" else np.savez(given, **arrays))  # type: ignore[arg-type]
+    done = mpiattn(3, "run", "--algorithm", "ring", "--qkv", given, "--backward", "--output", output)
+    assert done.returncode == 0, done.stderr
+    results = dict(load_file(output) if suffix == ".safetensors" else np.load(output))
+    out, lse = oracle.attention(arrays["q"], arrays["k"], arrays["v"], Causal())
+    d_q, d_k, d_v = oracle.gradients(**arrays, mask=Causal())
+    for name, right in {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}.items():
+        assert oracle.error(results[name], right) < 1e-10
+
+
+def test_help_appears_once() -> None:
+    done = mpiattn(3, "compare", "--help")
+    assert done.returncode == 0 and done.stdout.count("usage: mpiattn compare") == 1
+
+
+damaged = b"PK\x03\x04 this is no archive"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--algorithms", "ring,spiral"), "unknown algorithm spiral: choose from"),
+        (("compare", "--layout", "spiral"), "invalid choice: 'spiral'"),
+        (("compare", "--grid", "9x9"), "does not hold 2 ranks: choose from 1x2, 2x1"),
+        (("compare", "--grid", "two"), "a grid is ROWSxCOLS, such as 2x3, got 'two'"),
+        (("compare", "--mask", "casual"), "unknown mask 'casual'"),
+        (("compare", "--qkv", "missing.npz"), "missing.npz: no such file"),
+        (("compare", "--qkv", "damaged.npz"), "is damaged"),
+        (("compare", "--qkv", "damaged.safetensors"), "is damaged"),
+        (("compare", "--qkv", "k_only.npz"), "has k, but no q, v"),
+        (("compare", "--qkv", "k_only.npz", "--tokens", "7"), "exclude each other"),
+        (("compare", "--heads", "4", "--kv-heads", "3"), "--heads 4 must be a multiple of --kv-heads 3"),
+        (("compare", "--iterations", "0"), "--iterations is at least 1"),
+        (("compare", "--json", "no/such/folder.json", *SMALL), "no such folder"),
+        (("run", "--output", "out.txt", *SMALL), "must end in .npz or .safetensors"),
+        (("run", *SMALL), "the following arguments are required: --output"),
+        (("spin",), "invalid choice: 'spin'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_command_lines(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    for name in ("damaged.npz", "damaged.safetensors"):
+        (tmp_path / name).write_bytes(damaged)
+    np.savez(tmp_path / "k_only.npz", k=np.zeros((1, 1, 2, 2)))
+    start = time.monotonic()
+    done = mpiexec(2, sys.executable, "-m", "mpiattn", *arguments, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stderr.count(message) == 1 and done.stderr.count("error:") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 30
+
+
+def test_nan_is_reported(tmp_path: Path) -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
+    q[0, 0, 3, 1] = np.nan
+    np.savez(tmp_path / "nan.npz", q=q, k=k, v=v)
+    done = mpiattn(2, "compare", "--algorithms", "ring", "--layout", "zigzag", "--qkv", tmp_path / "nan.npz")
+    assert done.returncode == 1
+    assert "The input has 1 NaN in q" in done.stdout and "nan" in done.stdout and "WRONG" in done.stdout
+
+
+def test_a_mismatch_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys\n"
+        "from mpiattn.algorithms.ring import RingAttention\n"
+        "from mpiattn.cli import main\n"
+        "whole = RingAttention.attend\n"
+        "def attend(self, problem, q, k, v):\n"
+        "    out, lse = whole(self, problem, q, k, v)\n"
+        "    out[:, 0, :1] += 1e-3 * (self.rank == 1)\n"
+        "    return out, lse\n"
+        "RingAttention.attend = attend\n"
+        "sys.exit(main())\n"
+    )
+    done = mpiexec(2, sys.executable, script, "compare", "--algorithms", "ring,dense", "--layout", "striped", *SMALL)
+    assert done.returncode == 1 and done.stdout.count("WRONG") == 1 and done.stdout.count("  ok\n") == 1, done.stdout
+
+
+FAILING = """
+import os, signal, sys
+from mpi4py import MPI
+from mpiattn.algorithms.mesh import MeshAttention
+from mpiattn.cli import main
+whole = MeshAttention.attend
+def attend(self, *arguments):
+    if MPI.COMM_WORLD.rank == 1:
+        {fail}
+    return whole(self, *arguments)
+MeshAttention.attend = attend
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("raise RuntimeError('disk on fire')", "RuntimeError: disk on fire"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", ""),
+    ],
+    ids=["exception", "killed"],
+)
+def test_a_rank_that_dies_ends_the_job(tmp_path: Path, fail: str, message: str) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(fail=fail))
+    start = time.monotonic()
+    done = mpiexec(3, sys.executable, script, "compare", "--algorithms", "mesh", *SMALL, timeout=60)
+    assert done.returncode not in (0, 2) and message in done.stderr, done.stderr
+    assert time.monotonic() - start < 30
+
+
+def test_without_an_mpi_library(tmp_path: Path) -> None:
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("")
+    (tmp_path / "mpi4py" / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "mpiattn"]
+    done = subprocess.run([*command, "schedule", "2x2"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "2 x 2" in done.stdout, done.stderr
+    done = subprocess.run([*command, "compare"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "no MPI library found" in done.stderr
