@@ -75,7 +75,8 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _messages(axes: Axes, traces: Sequence[Trace], x: Any) -> None:

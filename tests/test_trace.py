@@ -1,0 +1,279 @@
+"""Traces: the order that was executed is the schedule's, clocks agree, and what is written says what happened."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from itertools import groupby, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, trace
+from mpiattn.figures import draw_trace
+from mpiattn.kernels.numpy import NumpyKernel
+from mpiattn.schedule import Op, Step
+from mpiattn.trace import Event, Trace, TracedComm
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TAGS = {Op.Q: "Q", Op.KV: "KV", Op.O: "O", Op.DQ: "D_Q", Op.DKV: "D_KV"}
+
+
+def run(comm: Any, name: str, tokens: int = 24, **arguments: Any) -> tuple[Any, Trace]:
+    """Run an algorithm forward and backward, each a phase; return it and its trace."""
+    traced = TracedComm(comm)
+    rng = np.random.default_rng(comm.Get_rank())
+    attention = ALGORITHMS[name](traced, layout="striped", **arguments)
+    mine = len(attention.positions(tokens))
+    q, k, v, d_out = rng.standard_normal((4, 1, 2, mine, 8))
+    trace.watch(attention)
+    with traced.trace.phase("forward"):
+        _, saved = attention.forward(q, k, v)
+    with traced.trace.phase("backward"):
+        attention.backward(d_out, saved)
+    attention.free()
+    return attention, traced.trace
+
+
+def executed(events: list[Event]) -> list[Any]:
+    """Return messages, as the name of what is sent and received, and blocks, in the order in which they began."""
+    order: list[Any] = [
+        event.name if event.kind in ("send", "receive") else event.block
+        for event in events
+        if event.kind in ("send", "receive", "compute")
+    ]
+    # A step sends and receives one thing: two events, one entry.
+    return [entry for entry, run in groupby(order) for _ in range(len(list(run)) if isinstance(entry, tuple) else 1)]
+
+
+def scheduled(attention: MeshAttention, steps: tuple[Step, ...]) -> list[Any]:
+    """Return the same from the schedule: slots are chunks that came so many hops."""
+    problem, order = attention.problem, []
+    assert problem is not None
+    for step in steps:
+        if step.message:
+            order.append(TAGS[step.message])
+        for i, j in step.blocks:
+            q, kv = attention.q_owners[j], attention.kv_owners[i]
+            order.append((int(problem.q_positions[q][0]), int(problem.kv_positions[kv][0])))
+    return [entry for entry, _ in groupby(order)]
+
+
+@pytest.mark.mpi(sizes=[2, 4, 6, 8, 9])
+def test_executed_order_is_the_schedule(comm: MPI.Intracomm) -> None:
+    for rows in (rows for rows in range(1, comm.size + 1) if comm.size % rows == 0):
+        attention, record = run(comm, "mesh", rows=rows, mask=Full())
+        (_, (forward,)), (_, (backward,)) = trace.phases([record])
+        assert executed(forward.events) == scheduled(attention, attention.forward_steps)
+        assert executed(backward.events) == scheduled(attention, attention.backward_steps)
+        blocks = [event.block for event in forward.events if event.kind == "compute"]
+        assert len(set(blocks)) == len(blocks) == comm.size, "each block once"
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_all_that_is_received_is_in_the_matrix_and_the_file(comm: MPI.Intracomm, shared_path: Path, name: str) -> None:
+    _, record = run(comm, name, mask=Causal())
+    received = comm.gather(record.received()[1])
+    trace.write(comm, record, shared_path / "trace.json")
+    traces = trace.gather(comm, record)
+    if traces is not None:
+        matrix = trace.matrix(traces)
+        assert matrix.sum(axis=0).tolist() == received
+        assert not matrix.diagonal().any()
+        again = trace.read(shared_path / "trace.json")
+        assert (trace.matrix(again) == matrix).all()
+        for one, other in zip(traces, again, strict=True):
+            events = sorted(one.events, key=lambda event: (event.start, -event.end))
+            assert len(events) == len(other.events)
+            for a, b in zip(events, sorted(other.events, key=lambda event: (event.start, -event.end)), strict=True):
+                assert a.kind == b.kind
+                # Aligned twice, by two measurements: times may differ a little, durations not.
+                assert a.end - a.start == pytest.approx(b.end - b.start, abs=1e-8)
+
+
+@pytest.mark.mpi(min_size=2, max_size=6)
+def test_clocks_are_aligned(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = 1000.0 * comm.rank
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead)
+    monkeypatch.setattr(trace, "time", clock)
+    _, record = run(comm, "ring")
+    traces = trace.gather(comm, record)
+    if traces is not None:
+        arrows = trace.flows(traces)
+        assert len(arrows) == sum(one.received()[0] for one in traces) > 0
+        for _, sent, _, arrived in arrows:
+            assert sent.nbytes == arrived.nbytes
+            # No message arrives before it leaves, but for the error of the alignment.
+            assert -0.005 < arrived.end - sent.start < 60
+        assert max(event.end for one in traces for event in one.events) < 60
+
+
+@pytest.mark.mpi(sizes=[2, 4])
+def test_file_is_what_perfetto_reads(comm: MPI.Intracomm, shared_path: Path) -> None:
+    _, record = run(comm, "mesh")
+    trace.write(comm, record, shared_path / "trace.json")
+    if comm.rank == 0:
+        entries = json.loads((shared_path / "trace.json").read_text())["traceEvents"]
+        tracks: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+        for entry in entries:
+            if entry["ph"] == "X":
+                tracks[entry["pid"], entry["tid"]].append(entry)
+        assert {rank for rank, _ in tracks} == set(range(comm.size))
+        for (_, track), slices in tracks.items():
+            assert {"send", "receive"}.isdisjoint(entry["cat"] for entry in slices) == (track == trace.COMPUTE)
+            slices.sort(key=lambda entry: (entry["ts"], -entry["dur"]))
+            open_ends: list[float] = []
+            for entry in slices:  # slices of a track nest or follow each other, or Perfetto drops them
+                while open_ends and open_ends[-1] <= entry["ts"] + 1e-3:
+                    open_ends.pop()
+                assert not open_ends or entry["ts"] + entry["dur"] <= open_ends[-1] + 1e-3
+                open_ends.append(entry["ts"] + entry["dur"])
+        arrows = [entry for entry in entries if entry["ph"] in "sf"]
+        assert len(arrows) == 2 * sum(entry.get("cat") == "receive" for entry in entries)
+        for start, end in zip(arrows[::2], arrows[1::2], strict=True):
+            assert (start["ph"], end["ph"], start["id"]) == ("s", "f", end["id"])
+            for arrow, kind in ((start, "send"), (end, "receive")):
+                inside = [
+                    entry
+                    for entry in tracks[arrow["pid"], arrow["tid"]]
+                    if entry["ts"] <= arrow["ts"] <= entry["ts"] + entry["dur"]
+                ]
+                assert [entry["cat"] for entry in inside] == [kind]
+                assert inside[0]["args"]["name"] == arrow["name"]
+
+
+@pytest.mark.slow
+@pytest.mark.mpi(sizes=[2])
+def test_tracing_costs_little(comm: MPI.Intracomm) -> None:
+    rng = np.random.default_rng(comm.rank)
+    q, k, v = rng.standard_normal((3, 1, 4, 512, 64), np.float32)
+    traced = TracedComm(comm)
+    with ALGORITHMS["ring"](comm) as plain, ALGORITHMS["ring"](traced) as recorded:
+        assert type(plain.kernel) is NumpyKernel and plain.comm is comm  # off: none of it is there
+        trace.watch(recorded)
+        ratios = []
+        for number in range(42):
+            seconds = []
+            for attention in (plain, recorded) if number % 2 else (recorded, plain):
+                comm.Barrier()
+                start = time.perf_counter()
+                attention.forward(q, k, v)
+                seconds.append(comm.allreduce(time.perf_counter() - start))
+            ratios.append(seconds[1] / seconds[0] if number % 2 else seconds[0] / seconds[1])
+    assert statistics.median(ratios) < 1.03
+
+
+# Without MPI: traces made by hand
+
+
+def ring_of(ranks: int) -> list[Trace]:
+    """Return traces of ranks that each compute, send 1,000 bytes to the next, and wait, in two phases."""
+    traces = []
+    for rank in range(ranks):
+        events = []
+        for phase, start in (("first", 0.0), ("second", 10.0)):
+            events += [
+                Event("phase", phase, -1, 0, start, start + 8),
+                Event("send", "KV", (rank + 1) % ranks, 1000, start + 1, start + 7),
+                Event("receive", "KV", (rank - 1) % ranks, 1000, start + 1, start + 7),
+                Event("compute", "forward", -1, 0, start + 1, start + 5, (rank, rank)),
+                Event("wait", "", -1, 0, start + 5, start + 7 - rank * 0.5),
+            ]
+        traces.append(Trace(events))
+    return traces
+
+
+def write(traces: list[Trace], folder: Path) -> Path:
+    path = folder / "trace.json"
+    path.write_text(json.dumps(trace.document(traces)))
+    return path
+
+
+def command(*words: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    trace.add_arguments(parser)
+    return trace.main(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 16])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_text_timeline_fits(ranks: int, width: int) -> None:
+    lines = trace.timeline(ring_of(ranks), width).splitlines()
+    assert max(map(len, lines[: ranks + 1])) <= width
+    assert [line.split("|")[0].strip() for line in lines[:ranks]] == [f"rank {rank}" for rank in range(ranks)]
+    bars = lines[0].split("|")[1]
+    # Rank 0 computes 8 of 17 parts (the first begins when it computes), waits 4, and does nothing else in between.
+    assert bars.count("#") / len(bars) == pytest.approx(8 / 16, abs=0.1)
+    assert bars.count(".") / len(bars) == pytest.approx(4 / 16, abs=0.1)
+
+
+def test_waiting_by_phase() -> None:
+    (first, parts), (second, _) = trace.phases(ring_of(3))
+    assert (first, second) == ("first", "second")
+    assert [part.waited() for part in parts] == [2.0, 1.5, 1.0]
+    table = trace.summary(ring_of(3))
+    assert "1500.00" in table and "2000.00" in table  # mean and most, ms
+
+
+def test_an_unfinished_message_ends_with_the_trace() -> None:
+    traces = [Trace([Event("compute", "forward", -1, 0, 0.0, 2.0), Event("send", "Q", 0, 8, 1.0)])]
+    entries = trace.document(traces)["traceEvents"]
+    (sent,) = (entry for entry in entries if entry.get("cat") == "send")
+    assert sent["ts"] + sent["dur"] == 2e6
+    json.dumps(entries, allow_nan=False)
+
+
+def test_messages_under_way_together_have_tracks_of_their_own() -> None:
+    entries = trace.document(ring_of(2))["traceEvents"]
+    tracks: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        if entry.get("cat") in ("send", "receive"):
+            tracks[entry["pid"], entry["tid"]].append(entry)
+    assert len(tracks) == 4  # of two ranks, two each: the second phase's reuse the first's
+    for slices in tracks.values():
+        for one, other in pairwise(sorted(slices, key=lambda entry: entry["ts"])):
+            assert one["ts"] + one["dur"] <= other["ts"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_command_prints_and_draws(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = write(ring_of(4), tmp_path)
+    assert command(path, "--plot", tmp_path / f"t.{suffix}", "--width", "70") == 0
+    out = capsys.readouterr().out
+    assert "rank 3 |" in out and "first" in out and "kB from rank (row) to rank (column), 8 in all" in out
+    assert (tmp_path / f"t.{suffix}").stat().st_size > 5000
+
+
+def test_command_shows_one_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(ring_of(4), tmp_path)
+    assert command(path, "--phase", "sec") == 0
+    out = capsys.readouterr().out
+    assert "second" in out and "first" not in out and "4 in all" in out
+    assert command(path, "--phase", "third") == 2
+    assert "first, second" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"otherData": {"ranks": 1}, "traceEvents": [{"ph": "X"}]}'])
+def test_command_refuses_other_files(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    assert command(path) == 2
+    path.write_text(content)
+    assert command(path) == 2
+    assert "is no trace that mpiattn wrote" in capsys.readouterr().err
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert trace.timeline([Trace(), Trace()], 80)
+    assert trace.summary([Trace(), Trace()])
+    draw_trace([Trace(), Trace()], tmp_path / "empty.png")
