@@ -24,7 +24,8 @@ def _kept(method: Callable[[Problem, int], list[Spec]]) -> Callable[[Problem, in
     def kept(self: Problem, rank: int) -> list[Spec]:
         known = self.__dict__.setdefault(f"_{method.__name__}", {})
         if rank not in known:
-            known[rank] = method(self, rank)
+            result = method(self, rank)
+            known[rank] = known.setdefault(tuple(result), result)  # equal chunks share one list
         return known[rank]  # type: ignore[no-any-return]
 
     return kept
