@@ -92,13 +92,21 @@ for other in $(ip netns list | grep -oE '^mpiattn-[0-9]+-head' | grep -oE '[0-9]
     kill -0 "$other" 2>/dev/null || remove "mpiattn-$other"
 done
 
-# add_host NAME NUMBER: a namespace with its own loopback.
+# What a connection may have on its way: 50 ms of the link, 64 KiB at least. More would only queue, and the
+# acknowledgements of the other direction with it.
+window=$(awk -v rate="${rate:-80gbit}" 'BEGIN {
+    unit["k"] = 1e3; unit["m"] = 1e6; unit["g"] = 1e9
+    bytes = rate * unit[substr(rate, length(rate) - 3, 1)] / 8 * 0.05
+    printf "%d", bytes < 65536 ? 65536 : bytes > 4194304 ? 4194304 : bytes }')
+
+# add_host NAME: a namespace with its own loopback.
 add_host() {
     ip netns add "$name-$1" 2>"$folder/error" || die 3 "can't make a network namespace: $(<"$folder/error")"
     ip -n "$name-$1" link set lo up
     # The same on every machine; a link that was idle keeps its speed.
     ip netns exec "$name-$1" sysctl -qw net.ipv4.tcp_congestion_control=cubic \
-        net.ipv4.tcp_slow_start_after_idle=0 2>/dev/null || true
+        net.ipv4.tcp_slow_start_after_idle=0 net.ipv4.tcp_early_retrans=0 \
+        net.ipv4.tcp_wmem="4096 65536 $window" 2>/dev/null || true
 }
 
 # shape NAMESPACE DEVICE DELAY: limit what the device sends.
@@ -126,6 +134,8 @@ for ((i = 1; i <= hosts; i++)); do
     ip -n "$name-head" link set "node$i" master net0 up
     ip -n "$name-node$i" address add "10.77.0.$i/24" dev net0
     ip -n "$name-node$i" link set net0 up
+    # Nothing is lost here, only late, behind all that a slow link has to send before: never send twice.
+    ip -n "$name-node$i" route change 10.77.0.0/24 dev net0 src "10.77.0.$i" rto_min 30s
     if [[ -n $rate$latency ]]; then
         shape "$name-node$i" net0 "$latency"
         shape "$name-head" "node$i" ''
