@@ -197,12 +197,14 @@ class Attention:
         """
         count = min(buffers, len(specs)) or len(specs)
         if name not in self.storage:
-            largest = [max(arrays.nbytes(group) for group in specs[start::count]) for start in range(count)]
+            different = [{id(group): group for group in specs[start::count]} for start in range(count)]
+            largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
         made: dict[Any, Parcel] = {}  # chunks of one shape in one buffer are one parcel
-        keys = [(step % count, tuple(group)) for step, group in enumerate(specs)]
-        for buffer, group in dict.fromkeys(keys):
-            made[buffer, group] = Parcel(group, self.storage[name][buffer])
+        keys = [(step % count, id(group)) for step, group in enumerate(specs)]
+        for key, group in zip(keys, specs, strict=True):
+            if key not in made:
+                made[key] = Parcel(group, self.storage[name][key[0]])
         return [made[key] for key in keys]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
