@@ -7,6 +7,7 @@ standard): NumPy's, CuPy's, or that of the arrays without data with which `virtu
 from __future__ import annotations
 
 import importlib.util
+import functools
 import itertools
 import math
 import socket
@@ -129,7 +130,7 @@ class Parcel:
             for end, size, (shape, dtype) in zip(ends, sizes, specs, strict=True)
         ]
 
-    @property
+    @functools.cached_property
     def message(self) -> Any:
         """The parcel as a buffer argument of a send or a receive."""
         return Rows(self.buffer)
