@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
 import sys
 from collections import deque
@@ -263,16 +264,20 @@ def einsum(subscripts: str, *operands: VirtualArray) -> VirtualArray:
 class Request:
     """A message that a rank has posted, a send or a receive, or its part in a collective."""
 
-    __slots__ = ("arrived", "buffer", "done", "eager", "nbytes", "other", "peer", "posted", "rank", "sends", "waited")
+    done = math.inf
+    """When it is complete; inf while that isn't known."""
+    arrived = math.inf
+    """Of a send: when its last byte is there; inf while it is under way."""
+    eager = False
+    """Whether a send left before its receive was posted."""
+    waited = False
+    """Whether its rank waits for it."""
+    other: Request | None = None
+    """Of a send: the receive that takes it."""
 
     def __init__(self, rank: Rank, buffer: Any, nbytes: int, peer: int, sends: bool) -> None:
         self.rank, self.buffer, self.nbytes, self.peer, self.sends = rank, buffer, nbytes, peer, sends
         self.posted = rank.clock
-        self.done = math.inf
-        """When it is complete; inf while that isn't known."""
-        self.other: Request | None = None
-        self.eager = self.waited = False
-        self.arrived = math.inf
 
     @staticmethod
     def Waitall(requests: Sequence[Request]) -> None:
@@ -305,11 +310,15 @@ class Request:
             if time > rank.latest:
                 rank.latest = time
             if not rank.missing:
-                rank.cluster.schedule(rank.latest, rank)
+                cluster = rank.cluster
+                heapq.heappush(cluster.events, (rank.latest, next(cluster.order), rank))
 
 
 POLL = 1e-7
 """Seconds that a look at the state of messages takes; more than 0, so that polling comes to an end."""
+
+INSIDE = LEVELS[:2]
+"""The levels of links inside a node."""
 
 NOBODY = -1
 """The rank beyond the edge of a grid that does not wrap around: messages to it and from it are done at once."""
@@ -333,7 +342,7 @@ class Cluster:
         self.machine = machine
         self.ranks = [Rank(self, number) for number in range(ranks)]
         self.events: list[tuple[float, int, Rank | Request]] = []
-        self.posted = 0
+        self.order = itertools.count()
         self.mail: dict[tuple[int, int, int, int], deque[Request]] = {}
         self.groups: dict[Any, Group] = {}
         self.ports: dict[Any, Port] = {}
@@ -373,17 +382,15 @@ class Cluster:
 
     def _loop(self) -> None:
         """Take the earliest event, until none is left."""
-        events = self.events
-        while events:
-            time, _, event = heapq.heappop(events)
-            if isinstance(event, Request):
-                self._transfer(time, event)
-                continue
-            event.clock = time
-            _running[-1] = event
-            event.greenlet.switch()
-            if self.failed is not None:
-                break
+        events, pop = self.events, heapq.heappop
+        while events and self.failed is None:
+            time, _, event = pop(events)
+            if type(event) is Rank:
+                event.clock = time
+                _running[-1] = event
+                event.greenlet.switch()
+            else:
+                self._transfer(time, event)  # type: ignore[arg-type]
         stuck = [rank for rank in self.ranks if not rank.greenlet.dead]
         reasons = [self._stuck(rank) for rank in stuck[:4]] if self.failed is None else []
         for rank in stuck:
@@ -405,8 +412,7 @@ class Cluster:
 
     def schedule(self, time: float, event: Rank | Request) -> None:
         """Put an event in its place; events at the same time keep the order in which they were posted."""
-        self.posted += 1
-        heapq.heappush(self.events, (time, self.posted, event))
+        heapq.heappush(self.events, (time, next(self.order), event))
 
     def pause(self, rank: Rank) -> None:
         """Let everything happen that comes before this rank's clock."""
@@ -434,22 +440,16 @@ class Cluster:
 
     # From post to completion
 
-    def post(self, request: Request, key: tuple[int, int, int, int]) -> None:
-        """Match a send with its receive; the message is ready when both are there."""
-        if not self.machine.progress:
-            request.rank.pending.append((request, key))
-        else:
-            self._match(request, key)
-
     def _activate(self, rank: Rank) -> None:
         """Hand the messages to an MPI library that works only while it is called."""
         if rank.pending:
             for request, key in rank.pending:
                 request.posted = rank.clock
-                self._match(request, key)
+                self.match(request, key)
             rank.pending.clear()
 
-    def _match(self, request: Request, key: tuple[int, int, int, int]) -> None:
+    def match(self, request: Request, key: tuple[int, int, int, int]) -> None:
+        """Bring a send and its receive together; the message is ready when both are posted."""
         if request.sends and request.nbytes < self.machine.eager:
             request.eager = True
             request.buffer = request.buffer.copy()
@@ -465,7 +465,11 @@ class Cluster:
         send, receive = (request, other) if request.sends else (other, request)
         send.other = receive
         if not send.eager:
-            self.schedule(max(send.posted, receive.posted), send)
+            ready = send.posted if send.posted > receive.posted else receive.posted
+            if not self.events or ready <= self.events[0][0]:
+                self._transfer(ready, send)  # nothing comes before it
+            else:
+                heapq.heappush(self.events, (ready, next(self.order), send))
         elif send.arrived < math.inf:
             self._deliver(send, receive)
 
@@ -475,14 +479,17 @@ class Cluster:
         route = self.routes.get(pair)
         if route is None:
             route = self.routes[pair] = self._route(*pair)
-        start = ready
-        for port, _ in route.ports:
+        latency, per_byte, out, into, others = route
+        start = out[0] if out[0] > ready else ready
+        if into[0] > start:
+            start = into[0]
+        for port, _ in others:
             if port[0] > start:
                 start = port[0]
-        for port, per_byte in route.ports:
-            port[0] = start + send.nbytes * per_byte
-        end = start + send.nbytes * route.per_byte
-        send.arrived = end + route.latency
+        for port, share in others:
+            port[0] = start + send.nbytes * share
+        end = out[0] = into[0] = start + send.nbytes * per_byte
+        send.arrived = end + latency
         if send.other is not None:
             self._deliver(send, send.other)
         if not send.eager:
@@ -494,8 +501,9 @@ class Cluster:
                 f"rank {receive.rank.number} receives {receive.nbytes} bytes from rank {send.rank.number}, "
                 f"which sends {send.nbytes}"
             )
-        _copy(send.buffer, receive.buffer)
-        receive.complete(max(send.arrived, receive.posted))
+        if not isinstance(send.buffer, VirtualArray):
+            _copy(send.buffer, receive.buffer)
+        receive.complete(send.arrived if send.arrived > receive.posted else receive.posted)
 
     def _route(self, source: int, dest: int) -> Route:
         """Return the way of messages from one rank to another."""
@@ -503,17 +511,17 @@ class Cluster:
         level = machine.level(source, dest)
         link = machine.links[level]
         per_byte = 1 / link.bandwidth
-        ports = []
+        own, others = [], []
         for rank, way in ((source, "out"), (dest, "in")):
             node, local = divmod(rank, machine.ranks_per_node)
             way = way if machine.duplex else "both"
-            if link.cards:  # on the rack level, too, messages leave by the node's cards
-                ports.append((self._port("card", way, node, local * link.cards // machine.ranks_per_node), per_byte))
+            if link.cards:
+                own.append(self._port("card", way, node, local * link.cards // machine.ranks_per_node))
             else:
-                ports.append((self._port(level in LEVELS[:2], way, rank), per_byte))
-            if math.isfinite(link.shared) and (rank == source or level not in LEVELS[:2]):
-                ports.append((self._port("shared", level, way, node), 1 / link.shared))
-        return Route(link.latency, per_byte, ports)
+                own.append(self._port(level in INSIDE, way, rank))
+            if math.isfinite(link.shared) and (rank == source or level not in INSIDE):
+                others.append((self._port("shared", level, way, node), 1 / link.shared))
+        return Route(link.latency, per_byte, *own, others)
 
     def _port(self, *key: object) -> Port:
         return self.ports.setdefault(key, [0.0])
@@ -531,11 +539,13 @@ class Cluster:
 
 
 class Route(NamedTuple):
-    """Latency, seconds per byte, and the ports on the way with the seconds per byte that each is taken."""
+    """Latency, seconds per byte, the two ends, and what else is on the way with the seconds per byte it takes."""
 
     latency: float
     per_byte: float
-    ports: list[tuple[Port, float]]
+    out: Port
+    into: Port
+    others: list[tuple[Port, float]]
 
 
 def _copy(source: Any, target: Any) -> None:
@@ -661,13 +671,17 @@ class VirtualComm:
     def _post(self, buf: Any, peer: int, key: tuple[int, int, int, int], sends: bool) -> Request:
         buffer = buf[0] if isinstance(buf, list) else buf
         rank = self.me
-        rank.clock += rank.cluster.machine.overhead
+        cluster = rank.cluster
+        rank.clock += cluster.machine.overhead
         if peer < 0:
             request = Request(rank, buffer, 0, peer, sends)
             request.done = rank.clock
             return request
         request = Request(rank, buffer, buffer.nbytes, self.group.ranks[peer], sends)
-        rank.cluster.post(request, key)
+        if cluster.machine.progress:
+            cluster.match(request, key)
+        else:
+            rank.pending.append((request, key))
         return request
 
     # Collectives

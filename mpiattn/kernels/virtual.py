@@ -17,6 +17,7 @@ class VirtualKernel:
     def __init__(self, mask: Mask, scale: float | None = None, problem: Problem | None = None) -> None:
         self.mask = mask
         self.problem = problem  # keeps the positions alive, and with them the meaning of their ids
+        self.costs: dict[tuple[int, int, int, bool], tuple[float, float]] = {}
         self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, [])
 
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
@@ -34,9 +35,17 @@ class VirtualKernel:
         i, j = self.queries.get(id(q_positions)), self.keys.get(id(k_positions))
         # A chunk of two ranks' tokens, or a part of one's, is none of the problem's.
         count = pairs(self.mask, q_positions, k_positions) if i is None or j is None else self.counts[i][j]
-        rank, shape = current(), q.shape
-        machine, tokens = rank.cluster.machine, math.sqrt(len(q_positions) * len(k_positions))
-        rank.compute(machine.seconds(q.dtype.name, shape[0] * shape[1] * count * work, tokens, backward))
+        size = (len(q_positions), len(k_positions), work, backward)
+        if size not in self.costs:
+            self.costs[size] = self._cost(q, *size)
+        call, a_pair = self.costs[size]
+        current().compute(call + count * a_pair)
+
+    def _cost(self, q: Any, queries: int, keys: int, work: int, backward: bool) -> tuple[float, float]:
+        """Return the seconds of a call, and of a pair, for blocks of this size."""
+        rates = current().cluster.machine.rates(q.dtype.name)
+        rate = rates.at(math.sqrt(queries * keys), backward)
+        return rates.call, q.shape[0] * q.shape[1] * work / rate
 
 
 @functools.lru_cache(maxsize=4)
