@@ -97,7 +97,7 @@ done
 window=$(awk -v rate="${rate:-80gbit}" 'BEGIN {
     unit["k"] = 1e3; unit["m"] = 1e6; unit["g"] = 1e9
     bytes = rate * unit[substr(rate, length(rate) - 3, 1)] / 8 * 0.05
-    printf "%d", bytes < 65536 ? 65536 : bytes > 4194304 ? 4194304 : bytes }')
+    printf("%d", (bytes < 65536) ? 65536 : (bytes < 4194304) ? bytes : 4194304) }')
 
 # add_host NAME: a namespace with its own loopback.
 add_host() {
