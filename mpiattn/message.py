@@ -76,7 +76,7 @@ def Rows(buffer: NDArray[np.uint8]) -> Any:
     An MPI-3 library counts elements in a C int and fails beyond 2**31-1 of them, so a larger buffer
     becomes one element of a datatype made of rows of 1 MiB and a remainder.
     """
-    return buffer if buffer.nbytes < 2**31 else [buffer, 1, _rows(buffer.nbytes)]
+    return [buffer, 1, _rows(buffer.nbytes)] if _large(buffer) else buffer
 
 
 def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int] | None = None) -> Any:
@@ -84,10 +84,15 @@ def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int
 
     As in `Rows`, a larger buffer is counted in a unit that all pieces and their starts are multiples of.
     """
-    if buffer.nbytes < 2**31:
+    if not _large(buffer):
         return [buffer, list(sizes), starts, None]
     unit = math.gcd(*sizes, *(starts or ()))
     return [buffer, [size // unit for size in sizes], starts and [start // unit for start in starts], _bytes(unit)]
+
+
+def _large(buffer: Any) -> bool:
+    """Whether MPI-3 can't count the bytes; an array without data, which has no strides, never meets MPI."""
+    return int(buffer.nbytes) >= 2**31 and hasattr(buffer, "strides")
 
 
 @functools.cache
