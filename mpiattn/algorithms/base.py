@@ -81,6 +81,9 @@ class Attention:
     rank's tokens. `lse` is the natural logarithm of each query's sum of exponentials.
     """
 
+    copied: frozenset[str] = frozenset()
+    """Which of "q", "k", "v", "out" are the same on every rank, as are their gradients; see `owned`."""
+
     def __init__(
         self,
         comm: Communicator,
