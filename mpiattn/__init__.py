@@ -3,6 +3,7 @@
 from .algorithms import (
     ALGORITHMS,
     AllGatherAttention,
+    DecodeAttention,
     DenseAttention,
     DoubleRingAttention,
     GatheredMeshAttention,
@@ -19,6 +20,7 @@ __all__ = [
     "ALGORITHMS",
     "AllGatherAttention",
     "Causal",
+    "DecodeAttention",
     "DenseAttention",
     "Documents",
     "DoubleRingAttention",

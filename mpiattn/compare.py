@@ -81,7 +81,8 @@ class Case:
         tracemalloc.stop()
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")
-            whole = gather(array, comm, self.attention.owned(name, self.shapes), shape=self.shapes[name])
+            where, copies = self.attention.owned(name, self.shapes), name in self.attention.copied
+            whole = gather(array, comm, where, shape=self.shapes[name], copies=copies)
             if whole is not None and reference is not None:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
                 self.errors.append(oracle.error(rows, reference))

@@ -14,6 +14,8 @@ With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V he
     ulysses      (n-1)/n (2 + 2/g)             (n-1)/n (2 + 2/g)
     hybrid u x   (u-1)/u (2 + 2/g) and the ring or mesh of n/u ranks, with 1/u of the heads of u chunks
     tensor parallel: 0; for an output projection, an all-reduce of all tokens' features each way
+    decode: with q new tokens, all-reduces of q (head_dim + 2) numbers a head, and of q head_dim; or that, times
+    the ranks next below in the tree, and once from above
 
 Ulysses with fewer K/V heads than ranks: (n-1)/n (2 + 2n/H) for H query heads, if n divides H.
 
@@ -28,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .arrays import Spec, nbytes
-from .problem import Problem, Travel, travels, windows
+from .problem import CacheProblem, Problem, Travel, travels, windows
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,19 @@ def hybrid(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) 
     return Costs(group.forward + inner.forward, group.backward + inner.backward)
 
 
+def decode(problem: CacheProblem, rank: int, combine: str = "allreduce") -> Costs:
+    """All-reduces of lse, and of out and its weight; or (out, lse) from below in the tree, and from above."""
+    if combine == "allreduce":
+        [(shape, wide), (rows, _)], [d_q] = problem.o(rank), problem.d_q(rank)
+        parts = (rows, wide), ((*rows, shape[3] + 1), wide), d_q
+        top, sums, d_q_sum = (allreduce(part, problem.ranks, rank) for part in parts)
+        return Costs(top + sums, d_q_sum)
+    steps = [2**level for level in range((problem.ranks - 1).bit_length())]
+    below = [step for step in steps if rank % (2 * step) == 0 and any(problem.sees[rank + step :][:step])]
+    messages = len(below) + (rank > 0)
+    return Costs(total([problem.o(rank)] * messages), total([problem.d_q(rank)] * messages))
+
+
 def tensor_parallel(problem: Problem, rank: int, features: int = 0) -> Costs:
     """Nothing; with an output projection to that many features its all-reduce, and that of the input's gradient."""
     traffic = allreduce(((problem.batch, problem.q_tokens, features), problem.wide), problem.ranks, rank)
@@ -231,5 +246,6 @@ COSTS: dict[str, Callable[..., Costs]] = {
     "ulysses": ulysses,
     "hybrid": hybrid,
     "tensor_parallel": tensor_parallel,
+    "decode": decode,
 }
 """By the algorithm's name; called with the problem, the rank and the algorithm's own parameters."""

@@ -160,6 +160,7 @@ def gather(
     root: int = 0,
     axis: int = 2,
     shape: tuple[int, ...] | None = None,
+    copies: bool = False,
 ) -> NDArray[Any] | None:
     """Collect each rank's share on the root, without pickling: the inverse of `scatter`.
 
@@ -171,6 +172,9 @@ def gather(
         As in `scatter`.
     shape : tuple of int, optional
         Of the whole; needed where layout is a function.
+    copies : bool
+        Whether shares that overlap are the same there, and count once; else they are added up, as the
+        gradients of copies are.
 
     Returns
     -------
@@ -214,7 +218,8 @@ def gather(
         return None
     whole = np.zeros(whole_shape, dtype)
     for owner, part in enumerate(arriving):
-        whole[where(tuple(whole_shape), owner)] += part.arrays[0]  # gradients of copies add up
+        place = where(tuple(whole_shape), owner)
+        whole[place] = part.arrays[0] if copies else whole[place] + part.arrays[0]
     return whole
 
 

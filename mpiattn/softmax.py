@@ -72,3 +72,32 @@ def delta(d_out: Array, out: Array) -> Array:
     wide = accumulator(d_out.dtype)
     result: Array = np.einsum("...td,...td->...t", d_out.astype(wide), out.astype(wide))
     return result
+
+
+def weighted(out: Array, lse: Array, top: Array) -> Array:
+    """Return what an all-reduce can add up: exp(lse - top) * out, and behind it exp(lse - top).
+
+    Parameters
+    ----------
+    out, lse : as in `merge`
+        A partial result.
+    top : as lse
+        The largest lse of all partial results of the same queries.
+
+    Returns
+    -------
+    (..., tokens, head_dim + 1)
+    """
+    xp = namespace(out)
+    weight = xp.exp(lse - xp.where(xp.isneginf(top), 0, top))  # where all are empty, -inf - -inf would make NaN
+    result: Array = xp.concatenate([out * weight[..., None], weight[..., None]], axis=-1)
+    return result
+
+
+def normalised(sums: Array, top: Array) -> tuple[Array, Array]:
+    """Return (out, lse) from the sum of all that `weighted` returned for the same top."""
+    xp = namespace(sums)
+    out, total = sums[..., :-1], sums[..., -1]
+    empty = xp.isneginf(top)
+    total = xp.where(empty, 1, total)
+    return out / total[..., None], xp.where(empty, top, top + xp.log(total))

@@ -2,6 +2,7 @@
 
 from .allgather import AllGatherAttention
 from .base import Attention, Saved
+from .decode import DecodeAttention
 from .dense import DenseAttention
 from .double_ring import DoubleRingAttention
 from .hybrid import HybridAttention
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, type[Attention]] = {
     "ulysses": UlyssesAttention,
     "hybrid": HybridAttention,
     "tensor_parallel": TensorParallelAttention,
+    "decode": DecodeAttention,
 }
 """Every algorithm by the name that the command line, the tests and the planner use."""
 
@@ -30,6 +32,7 @@ __all__ = [
     "ALGORITHMS",
     "AllGatherAttention",
     "Attention",
+    "DecodeAttention",
     "DenseAttention",
     "DoubleRingAttention",
     "GatheredMeshAttention",

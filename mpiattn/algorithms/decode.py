@@ -1,0 +1,171 @@
+"""Decoding: a few new tokens attend to a K/V cache that is spread over the ranks.
+
+Every rank has the new queries and its shard of the cache. It attends to its shard; what is left is to combine
+the partial (out, lse) of all ranks, on all ranks. Either by all-reduces (Tree Attention, arXiv 2408.04093):
+
+    top = max of lse        sums = sum of exp(lse - top) (out, 1)        out = sums / the last of them
+
+or by a tree of messages, a merge at each arrow, and the same tree back:
+
+    0 <- 1    2 <- 3    4 <- 5    6          0 -> 4
+    0 <------ 2         4 <------ 6          0 -> 2    4 -> 6
+    0 <---------------- 4                    0 -> 1    2 -> 3    4 -> 5
+
+Backward, each rank has all it needs for dK, dV of its shard; dQ is summed up in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..arrays import DESCRIPTION, Parcel, describe
+from ..layout import Where
+from ..mask import Positions
+from ..message import Communicator, Tag, Waitall, constant
+from ..problem import CacheProblem, Problem, posed_to_cache, span
+from ..softmax import merge, normalised, weighted
+from .base import Array, Attention, Options, Saved, described, fit_together
+
+if TYPE_CHECKING:
+    from .base import Unpack
+
+COMBINE = ("allreduce", "tree")
+
+
+class DecodeAttention(Attention):
+    """Attention of new tokens, the same on every rank, to a sharded cache; the result is the same on every rank.
+
+    Parameters
+    ----------
+    comm, options
+        See `Attention`; the layout, that of the cache, is contiguous by default.
+    combine : {"allreduce", "tree"}
+        Two all-reduces, which spread the bytes over the ranks, or a tree there and back, which does with fewer
+        messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to say.
+
+    Notes
+    -----
+    q holds the same numbers on every rank, and so does d_out. The queries are the last tokens of the sequence,
+    so their own keys are in the cache already: append first, then attend.
+
+    A contiguous cache has its tokens in rank order, in shards of any lengths. In another layout the lengths are
+    the layout's. Where a cache has grown out of any, `forward` is given the positions of each shard's tokens.
+    """
+
+    copied = frozenset({"q", "out"})
+
+    def __init__(self, comm: Communicator, *, combine: str = "allreduce", **options: Unpack[Options]) -> None:
+        options["layout"] = options.get("layout") or "contiguous"
+        super().__init__(comm, **options)
+        self.agree(check, combine)
+        self.combine = combine
+        self.size, self.rank = comm.Get_size(), comm.Get_rank()
+
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return both ways to combine."""
+        return [{"combine": combine} for combine in COMBINE]
+
+    def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Where:
+        """Return where a rank's share lies: all queries, its shard of the cache; see `Attention.owned`."""
+        return super().owned(name, shapes) if name in "kv" else lambda shape, rank: (slice(None),)
+
+    def forward(self, q: Array, k: Array, v: Array, kv_positions: Positions | None = None) -> tuple[Array, Saved]:
+        """Attend to the cache; as `Attention.forward`, with q for all ranks and their shards as k, v.
+
+        Parameters
+        ----------
+        kv_positions : int64, (key tokens,), optional
+            Global positions of this rank's keys, ascending; on every rank or on none.
+        """
+        self.given = kv_positions
+        return super().forward(q, k, v)
+
+    def agree_forward(self, q: object, k: object, v: object) -> Problem:
+        """Agree with all ranks on the problem that the arrays pose, and plan for it."""
+        shard = span(self.given, getattr(k, "shape", ()))
+        own = np.concatenate([*map(describe, (q, k, v)), [*shard, checksum(q)]])
+        table = np.empty((self.size, len(own)), np.int64)
+        self.comm.Allgather(own, table)
+        descriptions, shards = np.split(table, [3 * DESCRIPTION], axis=1)
+        specs = described(descriptions.tobytes(), self.size, 3)
+        fit_together(specs)
+        return self.prepare(posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask), q)
+
+    def plan(self, problem: Problem) -> None:
+        """Say who is below this rank in the tree, and who has anything to say."""
+        assert isinstance(problem, CacheProblem)
+        self.keys, self.sees = problem.keys(self.rank), problem.sees
+        self.up = self.rank & -self.rank  # how far away is the rank above: 1, 2, 4, ...; 0 for rank 0, which has none
+        self.below = [
+            step for step in steps(self.size) if (step < self.up or not self.up) and self.rank + step < self.size
+        ]
+
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Attend to the own shard, and combine."""
+        [own] = self.parcels("o", [problem.o(self.rank)])
+        own.fill(0, -math.inf)
+        out, lse = own.arrays
+        if self.sees[self.rank]:
+            self.kernel.forward(q, k, v, problem.q_positions[self.rank], self.keys, out, lse)
+        if self.combine == "tree":
+            self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
+            return out, lse
+        top = self.xp.empty(lse.shape, lse.dtype)
+        self.comm.Allreduce(lse, top, constant("MAX"))
+        share = weighted(out, lse, top)
+        sums = self.xp.empty(share.shape, share.dtype)
+        self.comm.Allreduce(share, sums)
+        return normalised(sums, top)
+
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Compute dK, dV of the own shard, and what it adds to dQ; sum that up."""
+        [own] = self.parcels("d_q", [problem.d_q(self.rank)])
+        own.fill(0)
+        [d_q] = own.arrays
+        d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (k, v))
+        if self.sees[self.rank]:
+            where, rows = (problem.q_positions[self.rank], self.keys), (d_out, lse, row_delta)
+            self.kernel.backward(q, k, v, *rows, *where, d_q, d_k, d_v)
+        if self.combine == "tree":
+            self.tree(own, Tag.D_Q, Parcel.add)
+            return d_q, d_k, d_v
+        total = self.xp.empty(d_q.shape, d_q.dtype)
+        self.comm.Allreduce(d_q, total)
+        return total, d_k, d_v
+
+    def tree(self, own: Parcel, tag: Tag, combine: Callable[[Parcel, Parcel], None]) -> None:
+        """Combine the parcels of all ranks on rank 0, up the tree, and send the result back down to all."""
+        [share] = self.parcels(f"arriving {tag.name}", [own.specs])
+        for step in self.below:
+            if any(self.sees[self.rank + step :][:step]):
+                Waitall([self.comm.Irecv(share.message, self.rank + step, tag)])
+                combine(own, share)
+        if self.up:
+            if any(self.sees[self.rank :][: self.up]):
+                Waitall([self.comm.Isend(own.message, self.rank - self.up, tag)])
+            Waitall([self.comm.Irecv(own.message, self.rank - self.up, tag)])
+        Waitall([self.comm.Isend(own.message, self.rank + step, tag) for step in reversed(self.below)])
+
+
+def steps(size: int) -> list[int]:
+    """Return 1, 2, 4, ... below the number of ranks."""
+    return [2**level for level in range((size - 1).bit_length())]
+
+
+def checksum(q: Any) -> int:
+    """Return a number that differs where q does; 0 of arrays that aren't in the memory of the host."""
+    return zlib.crc32(q.tobytes()) if isinstance(q, np.ndarray) else 0
+
+
+def check(combine: str) -> None:
+    """Raise ValueError where that is no way to combine."""
+    if combine not in COMBINE:
+        raise ValueError(f"unknown combine {combine!r}: choose from {', '.join(COMBINE)}")
