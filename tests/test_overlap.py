@@ -1,0 +1,107 @@
+"""The shared ring, which receives nothing, and the benchmark of overlap."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from launch import mpiexec
+
+from mpiattn import Causal, Documents, Full, SlidingWindow, gather, oracle, scatter, trace
+from mpiattn.algorithms.shared_ring import SharedRingAttention, one_host
+from mpiattn.mask import Mask
+from mpiattn.trace import TracedComm
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+def arrays(tokens: int, dtype: Any = np.float64) -> list[Any]:
+    """Return q, k, v, d_out of a whole sequence: 4 heads on 2, K and V of different widths."""
+    rng = np.random.default_rng(tokens)
+    shapes = [(2, heads, tokens, dim) for heads, dim in ((4, 8), (2, 8), (2, 6), (4, 6))]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def error(comm: Any, attention: SharedRingAttention, wholes: list[Any]) -> float:
+    """Return the largest relative error of out, d_q, d_k, d_v, on every rank."""
+    layout = attention.layout
+    q, k, v, d_out = (scatter(whole if comm.rank == 0 else None, comm, layout) for whole in wholes)
+    out, saved = attention.forward(q, k, v)
+    results = [gather(array, comm, layout) for array in (out, *attention.backward(d_out, saved))]
+    worst = 0.0
+    if comm.rank == 0:
+        exact = [whole.astype(np.float64) for whole in wholes]
+        right = [oracle.attention(*exact[:3], attention.mask)[0], *oracle.gradients(*exact, attention.mask)]
+        worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(results, right, strict=True))
+    return float(comm.bcast(worst))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(5), Documents((20, 17))], ids=str)
+def test_shared_ring_is_exact_and_receives_nothing(comm: MPI.Intracomm, mask: Mask, layout: str) -> None:
+    traced = TracedComm(comm)
+    with SharedRingAttention(traced, layout=layout, mask=mask) as attention:
+        assert error(comm, attention, arrays(37)) < 1e-10
+    assert traced.trace.received() == (0, 0)
+    fences = [event for event in traced.trace.events if event.name == "Fence"]
+    assert len(fences) == 2 + 1 + comm.size
+
+
+@pytest.mark.mpi
+def test_shared_ring_takes_one_problem_after_another(comm: MPI.Intracomm) -> None:
+    with SharedRingAttention(comm, mask=Causal()) as attention:
+        for tokens, dtype in ((16, np.float64), (3, np.float64), (64, np.float32), (16, np.float64)):
+            assert error(comm, attention, arrays(tokens, dtype)) < (1e-10 if dtype == np.float64 else 2e-5)
+
+
+@pytest.mark.mpi
+def test_shared_ring_blocks_are_traced(comm: MPI.Intracomm) -> None:
+    traced = TracedComm(comm)
+    with SharedRingAttention(traced) as attention:
+        trace.watch(attention)
+        error(comm, attention, arrays(4 * comm.size))
+    blocks = [event.block for event in traced.trace.events if event.kind == "compute"]
+    ring = [(4 * comm.rank, 4 * ((comm.rank - step) % comm.size)) for step in range(comm.size)]
+    assert blocks == ring + ring
+
+
+def test_shared_ring_needs_one_host() -> None:
+    one_host(4, 4)
+    with pytest.raises(ValueError, match="all 4 ranks on one host, here are 2: use ring or double_ring"):
+        one_host(4, 2)
+
+
+def test_bench_overlap(tmp_path: Path) -> None:
+    words = ("bench", "overlap", "--mib", "4", "--ratios", "2", "--rounds", "5", "--json", tmp_path / "o.json")
+    done = mpiexec(2, sys.executable, "-m", "mpiattn", *words)
+    assert done.returncode == 0, done.stderr
+    assert "overlap" in done.stdout and "Testall" in done.stdout
+    document = json.loads((tmp_path / "o.json").read_text())
+    assert document["bytes"] == 4 * 2**20
+    without, pokes = document["results"]
+    assert (without["progress"], pokes["progress"]) == (False, True)
+    for row in (without, pokes):
+        assert row["overall"] >= row["wait"] >= 0 and 0 <= row["overlap"] <= 1
+        assert row["overall"] >= 0.5 * row["compute"] > 0 and row["communication"] > 0
+        assert len(row["rounds"]) == 5
+    assert pokes["wait_share"] < without["wait_share"]  # messages don't move on their own
+
+
+def test_bench_overlap_refuses_one_rank() -> None:
+    done = mpiexec(1, sys.executable, "-m", "mpiattn", "bench", "overlap")
+    assert done.returncode == 2
+    assert done.stderr.count("two or more ranks") == 1
+
+
+def test_bench_overlap_refuses_nonsense() -> None:
+    done = mpiexec(2, sys.executable, "-m", "mpiattn", "bench", "overlap", "--rounds", "0")
+    assert done.returncode == 2
+    assert done.stderr.count("above zero") == 1
