@@ -10,6 +10,7 @@ from .algorithms import (
     HybridAttention,
     MeshAttention,
     RingAttention,
+    SharedRingAttention,
     TensorParallelAttention,
     UlyssesAttention,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "HybridAttention",
     "MeshAttention",
     "RingAttention",
+    "SharedRingAttention",
     "SlidingWindow",
     "TensorParallelAttention",
     "UlyssesAttention",
