@@ -67,8 +67,9 @@ class DoubleRingAttention(Attention):
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
-        """Return every number of rows."""
-        return [{"outer": rows} for rows, _ in grid.grids(ranks)]
+        """Return every number of rows, but for those that make it Ring Attention, if there are others."""
+        every = [rows for rows, _ in grid.grids(ranks)]
+        return [{"outer": rows} for rows in every if 1 < rows < ranks or len(every) <= 2]
 
     def plan(self, problem: Problem) -> None:
         """Say whose K/V are here at each step of each window, and how far each chunk travels."""

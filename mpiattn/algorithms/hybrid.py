@@ -74,8 +74,9 @@ class HybridAttention(UlyssesAttention):
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
-        """Return every number of ranks in a group, and every grid of the groups."""
-        return [{"ulysses": ulysses, "rows": rows, "cols": cols} for ulysses, rows, cols in shapes(ranks)]
+        """Return every number of ranks in a group with every grid of the groups, but for one rank and one group."""
+        every = [{"ulysses": ulysses, "rows": rows, "cols": cols} for ulysses, rows, cols in shapes(ranks)]
+        return [variant for variant in every if 1 < variant["ulysses"] < ranks] or every
 
     def plan(self, problem: Problem) -> None:
         """Plan for the exchange in the group, and for the groups' problem with this rank's heads."""
