@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, trace
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, scatter, trace
 from mpiattn.figures import draw_trace
 from mpiattn.kernels.numpy import NumpyKernel
 from mpiattn.schedule import Op, Step
@@ -30,11 +30,15 @@ TAGS = {Op.Q: "Q", Op.KV: "KV", Op.O: "O", Op.DQ: "D_Q", Op.DKV: "D_KV"}
 def run(comm: Any, name: str, tokens: int = 24, **arguments: Any) -> tuple[Any, Trace]:
     """Run an algorithm forward and backward, each a phase; return it and its trace."""
     traced = TracedComm(comm)
-    rng = np.random.default_rng(comm.Get_rank())
     attention = ALGORITHMS[name](traced, layout="striped", **arguments)
-    mine = len(attention.positions(tokens))
-    q, k, v, d_out = rng.standard_normal((4, 1, 2, mine, 8))
     trace.watch(attention)
+    rng = np.random.default_rng(0)
+    wholes = {key: rng.standard_normal((1, 2, tokens, 8)) for key in ("q", "k", "v", "out")}
+    shapes = {key: whole.shape for key, whole in wholes.items()}
+    q, k, v, d_out = (
+        scatter(whole if comm.Get_rank() == 0 else None, comm, attention.owned(key, shapes))
+        for key, whole in wholes.items()
+    )
     with traced.trace.phase("forward"):
         _, saved = attention.forward(q, k, v)
     with traced.trace.phase("backward"):
