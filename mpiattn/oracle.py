@@ -1,17 +1,23 @@
 """The oracle: textbook attention in float64 with every score written out, forward and backward.
 
-It shares no code with the kernels or the algorithms, so that agreement means something. Queries are
+It shares no code with the kernels or the algorithms, so that agreement means something, but for the mask
+and for which probabilities dropout keeps. Queries are
 taken in slabs only to bound memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .dropout import Dropout
 from .mask import Mask, Positions, allowed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Array = NDArray[Any]
 SLAB = 512
@@ -26,8 +32,22 @@ def error(result: Array, reference: Array) -> float:
     return float(difference / (np.abs(reference).max(initial=0) or 1))
 
 
+class Features(TypedDict, total=False):
+    """What attention may have besides: see `algorithms.base.Attention`; sinks are of all heads."""
+
+    softcap: float | None
+    dropout: Dropout | None
+    sinks: Array | None
+
+
 def attention(
-    q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None, queries: Positions | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    scale: float | None = None,
+    queries: Positions | None = None,
+    **features: Unpack[Features],
 ) -> tuple[Array, Array]:
     """Return out and lse of the given queries, in float64.
 
@@ -40,6 +60,8 @@ def attention(
         Of the scores; 1/sqrt(head_dim) by default.
     queries : int64, optional
         Positions of the queries that are wanted; all by default.
+    features
+        See `Features`.
 
     Returns
     -------
@@ -49,9 +71,9 @@ def attention(
     queries = np.arange(q.shape[2]) if queries is None else queries
     out = np.zeros((*q.shape[:2], len(queries), v.shape[3]))
     lse = np.full((*q.shape[:2], len(queries)), -np.inf)
-    for b, h, part, p, score_lse in _probabilities(q, k, mask, scale, queries):
-        out[b, h, part] = p @ v[b, h * v.shape[1] // q.shape[1]].astype(np.float64)
-        lse[b, h, part] = score_lse
+    for slab in _slabs(q, k, mask, scale, queries, **features):
+        out[slab.place] = (slab.p * slab.kept) @ v[slab.kv].astype(np.float64)
+        lse[slab.place] = slab.lse
     return out, lse
 
 
@@ -63,6 +85,7 @@ def gradients(
     mask: Mask,
     scale: float | None = None,
     queries: Positions | None = None,
+    **features: Unpack[Features],
 ) -> tuple[Array, Array, Array]:
     """Return d_q of the given queries, and what they contribute to d_k and d_v, in float64.
 
@@ -75,31 +98,91 @@ def gradients(
     factor = 1 / np.sqrt(q.shape[3]) if scale is None else scale
     d_q = np.zeros((*q.shape[:2], len(queries), q.shape[3]))
     d_k, d_v = np.zeros(k.shape), np.zeros(v.shape)
-    for b, h, part, p, _ in _probabilities(q, k, mask, scale, queries):
-        kv = h * k.shape[1] // q.shape[1]
-        gradient = d_out[b, h, part].astype(np.float64)
-        d_p = gradient @ v[b, kv].astype(np.float64).T
-        d_s = p * (d_p - (p * d_p).sum(axis=1, keepdims=True)) * factor
-        d_v[b, kv] += p.T @ gradient
-        d_q[b, h, part] = d_s @ k[b, kv].astype(np.float64)
-        d_k[b, kv] += d_s.T @ q[b, h, queries[part]].astype(np.float64)
+    for slab in _slabs(q, k, mask, scale, queries, **features):
+        p, gradient = slab.p, d_out[slab.place].astype(np.float64)
+        d_p = gradient @ v[slab.kv].astype(np.float64).T * slab.kept
+        d_s = p * (d_p - (p * d_p).sum(axis=1, keepdims=True)) * slab.slope * factor
+        d_v[slab.kv] += (p * slab.kept).T @ gradient
+        d_q[slab.place] = d_s @ k[slab.kv].astype(np.float64)
+        b, h, part = slab.place
+        d_k[slab.kv] += d_s.T @ q[b, h, queries[part]].astype(np.float64)
     return d_q, d_k, d_v
 
 
-def _probabilities(q: Array, k: Array, mask: Mask, scale: float | None, queries: Positions) -> Any:
-    """Yield (batch, head, slice of queries, probabilities, lse) for each head and slab of queries."""
+def sink_gradient(
+    q: Array,
+    k: Array,
+    v: Array,
+    d_out: Array,
+    mask: Mask,
+    scale: float | None = None,
+    queries: Positions | None = None,
+    **features: Unpack[Features],
+) -> Array:
+    """Return what the given queries contribute to the gradient of the sinks: float64, (heads,)."""
+    queries = np.arange(q.shape[2]) if queries is None else queries
+    result = np.zeros(q.shape[1])
+    for slab in _slabs(q, k, mask, scale, queries, **features):
+        d_p = d_out[slab.place].astype(np.float64) @ v[slab.kv].astype(np.float64).T * slab.kept
+        # The softmax's gradient in the sink's column, whose own d_p is zero: nothing is attended to there.
+        result[slab.place[1]] += (slab.sink * (0 - (slab.p * d_p).sum(axis=1))).sum()
+    return result
+
+
+class Slab(NamedTuple):
+    """Some queries of one head against all keys.
+
+    Attributes
+    ----------
+    place : batch, head, slice of the queries
+    kv : batch, K/V head
+    p : (queries, keys)
+        Probabilities, none of them dropped.
+    sink : (queries,)
+        Probability of the sink; 0 without one.
+    kept : (queries, keys) or float
+        What dropout multiplies probabilities by.
+    slope : (queries, keys) or float
+        Derivative of the softcap.
+    lse : (queries,)
+    """
+
+    place: tuple[int, int, slice]
+    kv: tuple[int, int]
+    p: Array
+    sink: Array
+    kept: Array | float
+    slope: Array | float
+    lse: Array
+
+
+def _slabs(
+    q: Array, k: Array, mask: Mask, scale: float | None, queries: Positions, softcap: float | None = None,
+    dropout: Dropout | None = None, sinks: Array | None = None,
+) -> Iterator[Slab]:  # fmt: skip
+    """Yield the probabilities of each head and slab of queries."""
     factor = 1 / np.sqrt(q.shape[3]) if scale is None else scale
     keys = np.arange(k.shape[2])
     for start in range(0, len(queries), SLAB):
         part = slice(start, start + SLAB)
         visible = allowed(mask, queries[part], keys)
         for b, h in np.ndindex(*q.shape[:2]):
-            kv = h * k.shape[1] // q.shape[1]
-            scores = q[b, h, queries[part]].astype(np.float64) @ k[b, kv].astype(np.float64).T * factor
+            kv = b, h * k.shape[1] // q.shape[1]
+            scores = q[b, h, queries[part]].astype(np.float64) @ k[kv].astype(np.float64).T * factor
+            slope: Array | float = 1.0
+            if softcap is not None:
+                slope = 1 / np.cosh(np.clip(scores / softcap, -300, 300)) ** 2
+                scores = softcap * np.tanh(scores / softcap)
             scores[~visible] = -np.inf
-            top = scores.max(axis=1, initial=-np.inf)
+            sink = np.full((len(scores), 1), -np.inf if sinks is None else float(sinks[h]))
+            scores = np.concatenate([scores, sink], axis=1)
+            top = scores.max(axis=1)
             weights = np.exp(scores - np.where(np.isneginf(top), 0, top)[:, None])
             total = weights.sum(axis=1)
             probabilities = weights / np.where(total == 0, 1, total)[:, None]
+            kept: Array | float = 1.0
+            if dropout is not None:
+                kept = dropout.kept(b, h, queries[part], keys) / (1 - dropout.rate)
             with np.errstate(divide="ignore"):
-                yield b, h, part, probabilities, np.log(total) + np.where(np.isneginf(top), 0, top)
+                lse = np.log(total) + np.where(np.isneginf(top), 0, top)
+            yield Slab((b, h, part), kv, probabilities[:, :-1], probabilities[:, -1], kept, slope, lse)

@@ -101,3 +101,35 @@ def normalised(sums: Array, top: Array) -> tuple[Array, Array]:
     empty = xp.isneginf(top)
     total = xp.where(empty, 1, total)
     return out / total[..., None], xp.where(empty, top, top + xp.log(total))
+
+
+def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Return (out, lse) with one more logit in each query's softmax, at which there is nothing to attend to.
+
+    A query that attends to no key has out = 0 and the sink as its lse.
+
+    Parameters
+    ----------
+    out, lse : as in `merge`
+        Complete results.
+    sinks : (heads,)
+        The logit of each head.
+    """
+    xp = namespace(out)
+    total = xp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
+    weight = xp.exp(lse - xp.where(xp.isneginf(total), 0, total))
+    return out * weight[..., None], total
+
+
+def sink_gradient(sinks: Array, lse: Array, delta: Array) -> Array:
+    """Return what some queries contribute to the gradient of the sinks, (heads,), in the dtype of lse.
+
+    Parameters
+    ----------
+    sinks : (heads,)
+    lse, delta : (batch, heads, tokens)
+        Final ones, the sinks included.
+    """
+    xp = namespace(lse)
+    probability = xp.exp(sinks.astype(lse.dtype)[:, None] - xp.where(xp.isneginf(lse), 0, lse))
+    return -(probability * delta).sum(axis=(0, 2))  # type: ignore[no-any-return]

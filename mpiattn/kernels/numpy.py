@@ -12,8 +12,8 @@ pass over the tile of its own:
   that of d_out holds minus delta, and the product with the values yields the sum of each query's weights.
 - No maximum is taken where the norms of queries and keys prove that exp2 can't overflow.
 
-Two things have their place but aren't there yet. A logit softcap would follow the product of a score tile,
-and the shift would be subtracted after it, no longer within the product. Dropout would follow `_exp2`.
+A logit softcap follows the product of a score tile, so the shift is added after it and not within the
+product. Dropout follows `_exp2`: weights are summed before it, and minus delta is added after it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dropout import Dropout
 from ..mask import Mask, Positions
 from ..softmax import accumulator, merge
 
@@ -115,12 +116,22 @@ class NumpyKernel:
         Evaluated on the global positions given with each block.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) if not given.
+    softcap : float, optional
+        Scores are softcap * tanh(scale q k^T / softcap).
     """
 
-    def __init__(self, mask: Mask, scale: float | None = None) -> None:
+    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
         self.mask = mask
         self.scale = scale
+        self.softcap = softcap
+        self.unit = LOG2E if softcap is None else 1 / softcap  # of the products of queries and keys
+        self.dropout: Dropout | None = None
+        self.first_head = 0
         self._work: dict[str, Array] = {}
+
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
+        """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
+        self.dropout, self.first_head = dropout, first_head
 
     def forward(
         self,
@@ -159,18 +170,26 @@ class NumpyKernel:
                 for rows, tiles in rows_of_tiles:
                     query = self._query(q[b, h, rows], dtype)
                     query[-1] = 0
-                    safe = longest_key * _longest(query[:-1].T) < SAFE
+                    limit = longest_key * _longest(query[:-1].T)
+                    if self.softcap is not None:
+                        limit = min(limit, 1) * self.softcap * LOG2E  # in this order: NaN stays
+                    safe = limit < SAFE
                     total = self._buffer("total", (values.shape[1], query.shape[1]), dtype)
                     total[...] = 0
                     for tile in tiles:
                         if progress:
                             progress()
                         seeing, sums = query[:, tile.queries], total[:, tile.queries]
-                        score = self._product("score", keys[tile.keys], seeing)
+                        score, _ = self._score(keys[tile.keys], seeing)
                         if not safe:
                             self._shift(score, seeing, sums, tile.visible)
                         self._exp2(score, tile.visible, bounded=safe)
-                        sums += self._product("part", values[tile.keys].T, score)
+                        if self.dropout is None:
+                            sums += self._product("part", values[tile.keys].T, score)
+                        else:
+                            sums[-1] += score.sum(axis=0)
+                            score *= self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            sums[:-1] += self._product("part", values[tile.keys, :-1].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
                         part_lse = LN2 * (np.log2(weight) - query[-1])
@@ -227,16 +246,26 @@ class NumpyKernel:
                         if progress:
                             progress()
                         seeing, d_seeing = query[:, tile.queries], d_row[:, tile.queries]
-                        weight = self._product("score", keys[tile.keys], seeing)
+                        weight, slope = self._score(keys[tile.keys], seeing, with_slope=True)
                         self._exp2(weight, tile.visible)
-                        d_score = self._product("d_score", values[tile.keys], d_seeing)
-                        d_score *= weight
+                        if self.dropout is None:
+                            d_score = self._product("d_score", values[tile.keys], d_seeing)
+                            d_score *= weight
+                        else:
+                            kept = self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            d_score = self._product("d_score", values[tile.keys, :-1], d_seeing[:-1])
+                            d_score *= kept
+                            d_score += d_seeing[-1]
+                            d_score *= weight
+                            weight *= kept
+                        if slope is not None:
+                            d_score *= slope
                         d_v[b, g, tile.keys] += self._product("part", weight, d_seeing[:-1].T)
                         d_keys[tile.keys] += self._product("part", d_score, seeing[:-1].T)
                         d_query[:, tile.queries] += self._product("part", keys[tile.keys, :-1].T, d_score)
                     d_query *= self._scale(q)
                     d_q[b, h, rows] += d_query.T
-            d_keys *= LN2  # `query` holds q * scale * log2(e)
+            d_keys /= self.unit  # `query` holds q * scale * unit
             d_k[b, g] += d_keys
 
     def _scale(self, q: Array) -> float:
@@ -261,11 +290,31 @@ class NumpyKernel:
         """Copy queries, (tokens, dim), to (dim + 1, tokens), scaled; the last row is the caller's to fill."""
         result = self._buffer("query", (rows.shape[1] + 1, rows.shape[0]), dtype)
         result[:-1] = rows.T
-        result[:-1] *= self._scale(rows) * LOG2E
+        result[:-1] *= self._scale(rows) * self.unit
         return result
 
     def _product(self, name: str, a: Array, b: Array) -> Array:
         return np.matmul(a, b, out=self._buffer(name, (a.shape[0], b.shape[1]), a.dtype))
+
+    def _score(self, keys: Array, query: Array, with_slope: bool = False) -> tuple[Array, Array | None]:
+        """Return a tile of scores less their rows' shifts, and the slope of the softcap there if asked for."""
+        if self.softcap is None:
+            return self._product("score", keys, query), None
+        score = self._product("score", keys[:, :-1], query[:-1])
+        np.tanh(score, out=score)
+        slope = None
+        if with_slope:
+            slope = np.square(score, out=self._buffer("slope", score.shape, score.dtype))
+            np.subtract(1, slope, out=slope)
+        score *= self.softcap * LOG2E
+        score += query[-1]
+        return score, slope
+
+    def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[Any]) -> Array:
+        """Return what dropout multiplies a tile of weights by: 0 or 1 / (1 - rate)."""
+        assert self.dropout is not None
+        kept = self.dropout.kept(batch, self.first_head + head, queries, keys)
+        return np.multiply(kept.T, 1 / (1 - self.dropout.rate), dtype=dtype)
 
     def _shift(self, score: Array, query: Array, total: Array, visible: Array | None) -> None:
         """Move the rows' shifts (query's last row, negated) so that no score exceeds its shift by much.
