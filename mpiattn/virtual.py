@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .machine import LEVELS, Machine
+from .message import constant
 
 Index = Any
 
@@ -37,12 +38,13 @@ _running: list[Rank] = []
 class Rank:
     """One virtual process: a clock in seconds, its ports, and what it holds of memory."""
 
-    __slots__ = ("clock", "cluster", "computed", "greenlet", "held", "latest", "missing", "number", "peak", "pending", "waiting")
+    __slots__ = ("clock", "cluster", "computed", "greenlet", "held", "latest", "missing", "number", "peak", "pending", "poll", "waiting")
 
     def __init__(self, cluster: Cluster, number: int) -> None:
         self.cluster, self.number = cluster, number
         self.clock = self.latest = self.computed = self.waiting = 0.0
         self.missing = self.held = self.peak = 0
+        self.poll = POLL
         self.pending: list[tuple[Request, tuple[int, int, int, int]]] = []
         self.greenlet: Any = None
 
@@ -288,9 +290,11 @@ class Request:
     def Testall(requests: Sequence[Request]) -> bool:
         """Let messages travel up to now, and say if all requests are complete."""
         rank = requests[0].rank
-        rank.clock += POLL
+        rank.clock += rank.poll
         rank.cluster.pause(rank)
-        return all(request.done <= rank.clock for request in requests)
+        done = all(request.done <= rank.clock for request in requests)
+        rank.poll = POLL if done else 2 * rank.poll
+        return done
 
     def Wait(self) -> None:
         """Wait until this request is complete."""
@@ -315,7 +319,7 @@ class Request:
 
 
 POLL = 1e-7
-"""Seconds that a look at the state of messages takes; more than 0, so that polling comes to an end."""
+"""Seconds that the first look at the state of messages takes; each one in vain doubles it, so that polling ends."""
 
 INSIDE = LEVELS[:2]
 """The levels of links inside a node."""
@@ -431,6 +435,7 @@ class Cluster:
                 missing += 1
             elif request.done > latest:
                 latest = request.done
+        rank.poll = POLL
         if missing:
             rank.missing, rank.latest = missing, latest
             self.hub.switch()
@@ -702,15 +707,23 @@ class VirtualComm:
                 other.complete(done)
         return request, meeting
 
-    def _seconds(self, rounds: float, nbytes: float) -> float:
-        """Return the time of a collective: so many messages one after the other, so many bytes a rank."""
+    def _seconds(self, rounds: float, nbytes: float, pairwise: bool = False) -> float:
+        """Return the time of a collective: so many messages one after the other, so many bytes into a rank.
+
+        Round a ring, one rank of a node at a time receives from another node. Pairwise, all do at once.
+        """
         machine, ranks = self.me.cluster.machine, self.group.ranks
         if len(ranks) == 1:
             return 0.0
         levels = [machine.level(ranks[0], other) for other in ranks[1:]]
-        link = machine.links[max(levels, key=LEVELS.index)]
-        share = link.cards / machine.ranks_per_node if link.cards else 1.0
-        return rounds * (link.latency + machine.overhead) + nbytes / (link.bandwidth * min(share, 1.0))
+        slowest = max(set(levels), key=LEVELS.index)
+        link, seconds = machine.links[slowest], 0.0
+        for level in set(levels) if pairwise else {slowest}:
+            part = nbytes * levels.count(level) / len(levels) if pairwise else nbytes
+            cards = machine.links[level].cards
+            share = min(cards / machine.ranks_per_node, 1.0) if pairwise and cards else 1.0
+            seconds = max(seconds, part / (machine.links[level].bandwidth * share))
+        return rounds * (link.latency + machine.overhead) + seconds
 
     @property
     def _depth(self) -> int:
@@ -725,6 +738,15 @@ class VirtualComm:
         request, meeting = self._meet("allgather", value, lambda meeting: self._seconds(self._depth, 0))
         request.Wait()
         return list(meeting.values)
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        """Give the root the objects of all."""
+        values = self.allgather(value)
+        return values if self.place == root else None
+
+    def allreduce(self, value: Any, op: Any = "SUM") -> Any:
+        """Give every rank the sum, or the maximum, of the objects of all."""
+        return _combined(self.allgather(value), op)
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """Give every rank the root's object."""
@@ -754,3 +776,115 @@ class VirtualComm:
         request, meeting = self._meet("Allgather", sendbuf, finish)
         request.Wait()
         _copy(meeting.result, recvbuf)
+
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
+        self.Iallgatherv(sendbuf, recvbuf).Wait()
+
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Request:
+        """Start to give every rank the pieces of all."""
+
+        def finish(meeting: Meeting) -> float:
+            for source, (sent, kept) in enumerate(meeting.values):
+                buffer, pieces = kept
+                own = buffer[pieces[source]] if not hasattr(sent, "shape") else sent
+                for place, (_, (target, where)) in enumerate(meeting.values):
+                    if place != source or own is sent:
+                        _copy(own, target[where[source]])
+            return self._seconds(self._depth, max(_from_others(kept[1], at) for at, (_, kept) in enumerate(meeting.values)))
+
+        return self._meet("Allgatherv", (sendbuf, _pieces(recvbuf)), finish)[0]
+
+    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give each rank its piece of every other's; both are `message.Pieces`."""
+
+        def finish(meeting: Meeting) -> float:
+            for dest, (_, (target, where)) in enumerate(meeting.values):
+                for source, ((buffer, pieces), _) in enumerate(meeting.values):
+                    _copy(buffer[pieces[dest]], target[where[source]])
+            most = max(_from_others(kept[1], at) for at, (_, kept) in enumerate(meeting.values))
+            return self._seconds(self._depth, most, pairwise=True)
+
+        self._meet("Alltoallv", (_pieces(sendbuf), _pieces(recvbuf)), finish)[0].Wait()
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = "SUM") -> None:
+        """Combine the buffers of all, in the order of the ranks."""
+
+        def finish(meeting: Meeting) -> float:
+            total = _combined([sent for sent, _ in meeting.values], op)
+            for _, target in meeting.values:
+                _copy(total, target)
+            return self._seconds(2 * self._depth, 2 * recvbuf.nbytes * (1 - 1 / self.Get_size()))
+
+        self._meet("Allreduce", (sendbuf, recvbuf), finish)[0].Wait()
+
+    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int]) -> Request:
+        """Start to add up the buffers of all, in the order of the ranks, and give each rank its piece."""
+
+        def finish(meeting: Meeting) -> float:
+            total = _combined([sent for sent, _ in meeting.values], "SUM")
+            ends = np.cumsum([0, *recvcounts])
+            for place, (_, target) in enumerate(meeting.values):
+                _copy(total[ends[place] : ends[place + 1]], target)
+            return self._seconds(self._depth, sendbuf.nbytes * (1 - 1 / self.Get_size()))
+
+        return self._meet("Reduce_scatter", (sendbuf, recvbuf), finish)[0]
+
+    def Ibarrier(self) -> Request:
+        """Start to wait for all ranks."""
+        return self._meet("Barrier", None, lambda meeting: self._seconds(self._depth, 0))[0]
+
+    def Allocate_shared(self, nbytes: int) -> VirtualWindow:
+        """Make a window of memory that all ranks see."""
+        request, meeting = self._meet("Allocate_shared", np.empty(nbytes, np.uint8), lambda meeting: 0.0)
+        request.Wait()
+        return VirtualWindow(self, meeting.values)
+
+
+class VirtualWindow:
+    """Memory that the ranks of a virtual host share."""
+
+    def __init__(self, comm: VirtualComm, parts: list[Any]) -> None:
+        self.comm, self.parts = comm, parts
+
+    def Shared_query(self, rank: int) -> tuple[Any, int]:
+        """Return a rank's part, and the size of its unit."""
+        return self.parts[rank], 1
+
+    def Fence(self) -> None:
+        """Wait until all ranks see what all have written."""
+        self.comm.Barrier()
+
+    def Free(self) -> None:
+        """Do nothing."""
+
+
+def _pieces(described: Sequence[Any]) -> tuple[Any, list[slice]]:
+    """Return the buffer of `message.Pieces` as bytes, and where each rank's piece lies."""
+    buffer, counts, starts, datatype = described
+    unit = datatype.Get_size() if datatype else buffer.dtype.itemsize
+    if starts is None:
+        starts = [sum(counts[:place]) for place in range(len(counts))]
+    slices = [slice(start * unit, (start + count) * unit) for start, count in zip(starts, counts, strict=True)]
+    return buffer.reshape(-1).view(np.uint8), slices
+
+
+def _from_others(pieces: Sequence[slice], place: int) -> int:
+    """Return how many bytes of the pieces come from other ranks."""
+    return sum(piece.stop - piece.start for number, piece in enumerate(pieces) if number != place)
+
+
+def _combined(buffers: Sequence[Any], op: Any) -> Any:
+    """Return the sum, or the maximum, of the ranks' buffers."""
+    if isinstance(buffers[0], VirtualArray):
+        return buffers[0]
+    if op == constant("MAX"):
+        return functools.reduce(np.maximum, buffers)
+    if op not in ("SUM", constant("SUM")):
+        raise ValueError(f"a virtual communicator adds and takes maxima; it knows no {op}")
+    return functools.reduce(np.add, buffers)
+
+
+def run(ranks: int, machine: Machine, function: Callable[[VirtualComm], Any]) -> list[Any]:
+    """Call a function with the communicator of each rank of a new cluster, and return what each returned."""
+    return Cluster(ranks, machine).run(function)
