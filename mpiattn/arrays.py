@@ -6,8 +6,8 @@ standard): NumPy's, CuPy's, or that of the arrays without data with which `virtu
 
 from __future__ import annotations
 
-import importlib.util
 import functools
+import importlib.util
 import itertools
 import math
 import socket
@@ -51,6 +51,15 @@ def on_host(array: Any) -> Array:
     """Return the array if it is NumPy's, else a copy that is."""
     result: Array = array.get() if type(array).__module__ == "cupy" else array
     return result
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """Return rows of numbers, an array of four axes, rounded to a dtype."""
+    if type(array).__module__ != "cupy":
+        return array.astype(dtype)
+    from .kernels import cupy
+
+    return cupy.cast(array, dtype)
 
 
 def use_gpu(comm: Communicator) -> ModuleType:
@@ -137,8 +146,14 @@ class Parcel:
 
     def pack(self, *arrays: Array) -> None:
         """Copy arrays into the parcel."""
+        place: Any
         for place, array in zip(self.arrays, arrays, strict=True):
-            place[...] = array
+            alike = array.shape == place.shape and array.dtype == place.dtype
+            if type(array).__module__ == "cupy" and alike and array.flags.c_contiguous:
+                # Four times as fast as CuPy's own copy of numbers of two bytes.
+                place.data.copy_from_device_async(array.data, place.nbytes)
+            else:
+                place[...] = array
 
     def add(self, other: Parcel) -> None:
         """Add the arrays of another parcel to this one's."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .message import Communicator
+from .message import Communicator, constant
 
 Array = Any
 
@@ -249,48 +249,64 @@ class DeviceComm:
 
     # Collectives
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
-        """Start to gather a piece of each rank, one after the other, on all ranks."""
-        own = _array(sendbuf)
-        if isinstance(own, np.ndarray):
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Transfer:
+        """Start to gather a piece of each rank on all ranks."""
+        if isinstance(_array(recvbuf), np.ndarray):
             return Transfer(self.channel, _posted([self.comm.Iallgatherv(sendbuf, recvbuf)]))
-        buffer, counts, *_, unit = [*recvbuf, None] if len(recvbuf) == 2 else recvbuf
-        width = 1 if unit is None else unit.Get_size()
-        parts = _split(buffer.reshape(-1).view(np.uint8), [count * width for count in counts])
-        rank = self.comm.Get_rank()
-        others = [other for other in range(len(parts)) if other != rank]
-        parts[rank][...] = own.reshape(-1).view(np.uint8)
-        received = [self.Irecv(parts[other], other, TAGS - 1) for other in others]
-        return Transfer(self.channel, _completed([*received, *(self.Isend(parts[rank], o, TAGS - 1) for o in others)]))
+        parts, rank = _parts(recvbuf), self.comm.Get_rank()
+        if not (isinstance(sendbuf, (int, str)) or sendbuf is constant("IN_PLACE")):
+            parts[rank][...] = _array(sendbuf).reshape(-1).view(np.uint8)
+        return self._exchange([parts[rank]] * len(parts), parts)
 
-    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, counts: Sequence[int]) -> Any:
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Gather a piece of each rank on all ranks."""
+        Transfer.Waitall([self.Iallgatherv(sendbuf, recvbuf)])
+
+    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Send each rank its piece, and receive one from each."""
+        if isinstance(_array(recvbuf), np.ndarray):
+            self.comm.Alltoallv(sendbuf, recvbuf)
+            return
+        sent, received, rank = _parts(sendbuf), _parts(recvbuf), self.comm.Get_rank()
+        received[rank][...] = sent[rank]
+        Transfer.Waitall([self._exchange(sent, received)])
+
+    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, counts: Sequence[int], op: Any = None) -> Transfer:
         """Start to add up the ranks' arrays, each piece on its rank, in the order of ranks."""
         if isinstance(sendbuf, np.ndarray):
-            return Transfer(self.channel, _posted([self.comm.Ireduce_scatter(sendbuf, recvbuf, counts)]))
+            operation = constant("SUM") if op is None else op
+            return Transfer(self.channel, _posted([self.comm.Ireduce_scatter(sendbuf, recvbuf, counts, operation)]))
+        combine = self.channel.xp.maximum if op is not None and op == constant("MAX") else self.channel.xp.add
         parts, rank = _split(sendbuf.reshape(-1), counts), self.comm.Get_rank()
         shares = [part if other == rank else self.channel.xp.empty_like(recvbuf) for other, part in enumerate(parts)]
-        others = [other for other in range(len(parts)) if other != rank]
-        transfers = [self.Irecv(shares[other], other, TAGS - 1) for other in others]
-        transfers += [self.Isend(parts[other], other, TAGS - 1) for other in others]
 
-        def add() -> None:
+        def total() -> None:
             recvbuf[...] = shares[0]
             for share in shares[1:]:
-                recvbuf[...] += share
+                combine(recvbuf, share, out=recvbuf)
 
-        return Transfer(self.channel, _completed(transfers, add))
+        return self._exchange(parts, shares, total)
 
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, *op: Any) -> None:
-        """Add up the ranks' arrays on all ranks."""
-        if isinstance(_array(sendbuf), np.ndarray):
-            self.comm.Allreduce(sendbuf, recvbuf, *op)
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = None) -> None:
+        """Add up the ranks' arrays on all ranks, or take their maximum."""
+        if isinstance(sendbuf, np.ndarray):
+            self.comm.Allreduce(sendbuf, recvbuf, constant("SUM") if op is None else op)
             return
         size = self.comm.Get_size()
         edges = [sendbuf.size * part // size for part in range(size + 1)]
         counts = [after - before for before, after in itertools.pairwise(edges)]
         own = self.channel.xp.empty(counts[self.comm.Get_rank()], sendbuf.dtype)
-        Transfer.Waitall([self.Ireduce_scatter(sendbuf, own, counts)])
-        Transfer.Waitall([self.Iallgatherv(own, [recvbuf, [count * own.itemsize for count in counts]])])
+        Transfer.Waitall([self.Ireduce_scatter(sendbuf, own, counts, op)])
+        self.Allgatherv(own, [recvbuf, [count * own.itemsize for count in counts], None, None])
+
+    def _exchange(
+        self, sent: Sequence[Array], received: Sequence[Array], then: Callable[[], object] = lambda: None
+    ) -> Transfer:
+        """Start to send a piece to each other rank, and to receive one from each, where there is anything in it."""
+        others = [other for other in range(len(sent)) if other != self.comm.Get_rank()]
+        transfers = [self.Irecv(received[other], other, TAGS - 1) for other in others if received[other].size]
+        transfers += [self.Isend(sent[other], other, TAGS - 1) for other in others if sent[other].size]
+        return Transfer(self.channel, _completed(transfers, then))
 
 
 def _array(buf: Any) -> Array:
@@ -303,6 +319,15 @@ def _pieces(data: Array) -> list[tuple[int, int]]:
     return [(data.data.ptr + begin, min(PIECE, data.size - begin)) for begin in range(0, data.size, PIECE)]
 
 
+def _parts(buf: Any) -> list[Array]:
+    """Return each rank's piece of a buffer as `message.Pieces` describes it."""
+    buffer, counts, starts, unit = buf
+    width = 1 if unit is None else unit.Get_size()
+    starts = [0, *itertools.accumulate(counts)] if starts is None else starts
+    data = buffer.reshape(-1).view(np.uint8)
+    return [data[start * width : (start + n) * width] for start, n in zip(starts, counts, strict=False)]
+
+
 def _split(array: Array, counts: Sequence[int]) -> list[Array]:
     ends = itertools.accumulate(counts)
     return [array[end - count : end] for end, count in zip(ends, counts, strict=True)]
@@ -313,7 +338,7 @@ def _posted(requests: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def _completed(transfers: Sequence[Transfer], then: Callable[[], object] = lambda: None) -> Iterator[None]:
+def _completed(transfers: Sequence[Transfer], then: Callable[[], object]) -> Iterator[None]:
     while not all(transfer.done for transfer in transfers):
         yield
     then()

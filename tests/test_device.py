@@ -11,7 +11,7 @@ import pytest
 
 from mpiattn import device
 from mpiattn.device import Channel, DeviceComm, Transfer
-from mpiattn.message import Tag, Testall, Waitall
+from mpiattn.message import Tag, Testall, Waitall, constant
 
 
 class Memory:
@@ -67,7 +67,13 @@ def memcpy(to: int, source: int, size: int, kind: int, stream: int) -> None:
     ctypes.memmove(to, source, size)
 
 
+def combined(ufunc: Any) -> Any:
+    return lambda a, b, out: ufunc(a.host, b.host, out=out.host)
+
+
 XP = SimpleNamespace(
+    add=combined(np.add),
+    maximum=combined(np.maximum),
     empty_like=lambda array: Memory(np.empty_like(array.host)),
     empty=lambda size, dtype: Memory(np.empty(size, dtype)),
     cuda=SimpleNamespace(
@@ -134,13 +140,21 @@ def test_collectives(around: DeviceComm) -> None:
     rank, size = around.Get_rank(), around.Get_size()
     counts = [(other * 3 + 1) * 4 for other in range(size)]
     whole = Memory(np.zeros(sum(counts), np.uint8))
-    Waitall([around.Iallgatherv(Memory(np.full(counts[rank], rank + 1, np.uint8)), [whole, counts])])
+    Waitall([around.Iallgatherv(Memory(np.full(counts[rank], rank + 1, np.uint8)), [whole, counts, None, None])])
     assert (whole.host == np.repeat(np.arange(size) + 1, counts)).all()
     numbers = [count // 4 for count in counts]
     share, total = Memory(np.arange(sum(numbers), dtype=np.float32) + rank), Memory(np.zeros(numbers[rank], np.float32))
     Waitall([around.Ireduce_scatter(share, total, numbers)])
     start = sum(numbers[:rank])
     assert (total.host == size * np.arange(start, start + numbers[rank]) + size * (size - 1) / 2).all()
+    top = Memory(np.zeros(5))
+    around.Allreduce(Memory(np.arange(5.0) * (-1) ** rank), top, constant("MAX"))
+    assert (top.host == (np.arange(5) if size > 1 or rank == 0 else 0)).all()
+    sent, got = Memory(np.full(5 * size, rank, np.uint8)), Memory(np.full(8 * size, 99, np.uint8))
+    places = [8 * other for other in range(size)]
+    around.Alltoallv([sent, [5] * size, None, None], [got, [5] * size, places, None])
+    assert (got.host.reshape(size, 8)[:, :5] == np.arange(size)[:, None]).all() and (got.host == 99).sum() == 3 * size
+    around.Allgatherv(constant("IN_PLACE"), [got, [1] * size, places, None])
     result = Memory(np.zeros((7, 3), np.float64))
     around.Allreduce(Memory(np.full((7, 3), rank + 1.0)), result)
     assert (result.host == size * (size + 1) / 2).all()

@@ -1,9 +1,8 @@
 """Block attention on one rank in plain CuPy: matrix products and the fused passes of fused.cu.
 
 Tiled, so that memory grows with the tokens and not with their square. A tile of scores is made by one
-matrix product of many heads, turned into weights in place by one pass over it, and used by one product
-with the values. Half-precision inputs are widened to float32 and multiplied in TensorFloat-32, which holds
-their every bit; float32 and float64 inputs are multiplied as they are.
+matrix product of many heads, turned into weights by one pass over it, and used by products with the
+values, the gradients and the rest. Products are of the inputs' dtype, with sums in float32 at least.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
-from cupy._core import _routines_linalg as linalg
-from cupy._core import get_compute_type, set_compute_type
+from cupy.cuda.device import get_cublas_handle
+from cupy_backends.cuda.libs import cublas
 from numpy.typing import NDArray
 
 from mpiattn.mask import Mask, Positions
@@ -28,8 +26,8 @@ from mpiattn.softmax import accumulator
 Array = Any
 Progress = Callable[[], object]
 
-QUERIES, KEYS = 1024, 4096  # the largest tile of one head
-TILE_BYTES = 2**26  # of the scores of all heads of a tile
+QUERIES, KEYS = 2048, 4096  # the largest tile of one head
+TILE_BYTES = 2**28  # of the scores of all heads of a tile
 THREADS = 256
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
@@ -41,9 +39,11 @@ TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16
 def _module(wide: str, dtype: str) -> Any:
     """Return the compiled passes for arrays of a dtype, with sums of another."""
     names = [
-        f"{name}<{wide}, {dtype}, {v}>" for name in ("merge", "accumulate", "delta", "stand_in") for v in (1, 2, 4)
+        f"{name}<{wide}, {dtype}, {v}>"
+        for name in ("merge", "accumulate", "cast", "delta", "stand_in")
+        for v in (1, 2, 4)
     ]
-    names += [f"{name}<{wide}>" for name in ("softmax", "softmax_backward")]
+    names += [f"{name}<{wide}, {dtype}>" for name in ("softmax", "softmax_backward")]
     source = files("mpiattn.kernels").joinpath("fused.cu").read_text()
     return cupy.RawModule(code=source, options=("-std=c++17",), name_expressions=names)
 
@@ -51,8 +51,7 @@ def _module(wide: str, dtype: str) -> Any:
 @functools.cache
 def _pass(name: str, wide: Any, dtype: Any, *vector: int) -> Any:
     a, t = TYPES[np.dtype(wide).name], TYPES[np.dtype(dtype).name]
-    parameters = f"{a}, {t}, {vector[0]}" if vector else a
-    return _module(a, t).get_function(f"{name}<{parameters}>")
+    return _module(a, t).get_function(f"{name}<{', '.join(map(str, (a, t, *vector)))}>")
 
 
 class RowPass:
@@ -70,15 +69,15 @@ class RowPass:
 
     def __init__(self, name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
         batch, heads, tokens, dim = next(array.shape for array in arrays if array.ndim == 4)
+        rows = batch * heads * tokens
         vector = 16 // np.dtype(wide).itemsize
         self.strides = [[stride // array.itemsize for stride in array.strides[:3]] for array in arrays]
         for array, strides in zip(arrays, self.strides, strict=True):
             if array.ndim == 4:
-                if array.strides[3] != array.itemsize and dim > 1:
+                if array.strides[3] != array.itemsize and dim > 1 and rows:
                     raise ValueError("the numbers of a row must be neighbours in memory")
                 if any(number % vector for number in (dim, *strides)) or array.data.ptr % (array.itemsize * vector):
                     vector = 1
-        rows = batch * heads * tokens
         self.grid = (-(-rows * 32 // THREADS),)
         self.numbers = rows, heads, tokens, dim
         self.function = _pass(name, wide, dtype, vector) if rows else None
@@ -106,6 +105,13 @@ def accumulate(total: Array, part: Array) -> None:
     _rows("accumulate", total.dtype, part.dtype, total, part)
 
 
+def cast(total: Array, dtype: Any) -> Array:
+    """Round a sum of rows to a dtype."""
+    result = cupy.empty(total.shape, dtype)
+    _rows("cast", total.dtype, dtype, result, total)
+    return result
+
+
 def delta(d_out: Array, out: Array) -> Array:
     """Do `softmax.delta` in one pass."""
     d_out, out = _neighbours(d_out), _neighbours(out)
@@ -116,6 +122,58 @@ def delta(d_out: Array, out: Array) -> Array:
 
 def _neighbours(array: Array) -> Array:
     return array if array.strides[3] == array.itemsize else cupy.ascontiguousarray(array)
+
+
+# Matrix products
+
+CUBLAS = {  # data type, compute type
+    "float64": (1, 70),
+    "float32": (0, 68),
+    "float16": (2, 68),
+    "bfloat16": (14, 68),
+}
+DEFAULT_ALGORITHM = -1
+
+
+def product(a: Array, b: Array, total: Array | None = None, factor: float = 1) -> Array:
+    """Return factor * a @ b in float32 or wider, or add it to a total.
+
+    Parameters
+    ----------
+    a, b : (count, rows, inner) and (count, inner, columns)
+        Of one dtype; one of the last two axes contiguous, as in views with these axes swapped.
+    total : (count, rows, columns), optional
+        Rows contiguous.
+    """
+    count, rows, inner = a.shape
+    columns = b.shape[2]
+    wide = accumulator(a.dtype)
+    result = cupy.empty((count, rows, columns), wide) if total is None else total
+    if not result.size:
+        return result
+    if not inner:
+        return result if total is not None else cupy.zeros_like(result)
+    # Row by row is to cuBLAS the transpose, column by column: so it computes b^T a^T.
+    data, compute = CUBLAS[np.dtype(a.dtype).name]
+    transposed_b, step_b = _leading(b)
+    transposed_a, step_a = _leading(a)
+    alpha, beta = np.array(factor, wide), np.array(0 if total is None else 1, wide)
+    strides = [array.strides[0] // array.itemsize for array in (a, b, result)]
+    cublas.gemmStridedBatchedEx(
+        get_cublas_handle(), transposed_b, transposed_a, columns, rows, inner, alpha.ctypes.data,
+        b.data.ptr, data, step_b, strides[1], a.data.ptr, data, step_a, strides[0], beta.ctypes.data,
+        result.data.ptr, CUBLAS[wide.name][0], _leading(result)[1], strides[2], count, compute, DEFAULT_ALGORITHM,
+    )  # fmt: skip
+    return result
+
+
+def _leading(array: Array) -> tuple[int, int]:
+    """Return whether the matrices' columns are contiguous, not their rows; and the step from one to the next."""
+    _, rows, columns = array.shape
+    _, by_row, by_column = (stride // array.itemsize for stride in array.strides)
+    if columns == 1 or by_column == 1:
+        return 0, max(by_row if rows > 1 else columns, columns)
+    return 1, max(by_column, rows)
 
 
 # The mask of a block
@@ -179,18 +237,6 @@ def _cut(begin: int, end: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-@contextmanager
-def products_of(dtype: Any) -> Iterator[None]:
-    """Multiply widened half-precision numbers in TensorFloat-32."""
-    before = get_compute_type(np.float32)
-    if np.dtype(dtype).itemsize == 2:
-        set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32)
-    try:
-        yield
-    finally:
-        set_compute_type(np.float32, before)
-
-
 class CupyKernel:
     """Attention of one rank's block on a GPU. Parameters, arrays and results: as `NumpyKernel`'s.
 
@@ -215,22 +261,22 @@ class CupyKernel:
         progress: Progress | None = None,
     ) -> None:
         """Merge the attention of q to this block's keys into (out, lse), in place: see `NumpyKernel.forward`."""
-        wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+        group = q.shape[1] // k.shape[1]
         bounds = self.bounds(q_positions, k_positions)
-        with products_of(q.dtype):
-            for tile in tiles(bounds, k.shape[1], group, wide.itemsize):
-                heads = slice(tile.heads.start * group, tile.heads.stop * group)
-                for b in range(q.shape[0]):
-                    query = _stacked(q[b, heads, tile.queries], group, wide)
-                    key, value = (array[b, tile.heads, tile.keys].astype(wide) for array in (k, v))
-                    score = cupy.matmul(query, key.swapaxes(1, 2))
-                    part_lse = self._softmax("softmax", tile, bounds, q, score, cupy.empty(score.shape[:2], wide))
-                    part = cupy.matmul(score, value)
-                    place = slice(b, b + 1), heads, tile.queries
-                    shape = out[place].shape
-                    merge(out[place], lse[place], part.reshape(shape), part_lse.reshape(shape[:3]))
-                if progress:
-                    progress()
+        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+            heads = slice(tile.heads.start * group, tile.heads.stop * group)
+            for b in range(q.shape[0]):
+                query = _stacked(q[b, heads, tile.queries], group)
+                key, value = (_readable(array[b, tile.heads, tile.keys]) for array in (k, v))
+                score = product(query, key.swapaxes(1, 2))
+                weight, part_lse = _narrow(score, q.dtype), cupy.empty(score.shape[:2], lse.dtype)
+                self._softmax("softmax", tile, bounds, q, score, weight, part_lse)
+                place = slice(b, b + 1), heads, tile.queries
+                shape = out[place].shape
+                part = product(weight, value).reshape(shape)
+                merge(out[place], lse[place], part, part_lse.reshape(shape[:3]))
+            if progress:
+                progress()
 
     def backward(
         self,
@@ -248,37 +294,49 @@ class CupyKernel:
         progress: Progress | None = None,
     ) -> None:
         """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
-        wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
-        bounds = self.bounds(q_positions, k_positions)
-        with products_of(q.dtype):
-            for tile in tiles(bounds, k.shape[1], group, wide.itemsize):
-                heads = slice(tile.heads.start * group, tile.heads.stop * group)
-                for b in range(q.shape[0]):
-                    query, gradient = (_stacked(array[b, heads, tile.queries], group, wide) for array in (q, d_out))
-                    key, value = (array[b, tile.heads, tile.keys].astype(wide) for array in (k, v))
-                    rows = [cupy.ascontiguousarray(row[b, heads, tile.queries]) for row in (lse, delta)]
-                    score = cupy.matmul(query, key.swapaxes(1, 2))
-                    d_score = cupy.matmul(gradient, value.swapaxes(1, 2))
-                    self._softmax("softmax_backward", tile, bounds, q, score, d_score, *rows)
-                    d_v[b, tile.heads, tile.keys] += cupy.matmul(score.swapaxes(1, 2), gradient)
-                    d_k[b, tile.heads, tile.keys] += cupy.matmul(d_score.swapaxes(1, 2), query)
-                    place = b, heads, tile.queries
-                    d_q[place] += cupy.matmul(d_score, key).reshape(d_q[place].shape)
-                if progress:
-                    progress()
+        group = q.shape[1] // k.shape[1]
+        bounds, scale = self.bounds(q_positions, k_positions), self._scale(q)
+        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+            heads = slice(tile.heads.start * group, tile.heads.stop * group)
+            for b in range(q.shape[0]):
+                query, gradient = (_stacked(array[b, heads, tile.queries], group) for array in (q, d_out))
+                key, value = (_readable(array[b, tile.heads, tile.keys]) for array in (k, v))
+                rows = [cupy.ascontiguousarray(row[b, heads, tile.queries]) for row in (lse, delta)]
+                score, d_weight = product(query, key.swapaxes(1, 2)), product(gradient, value.swapaxes(1, 2))
+                weight, d_score = _narrow(score, q.dtype), _narrow(d_weight, q.dtype)
+                self._softmax("softmax_backward", tile, bounds, q, score, d_weight, weight, d_score, *rows)
+                product(weight.swapaxes(1, 2), gradient, d_v[b, tile.heads, tile.keys])
+                product(d_score.swapaxes(1, 2), query, d_k[b, tile.heads, tile.keys], scale)
+                share = d_q[b, heads, tile.queries]
+                if group == 1:
+                    product(d_score, key, share, scale)
+                else:
+                    share += product(d_score, key, factor=scale).reshape(share.shape)
+            if progress:
+                progress()
 
-    def _softmax(self, name: str, tile: Tile, bounds: Bounds, q: Array, score: Array, *arrays: Array) -> Array:
-        """Run a pass over a tile of scores; return the first of the other arrays."""
-        scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
+    def _scale(self, q: Array) -> float:
+        return float(1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale)
+
+    def _softmax(self, name: str, tile: Tile, bounds: Bounds, q: Array, score: Array, *arrays: Array) -> None:
+        """Run a pass over a tile of scores."""
         start, stop = (bound[tile.queries] for bound in bounds.on_device)
-        numbers = tile.keys.start, len(start), score.shape[2], float(scale)
-        rows = score.shape[0] * score.shape[1]
-        _pass(name, score.dtype, q.dtype)((rows,), (THREADS,), (score, *arrays, start, stop, *numbers))
-        return arrays[0]
+        count, rows, keys = score.shape
+        numbers = tile.keys.start, len(start), keys, self._scale(q)
+        _pass(name, score.dtype, q.dtype)((count * rows,), (THREADS,), (score, *arrays, start, stop, *numbers))
 
 
-def _stacked(rows: Array, group: int, dtype: Any) -> Array:
-    """Copy (heads, tokens, dim) to (kv_heads, group * tokens, dim)."""
+def _narrow(array: Array, dtype: Any) -> Array:
+    """Return an array of the shape and this dtype to be written: the same one, if that is its dtype."""
+    return array if array.dtype == dtype else cupy.empty(array.shape, dtype)
+
+
+def _readable(matrices: Array) -> Array:
+    """Return the matrices, or a copy where their rows are not contiguous."""
+    return matrices if matrices.strides[2] == matrices.itemsize else cupy.ascontiguousarray(matrices)
+
+
+def _stacked(rows: Array, group: int) -> Array:
+    """Return (heads, tokens, dim) as (kv_heads, group * tokens, dim), in place where there is nothing to stack."""
     heads, tokens, dim = rows.shape
-    copy = cupy.ascontiguousarray(rows.astype(dtype))
-    return copy.reshape(heads // group, group * tokens, dim)
+    return _readable(rows) if group == 1 else cupy.ascontiguousarray(rows).reshape(heads // group, group * tokens, dim)

@@ -105,6 +105,21 @@ __global__ void accumulate(A* sum, STRIDES(ss), const T* part, STRIDES(sp), Inde
     }
 }
 
+// Round a sum.
+template <typename A, typename T, int V>
+__global__ void cast(T* result, STRIDES(sr), const A* sum, STRIDES(ss), Index rows, Index heads, Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    const A* from = sum + AT(ss);
+    T* to = result + AT(sr);
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<A, V> x = *(const Pack<A, V>*)(from + d);
+        Pack<T, V> y;
+        for (int i = 0; i < V; ++i) y.x[i] = narrow<T>(x.x[i]);
+        *(Pack<T, V>*)(to + d) = y;
+    }
+}
+
 // softmax.delta: the sum of each row of d_out * out.
 template <typename A, typename T, int V>
 __global__ void delta(A* result, STRIDES(sr), const T* d_out, STRIDES(sd), const T* out, STRIDES(so), Index rows, Index heads,
@@ -154,16 +169,16 @@ template <typename A> __device__ Softmax<A> joined(Softmax<A> a, Softmax<A> b)
     return {top, a.sum * power2(a.top - top) + b.sum * power2(b.top - top)};
 }
 
-// Scores of a tile become the weights of their rows' softmax, in place; one block a row. Row i of the tile is
-// query i % queries; it sees the tile's keys start - offset .. stop - offset.
-template <typename A>
-__global__ void softmax(A* score, A* lse, const int* start, const int* stop, Index offset, Index queries, Index keys,
-                        double natural_scale)
+// The weights of the softmax of each row of a tile of scores, and its lse; one block a row. Row i of the tile is
+// query i % queries; it sees the tile's keys start - offset .. stop - offset. Scores and weights may be one array.
+template <typename A, typename T>
+__global__ void softmax(const A* score, T* weight, A* lse, const int* start, const int* stop, Index offset,
+                        Index queries, Index keys, double natural_scale)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
     const A scale = natural_scale * LOG2E;
-    A* s = score + row * keys;
+    const A* s = score + row * keys;
     Softmax<A> state = {-Number<A>::infinity(), (A)0};
     for (Index key = first + threadIdx.x; key < last; key += blockDim.x) state = joined(state, {s[key] * scale, (A)1});
     for (int step = 16; step; step /= 2)
@@ -175,24 +190,26 @@ __global__ void softmax(A* score, A* lse, const int* start, const int* stop, Ind
     for (int warp = 1; warp < blockDim.x / 32; ++warp) state = joined(state, warps[warp]);
     const A factor = state.sum > 0 ? 1 / state.sum : (A)0;
     for (Index key = threadIdx.x; key < keys; key += blockDim.x)
-        s[key] = key >= first && key < last ? power2(s[key] * scale - state.top) * factor : (A)0;
+        weight[row * keys + key] =
+            narrow<T>(key >= first && key < last ? power2(s[key] * scale - state.top) * factor : (A)0);
     if (threadIdx.x == 0) lse[row] = natural_log(state.sum) + state.top / (A)LOG2E;
 }
 
-// Scores become weights, and d_weight the gradient of the scaled scores, both in place.
-template <typename A>
-__global__ void softmax_backward(A* score, A* d_weight, const A* lse, const A* delta, const int* start, const int* stop,
-                                 Index offset, Index queries, Index keys, double natural_scale)
+// Weights from scores and the final lse, and the gradient of the scaled scores from that of the weights. Scores and
+// weights, and the two gradients, may be one array.
+template <typename A, typename T>
+__global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const A* lse, const A* delta,
+                                 const int* start, const int* stop, Index offset, Index queries, Index keys,
+                                 double natural_scale)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
-    const A scale = natural_scale;
-    A *s = score + row * keys, *d = d_weight + row * keys;
-    const A shift = lse[row] * (A)LOG2E, mean = delta[row];
+    const A scale = natural_scale * LOG2E, shift = lse[row] * (A)LOG2E, mean = delta[row];
     for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
+        const Index at = row * keys + key;
         const bool visible = key >= first && key < last;
-        const A weight = visible ? power2(s[key] * (scale * (A)LOG2E) - shift) : (A)0;
-        s[key] = weight;
-        d[key] = visible ? weight * (d[key] - mean) * scale : (A)0;
+        const A w = visible ? power2(score[at] * scale - shift) : (A)0, d = visible ? w * (d_weight[at] - mean) : (A)0;
+        weight[at] = narrow<T>(w);
+        d_score[at] = narrow<T>(d);
     }
 }
