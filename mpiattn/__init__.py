@@ -14,6 +14,7 @@ from .algorithms import (
     TensorParallelAttention,
     UlyssesAttention,
 )
+from .dropout import Dropout
 from .layout import gather, scatter
 from .mask import Causal, Documents, Full, SlidingWindow
 
@@ -25,6 +26,7 @@ __all__ = [
     "DenseAttention",
     "Documents",
     "DoubleRingAttention",
+    "Dropout",
     "Full",
     "GatheredMeshAttention",
     "HybridAttention",

@@ -70,7 +70,7 @@ class Dropout:
         ]
         words = np.stack(np.broadcast_arrays(*philox(counter, (self.seed % WORD, self.seed // WORD))))
         kept: NDArray[np.bool_] = (words >= np.uint64(self.rate * WORD))[keys % 4, place]
-        return kept.T
+        return np.transpose(kept)
 
 
 def philox(counter: Sequence[Any], key: tuple[int, int]) -> Sequence[Words]:

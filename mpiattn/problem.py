@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +48,8 @@ class Problem:
         Of Q, K, V as stored and sent; partial sums are `accumulator(dtype)`.
     layout : str
     mask : Mask
+    spread_heads : tuple of int
+        How many query heads each rank has, where ranks have all tokens of some of the heads; else empty.
     """
 
     ranks: int
@@ -61,6 +63,7 @@ class Problem:
     dtype: np.dtype[Any]
     layout: str
     mask: Mask
+    spread_heads: tuple[int, ...] = field(default=(), kw_only=True)
 
     @cached_property
     def q_positions(self) -> list[Positions]:
@@ -88,6 +91,11 @@ class Problem:
         """All that is a number, so that ranks can compare."""
         counts = self.ranks, self.batch, self.heads, self.kv_heads, self.head_dim, self.v_head_dim
         return *counts, self.q_tokens, self.kv_tokens, DTYPES.index(self.dtype)
+
+    @property
+    def q_spread(self) -> bool:
+        """Whether the ranks share out the queries, and don't all have all of them."""
+        return 0 < self.q_tokens == sum(map(len, self.q_positions))
 
     @property
     def wide(self) -> np.dtype[Any]:

@@ -70,6 +70,7 @@ class AllGatherAttention(Attention):
         Waitall(self.gather(0, k, v))
         for step, (heads, *_) in enumerate(self.groups):
             requests = self.gather(step + 1, k, v)
+            self.drop(heads)
             for owner in self.blocks:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 near_k, near_v = self.kv[step].arrays[2 * owner : 2 * owner + 2]
@@ -86,6 +87,11 @@ class AllGatherAttention(Attention):
         self.own[step].pack(k[:, kv_heads], v[:, kv_heads])
         sizes = [nbytes(part.kv(owner)) for owner in self.owners]
         return [self.comm.Iallgatherv(self.own[step].message, Pieces(self.kv[step].buffer, sizes))]
+
+    def drop(self, heads: slice) -> None:
+        """Tell the kernel which heads are next: dropout goes by their numbers."""
+        if self.dropout is not None:
+            self.kernel.drop(self.dropout, heads.start)
 
     def reduce(self, part: Problem, sums: Parcel, own: Parcel) -> list[Any]:
         """Start to add up what all ranks have of a group's dK/dV, each owner's on its rank."""
@@ -105,6 +111,7 @@ class AllGatherAttention(Attention):
         for step, (heads, _, part) in enumerate(self.groups):
             requests += self.gather(step + 1, k, v)
             sums[step].buffer.fill(0)
+            self.drop(heads)
             for owner in self.blocks:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 pair = slice(2 * owner, 2 * owner + 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -13,11 +15,12 @@ from numpy.typing import NDArray
 from .. import arrays, device, kernels
 from .. import layout as layouts
 from ..arrays import Parcel
+from ..dropout import Dropout
 from ..kernels.numpy import NumpyKernel
 from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem
-from ..softmax import delta
+from ..softmax import delta, sink_gradient, with_sinks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -31,16 +34,25 @@ class Options(TypedDict, total=False):
     layout: str | None
     mask: Mask | None
     scale: float | None
+    softcap: float | None
     kernel: str | None
     gpu_messages: str
+
+
+class Given(TypedDict, total=False):
+    """What `forward` takes beside q, k, v; see `Attention.forward`."""
+
+    sinks: Array | None
+    dropout: Dropout | None
 
 
 @dataclass(frozen=True)
 class Saved:
     """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
 
-    `out` and `lse` belong to the queries that `forward` was given. q, k, v are what this rank computed with:
-    its tokens, or where heads are exchanged, its heads.
+    `out` and `lse` belong to the queries that `forward` was given; `lse` is the natural logarithm of the sum of
+    exponentials of each query's scores, its sink included, (batch, heads, tokens), -inf where there are none.
+    q, k, v are what this rank computed with: its tokens, or where heads are exchanged, its heads.
     """
 
     q: Array
@@ -49,6 +61,8 @@ class Saved:
     out: Array
     lse: Array
     problem: Problem
+    sinks: Array | None = None
+    dropout: Dropout | None = None
 
 
 class Attention:
@@ -64,6 +78,8 @@ class Attention:
         Evaluated on global positions.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) by default.
+    softcap : float, optional
+        Scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv 2408.00118).
     kernel : {"numpy", "cupy", "cudnn"}, optional
         What computes a block. By default the fastest that can do the problem at hand.
     gpu_messages : {"auto", "device", "host"}
@@ -78,7 +94,7 @@ class Attention:
     Notes
     -----
     Arrays are (batch, heads, tokens, head_dim), float64, float32, float16 or bfloat16, and hold this
-    rank's tokens. `lse` is the natural logarithm of each query's sum of exponentials.
+    rank's tokens.
     """
 
     copied: frozenset[str] = frozenset()
@@ -91,24 +107,30 @@ class Attention:
         layout: str | None = None,
         mask: Mask | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
         kernel: str | None = None,
         gpu_messages: str = "auto",
     ) -> None:
         self.mask = Full() if mask is None else mask
         self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
         self.comm = comm
-        self.scale, self.kernel_name, self.gpu_messages = scale, kernel, gpu_messages
-        self.kernel: Any = NumpyKernel(self.mask, scale)
+        self.scale, self.softcap, self.kernel_name, self.gpu_messages = scale, softcap, kernel, gpu_messages
         self.problem: Problem | None = None
         self.xp: Any = np
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
+        self.sinks: Array | None = None
+        self.dropout: Dropout | None = None
+        self.first_head = 0
+        """Number, among all, of the first query head that this rank computes."""
         self.agree(layouts.check, self.layout, comm.Get_size())
         self.agree(kernels.check, kernel)
         self.agree(device.check, gpu_messages)
+        self.agree(check_softcap, softcap)
         self.agree(None, type(self).__name__, self.mask, scale)
+        self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+    def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Return this rank's rows of softmax(scale q k^T) v, and what `backward` needs.
 
         Parameters
@@ -117,13 +139,18 @@ class Attention:
         k : (batch, kv_heads, key tokens, head_dim)
         v : (batch, kv_heads, key tokens, v_head_dim)
             This rank's tokens; heads is a multiple of kv_heads.
+        sinks : float, (heads,), optional
+            A logit for each head of q, the same on every rank, at which there is nothing to attend to: it takes
+            its part of each query's softmax (Xiao et al. 2023, arXiv 2309.17453). See `sink_gradient`.
+        dropout : Dropout, optional
+            The same on every rank.
 
         Returns
         -------
         out : dtype of q, (batch, heads, tokens, v_head_dim)
         saved : Saved
         """
-        problem = self.agree_forward(q, k, v)
+        problem = self.agree_forward(q, k, v, **given)
         return self.finish(q, k, v, *self.attend(problem, q, k, v))
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
@@ -139,7 +166,28 @@ class Attention:
         problem = self.agree_backward(d_out, saved)
         rows = saved.lse, delta(d_out, saved.out)
         d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, *rows)
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        d_q, d_k, d_v = (arrays.cast(total, d_out.dtype) for total in (d_q, d_k, d_v))
+        return d_q, d_k, d_v
+
+    def sink_gradient(self, d_out: Array, saved: Saved) -> Array:
+        """Return the gradient of the sinks: (heads,), in the dtype of partial sums, complete on every rank.
+
+        One all-reduce, where the queries are spread over ranks.
+
+        Parameters
+        ----------
+        d_out, saved
+            As in `backward`.
+        """
+        problem = self.agree_backward(d_out, saved)
+        if saved.sinks is None:
+            raise InputError("there are no sinks in what was saved: give some to forward")
+        own = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
+        if not problem.q_spread:
+            return own
+        total: Array = self.xp.empty(own.shape, own.dtype)
+        self.comm.Allreduce(own, total)
+        return total
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Return the complete out and lse of this rank's queries, in the dtype of partial sums.
@@ -169,9 +217,11 @@ class Attention:
 
     def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
         """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
-        result = out.astype(q.dtype)
+        if self.sinks is not None:
+            out, lse = with_sinks(out, lse, self.sinks)
+        result = arrays.cast(out, q.dtype)
         assert self.problem is not None
-        return result, Saved(q, k, v, result, lse.copy(), self.problem)
+        return result, Saved(q, k, v, result, lse.copy(), self.problem, self.sinks, self.dropout)
 
     def plan(self, problem: Problem) -> None:
         """Make what depends on the problem only: called when it differs from the last one."""
@@ -225,48 +275,75 @@ class Attention:
         if exception[0] is None:
             self.free()
 
-    def agree_forward(self, q: object, k: object, v: object) -> Problem:
+    def agree_forward(self, q: object, k: object, v: object, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
-        return self.prepare(posed(self._gather(q, k, v), self.comm.Get_size(), self.layout, self.mask), q)
+        table = self._gather(q, k, v, numbers=numbered(q, **given))
+        descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
+        problem = posed(descriptions.tobytes(), self.comm.Get_size(), self.layout, self.mask)
+        return self.accept(others, problem, q, **given)
+
+    def accept(
+        self, table: NDArray[np.int64], problem: Problem, like: object, sinks: Array | None = None,
+        dropout: Dropout | None = None,
+    ) -> Problem:  # fmt: skip
+        """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
+        agreed_given(table.tolist(), alike=self.layout != layouts.EVERYWHERE)
+        self.sinks = sinks
+        return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
         problem = saved.problem
         own = (problem.layout, problem.mask) == (self.layout, self.mask)
-        table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes))
-        specs = described(table, self.comm.Get_size(), 2)
+        given = saved.sinks is not None, *drawn(saved.dropout)
+        table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes, *given))
+        specs = described(table.tobytes(), self.comm.Get_size(), 2)
         if not own:
             raise InputError("saved is of an attention with another layout or mask")
         for rank, (out, gradient) in enumerate(specs):
             if gradient != out:
                 raise InputError(f"d_out on rank {rank} is {_show(gradient)}, but out is {_show(out)}")
-        return self.prepare(problem, saved.q)
+        return self.prepare(problem, saved.q, saved.dropout)
 
-    def prepare(self, problem: Problem, like: Any) -> Problem:
+    def prepare(self, problem: Problem, like: Any, dropout: Dropout | None = None) -> Problem:
         """Plan for a problem of arrays like this one, unless it is the last one."""
         xp = arrays.namespace(like)
-        if problem == self.problem and xp is self.xp:
-            return self.problem
+        same = problem == self.problem and xp is self.xp
+        if not same or (dropout is None) != (self.dropout is None):
+            self.choose(problem, xp, dropout)
+        if not same:
+            self.replan(problem, xp)
+        if dropout is not None or self.dropout is not None:
+            self.kernel.drop(dropout, self.first_head)
+        self.dropout = dropout
+        assert self.problem is not None
+        return self.problem
+
+    def choose(self, problem: Problem, xp: Any, dropout: Dropout | None) -> None:
+        """Choose the kernel for a problem of arrays of that namespace."""
         if self.problem is None or xp is not np or xp is not self.xp:
-            kernel = kernels.choose(xp.__name__, problem, self.mask, self.scale, self.kernel_name)
+            options = self.mask, self.scale, self.kernel_name, self.softcap, dropout
+            kernel = kernels.choose(xp.__name__, problem, *options)
             if hasattr(self.kernel, "kernel"):  # a TracedKernel
                 self.kernel.kernel = kernel
             else:
                 self.kernel = kernel
+
+    def replan(self, problem: Problem, xp: Any) -> None:
+        """Plan for a problem of arrays of that namespace."""
         if xp.__name__ == "cupy":
             device.attach(self, xp, self.gpu_messages)
         self.xp = xp
         self.storage.clear()
         self.plan(problem)
         self.problem = problem
-        return problem
 
-    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> bytes:
-        """Return the descriptions of every array of every rank; the numbers must be the same on all."""
+    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
+        """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""
         own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
         everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
         self.comm.Allgather(own, everything)
-        return everything.tobytes()
+        return everything
 
     def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:
         """Raise ValueError on every rank where a check fails on one, or where their arguments differ."""
@@ -282,6 +359,65 @@ class Attention:
                 raise InputError(problem)
             if text != described[0][0]:
                 raise InputError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")
+
+
+NONE, FITS, WRONG = 0, 1, 2
+
+
+def numbered(q: Any, sinks: Any = None, dropout: Any = None) -> list[int]:
+    """Return as integers what a rank is given beside q, k, v: whether sinks fit q, their checksum, and `drawn`."""
+    if sinks is None:
+        return [NONE, 0, *drawn(dropout)]
+    fits = arrays.described(arrays.describe(sinks)) in [(np.shape(q)[1:2], dtype) for dtype in arrays.FLOATS]
+    alike = fits and arrays.namespace(sinks) is arrays.namespace(q)
+    return [FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
+
+
+def drawn(dropout: Any) -> list[int]:
+    """Return as integers whether there is dropout, its rate and its seed."""
+    if dropout is None:
+        return [NONE, 0, 0]
+    if not isinstance(dropout, Dropout):
+        return [WRONG, 0, 0]
+    return [
+        FITS,
+        *np.array([dropout.rate]).view(np.int64).tolist(),
+        *np.array([dropout.seed], np.uint64).view(np.int64),
+    ]
+
+
+def checksum(array: Any) -> int:
+    """Return a number that differs where an array does; 0 of arrays that aren't in the memory of the host."""
+    return zlib.crc32(array.tobytes()) if isinstance(array, np.ndarray) else 0
+
+
+def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
+    """Raise InputError where what the ranks are given beside q, k, v does not fit or differs.
+
+    Parameters
+    ----------
+    rows : for each rank, what `numbered` returned
+    alike : bool
+        Whether sinks must be the same on all ranks.
+    """
+    for rank, (sinks, numbers, *dropout) in enumerate(rows):
+        if sinks == WRONG:
+            raise InputError(
+                f"sinks on rank {rank} must be an array like q with a number for each of its heads, "
+                f"of {', '.join(d.name for d in arrays.FLOATS)}"
+            )
+        if dropout[0] == WRONG:
+            raise InputError(f"dropout on rank {rank} must be a mpiattn.Dropout(rate, seed)")
+        if sinks != rows[0][0] or (alike and numbers != rows[0][1]):
+            raise InputError(f"sinks on rank {rank} are others than on rank 0")
+        if dropout != rows[0][2:]:
+            raise InputError(f"dropout on rank {rank} is another than on rank 0")
+
+
+def check_softcap(softcap: object) -> None:
+    """Raise ValueError where that is no softcap."""
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+        raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
 
 
 # The same descriptions give the same objects: ranks of one process (`virtual.py`) share what they work out.
@@ -330,7 +466,8 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
         sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
     )
     sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
-    problem = Problem(len(table), *sizes, np.dtype(dtype), layout_name, mask)
+    spread_heads = tuple(q[1] for q, _, _ in shapes) if axis == 1 else ()
+    problem = Problem(len(table), *sizes, np.dtype(dtype), layout_name, mask, spread_heads=spread_heads)
     both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
     for index, (name, tokens, positions) in enumerate(both):
         for rank, row_shapes in enumerate(shapes):

@@ -17,19 +17,18 @@ Backward, each rank has all it needs for dK, dV of its shard; dQ is summed up in
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import DESCRIPTION, Parcel, describe
+from ..arrays import DESCRIPTION, Parcel
 from ..layout import Where
 from ..mask import Positions
 from ..message import Communicator, Tag, Waitall, constant
 from ..problem import CacheProblem, Problem, posed_to_cache, span
 from ..softmax import merge, normalised, weighted
-from .base import Array, Attention, Options, Saved, described, fit_together
+from .base import Array, Attention, Given, Options, Saved, checksum, described, fit_together, numbered
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -75,7 +74,9 @@ class DecodeAttention(Attention):
         """Return where a rank's share lies: all queries, its shard of the cache; see `Attention.owned`."""
         return super().owned(name, shapes) if name in "kv" else lambda shape, rank: (slice(None),)
 
-    def forward(self, q: Array, k: Array, v: Array, kv_positions: Positions | None = None) -> tuple[Array, Saved]:
+    def forward(
+        self, q: Array, k: Array, v: Array, kv_positions: Positions | None = None, **given: Unpack[Given]
+    ) -> tuple[Array, Saved]:
         """Attend to the cache; as `Attention.forward`, with q for all ranks and their shards as k, v.
 
         Parameters
@@ -84,18 +85,17 @@ class DecodeAttention(Attention):
             Global positions of this rank's keys, ascending; on every rank or on none.
         """
         self.given = kv_positions
-        return super().forward(q, k, v)
+        return super().forward(q, k, v, **given)
 
-    def agree_forward(self, q: object, k: object, v: object) -> Problem:
+    def agree_forward(self, q: object, k: object, v: object, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         shard = span(self.given, getattr(k, "shape", ()))
-        own = np.concatenate([*map(describe, (q, k, v)), [*shard, checksum(q)]])
-        table = np.empty((self.size, len(own)), np.int64)
-        self.comm.Allgather(own, table)
-        descriptions, shards = np.split(table, [3 * DESCRIPTION], axis=1)
+        table = self._gather(q, k, v, numbers=[*shard, checksum(q), *numbered(q, **given)])
+        descriptions, shards, others = np.split(table, [3 * DESCRIPTION, 3 * DESCRIPTION + len(shard) + 1], axis=1)
         specs = described(descriptions.tobytes(), self.size, 3)
         fit_together(specs)
-        return self.prepare(posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask), q)
+        problem = posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask)
+        return self.accept(others, problem, q, **given)
 
     def plan(self, problem: Problem) -> None:
         """Say who is below this rank in the tree, and who has anything to say."""
@@ -158,11 +158,6 @@ class DecodeAttention(Attention):
 def steps(size: int) -> list[int]:
     """Return 1, 2, 4, ... below the number of ranks."""
     return [2**level for level in range((size - 1).bit_length())]
-
-
-def checksum(q: Any) -> int:
-    """Return a number that differs where q does; 0 of arrays that aren't in the memory of the host."""
-    return zlib.crc32(q.tobytes()) if isinstance(q, np.ndarray) else 0
 
 
 def check(combine: str) -> None:

@@ -14,8 +14,7 @@ from ..arrays import Parcel, Spec, namespace
 from ..mask import Positions
 from ..message import Tag, Waitall
 from ..problem import Problem
-from ..softmax import delta
-from .base import Array, Attention, Saved
+from .base import Array, Attention
 
 ROOT = 0
 
@@ -31,9 +30,8 @@ class DenseAttention(Attention):
         self.size, self.rank = self.comm.Get_size(), self.comm.Get_rank()
         self.whole = np.arange(problem.q_tokens), np.arange(problem.kv_tokens)
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
-        """Compute everything on rank 0. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Compute everything on rank 0."""
         queries, keys = problem.q_positions, problem.kv_positions
         [inputs] = self.parcels("inputs", [problem.q(self.rank) + problem.kv(self.rank)])
         inputs.pack(q, k, v)
@@ -48,15 +46,17 @@ class DenseAttention(Attention):
             self.kernel.forward(whole_q, whole_k, whole_v, *self.whole, out, lse)
             for rank, result in enumerate(results):
                 result.pack(out[:, :, queries[rank]], lse[:, :, queries[rank]])
-        return self.finish(q, k, v, *self.from_root(results).arrays)
+        out, lse = self.from_root(results).arrays
+        return out, lse
 
-    def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """Compute everything on rank 0. Shapes, dtypes, errors: see `Attention.backward`."""
-        problem = self.agree_backward(d_out, saved)
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Compute everything on rank 0."""
         queries, keys = problem.q_positions, problem.kv_positions
         specs = [problem.q_backward(rank) + problem.kv(rank) for rank in range(self.size)]
         [inputs] = self.parcels("inputs backward", [specs[self.rank]])
-        inputs.pack(saved.lse, delta(d_out, saved.out), saved.q, d_out, saved.k, saved.v)
+        inputs.pack(lse, row_delta, q, d_out, k, v)
         arrived = self.to_root(inputs, specs)
         sums = [problem.d_q(rank) + problem.d_kv(rank) for rank in range(self.size)]
         results = self.parcels("results backward", sums)
@@ -70,7 +70,7 @@ class DenseAttention(Attention):
             for rank, result in enumerate(results):
                 result.pack(d_q[:, :, queries[rank]], d_k[:, :, keys[rank]], d_v[:, :, keys[rank]])
         d_q, d_k, d_v = self.from_root(results).arrays
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return d_q, d_k, d_v
 
     def to_root(self, own: Parcel, specs: Sequence[Sequence[Spec]]) -> list[Parcel]:
         """Send a parcel to rank 0; there, return everyone's."""

@@ -82,13 +82,14 @@ class HybridAttention(UlyssesAttention):
         """Plan for the exchange in the group, and for the groups' problem with this rank's heads."""
         super().plan(problem)
         self.chunks = replace(self.part, ranks=self.rows * self.cols, layout=self.inner.layout)
+        self.inner.first_head = self.first_head
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all groups' chunks."""
         if not problem.heads:
             return super().attend(problem, q, k, v)
         self.inner.kernel = self.kernel
-        return self.inner.attend(self.inner.prepare(self.chunks, q), q, k, v)
+        return self.inner.attend(self.inner.prepare(self.chunks, q, self.dropout), q, k, v)
 
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
@@ -97,7 +98,7 @@ class HybridAttention(UlyssesAttention):
         if not problem.heads:
             return super().gradients(problem, q, k, v, d_out, lse, row_delta)
         self.inner.kernel = self.kernel
-        return self.inner.gradients(self.inner.prepare(self.chunks, q), q, k, v, d_out, lse, row_delta)
+        return self.inner.gradients(self.inner.prepare(self.chunks, q, self.dropout), q, k, v, d_out, lse, row_delta)
 
     def free(self) -> None:
         """Free the communicators of the groups, and of what is between them."""

@@ -49,7 +49,8 @@ class TensorParallelAttention(Attention):
         return lambda shape, rank: (slice(None), heads(*counts, size, rank)[name in "kv"])
 
     def plan(self, problem: Problem) -> None:
-        """Number the tokens."""
+        """Number the tokens, and the heads."""
+        self.first_head = sum(problem.spread_heads[: self.comm.Get_rank()])
         self.whole = problem.q_positions[0], problem.kv_positions[0]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -78,7 +79,7 @@ class TensorParallelAttention(Attention):
         weight : (heads of this rank * v_head_dim, features)
             The rows of W_o for this rank's heads.
         """
-        for rank, (out_spec, weight_spec) in enumerate(described(self._gather(out, weight), self.comm.Get_size(), 2)):
+        for rank, (out_spec, weight_spec) in enumerate(described(self._gather(out, weight).tobytes(), self.comm.Get_size(), 2)):
             (shape, _), (rows, _) = out_spec or ((), None), weight_spec or ((), None)
             if len(shape) != 4 or len(rows) != 2 or shape[1] * shape[3] != rows[0]:
                 raise InputError(
@@ -111,7 +112,7 @@ class TensorParallelAttention(Attention):
         ----------
         share : float32 or float64, the same shape on every rank
         """
-        specs = [spec for [spec] in described(self._gather(share), self.comm.Get_size(), 1)]
+        specs = [spec for [spec] in described(self._gather(share).tobytes(), self.comm.Get_size(), 1)]
         for rank, spec in enumerate(specs):
             if spec is None or spec != specs[0] or spec[1] not in FLOATS[:2]:
                 raise InputError(

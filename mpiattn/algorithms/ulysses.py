@@ -25,7 +25,7 @@ from ..mask import Positions
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..softmax import delta
-from .base import Array, Attention, Options, Saved
+from .base import Array, Attention, Given, Options, Saved
 from .dense import join
 
 if TYPE_CHECKING:
@@ -53,13 +53,14 @@ class UlyssesAttention(Attention):
         self.heads = [(heads, kv_heads) for heads, kv_heads, _ in shares]
         self.parts = [part for *_, part in shares]
         self.part = self.parts[self.place]
+        self.first_head = self.heads[self.place][0].start
         self.partial = sum(part.kv_heads for part in self.parts) > problem.kv_heads
         self.queries, self.q_places = union([problem.q_positions[member] for member in self.members])
         self.keys, self.kv_places = union([problem.kv_positions[member] for member in self.members])
 
-    def forward(self, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+    def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
-        problem = self.agree_forward(q, k, v)
+        problem = self.agree_forward(q, k, v, **given)
         leaving = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
         arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
         q, k, v = (

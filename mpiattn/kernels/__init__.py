@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..dropout import Dropout
 from ..mask import Mask
 from ..message import InputError
 from ..problem import Problem
 
 KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual": ("virtual",)}
 """The kernels for each kind of arrays, the one that can do everything first."""
+
+LACKS = {"cupy": {"softcap", "dropout"}, "cudnn": {"softcap", "dropout"}}
+"""What a kernel can't do, of softcap and dropout."""
 
 
 def check(name: str | None) -> None:
@@ -19,7 +23,10 @@ def check(name: str | None) -> None:
         raise ValueError(f"unknown kernel {name!r}: choose from {', '.join(names)}")
 
 
-def choose(kind: str, problem: Problem, mask: Mask, scale: float | None, name: str | None = None) -> Any:
+def choose(
+    kind: str, problem: Problem, mask: Mask, scale: float | None, name: str | None = None,
+    softcap: float | None = None, dropout: Dropout | None = None,
+) -> Any:  # fmt: skip
     """Return the kernel that is the fastest for a problem, or the one that is asked for.
 
     Parameters
@@ -27,9 +34,11 @@ def choose(kind: str, problem: Problem, mask: Mask, scale: float | None, name: s
     kind : str
         Kind of the arrays: a name in `arrays.NAMESPACES`.
     problem : Problem
-    mask, scale
+    mask, scale, softcap
         See `algorithms.base.Attention`.
     name : {"numpy", "cupy", "cudnn"}, optional
+    dropout : Dropout, optional
+        What the kernel will have to drop; it is told at each call.
 
     Raises
     ------
@@ -39,10 +48,15 @@ def choose(kind: str, problem: Problem, mask: Mask, scale: float | None, name: s
     names = KERNELS[kind]
     if name is not None and name not in names:
         raise InputError(f"kernel {name!r} does not work on {kind} arrays: choose from {', '.join(names)}")
+    wanted = {key for key, value in (("softcap", softcap), ("dropout", dropout)) if value is not None}
+    able = [kernel for kernel in names if not LACKS.get(kernel, set()) & wanted]
+    if not able or (name or able[0]) not in able:
+        others = [kernel for kernel in ("numpy", *names) if not LACKS.get(kernel, set()) & wanted]
+        raise InputError(f"kernel {name or names[0]!r} has no {' and '.join(sorted(wanted))}: {', '.join(others)} can")
     if kind == "numpy":
         from .numpy import NumpyKernel
 
-        return NumpyKernel(mask, scale)
+        return NumpyKernel(mask, scale, softcap)
     if kind == "mpiattn.virtual":
         from .virtual import VirtualKernel
 
@@ -50,6 +64,8 @@ def choose(kind: str, problem: Problem, mask: Mask, scale: float | None, name: s
     from . import cudnn, cupy
 
     reason = "" if name == "cupy" else cudnn.unable(problem)
+    if "cudnn" not in able:
+        reason = reason or "it has no softcap and no dropout"
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
     return cupy.CupyKernel(mask, scale) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale)

@@ -314,7 +314,8 @@ class NumpyKernel:
         """Return what dropout multiplies a tile of weights by: 0 or 1 / (1 - rate)."""
         assert self.dropout is not None
         kept = self.dropout.kept(batch, self.first_head + head, queries, keys)
-        return np.multiply(kept.T, 1 / (1 - self.dropout.rate), dtype=dtype)
+        factor: Array = np.multiply(kept.T, 1 / (1 - self.dropout.rate), dtype=dtype)
+        return factor
 
     def _shift(self, score: Array, query: Array, total: Array, visible: Array | None) -> None:
         """Move the rows' shifts (query's last row, negated) so that no score exceeds its shift by much.

@@ -20,6 +20,9 @@ class VirtualKernel:
         self.costs: dict[tuple[int, int, int, bool], tuple[float, float]] = {}
         self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, [])
 
+    def drop(self, dropout: Any, first_head: int = 0) -> None:
+        """Do nothing: the time that it takes isn't part of the machine description."""
+
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
         """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
         self._spend(2 * (q.shape[3] + v.shape[3]), q, q_positions, k_positions, False)
