@@ -39,22 +39,29 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError(f"{args.trace.parent}: no such folder")
     options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale}
     if args.grid:
+        if "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
+            raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
         options["rows"], options["cols"] = args.grid
     traced = TracedComm(comm)
     with ALGORITHMS[args.algorithm](traced if args.trace else comm, **options) as attention:
         if args.trace:
             watch(attention)
-        q, k, v, d_out = (
-            scatter(array, comm, attention.layout)
-            for array in ((given.q, given.k, given.v, given.d_out) if given else [None] * 4)
-        )
+        wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
+        shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
+        places = {name: attention.owned(name, shapes) for name in shapes}
+        q, k, v, d_out = (scatter(wholes.get(name), comm, where) for name, where in places.items())
         with traced.trace.phase("forward"):
             out, saved = attention.forward(q, k, v)
         results = {"out": out, "lse": saved.lse}
         if args.backward:
             with traced.trace.phase("backward"):
                 results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
-        whole = {name: gather(array, comm, attention.layout) for name, array in results.items()}
+        shapes |= {"lse": shapes["out"][:3]}
+        places |= {"lse": places["out"]}
+        whole = {}
+        for name, array in results.items():
+            kind = name.removeprefix("d_")
+            whole[name] = gather(array, comm, places[kind], shape=shapes[kind])
     if args.trace:
         write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:

@@ -58,13 +58,15 @@ def test_compare_on_the_sample_checks_a_sample_of_queries(monkeypatch: pytest.Mo
     assert not given.d_out[:, :, others].any() and given.d_out[:, :, queries].all()
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_run(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "algorithm"), [(".npz", "ring"), (".safetensors", "mesh"), (".npz", "tensor_parallel")]
+)
+def test_run(tmp_path: Path, suffix: str, algorithm: str) -> None:
     rng = np.random.default_rng(1)
     arrays = {name: rng.standard_normal((1, 2, 23, 4)) for name in ("q", "k", "v", "d_out")}
     given, output = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
     (save_file(arrays, given) if suffix == ".safetensors" else np.savez(given, **arrays))  # type: ignore[arg-type]
-    done = mpiattn(3, "run", "--algorithm", "ring", "--qkv", given, "--backward", "--output", output)
+    done = mpiattn(3, "run", "--algorithm", algorithm, "--qkv", given, "--backward", "--output", output)
     assert done.returncode == 0, done.stderr
     results = dict(load_file(output) if suffix == ".safetensors" else np.load(output))
     out, lse = oracle.attention(arrays["q"], arrays["k"], arrays["v"], Causal())
@@ -98,6 +100,7 @@ damaged = b"PK\x03\x04 this is no archive"
         (("compare", "--iterations", "0"), "--iterations is at least 1"),
         (("compare", "--json", "no/such/folder.json", *SMALL), "no such folder"),
         (("run", "--output", "out.txt", *SMALL), "must end in .npz or .safetensors"),
+        (("run", "--algorithm", "ring", "--grid", "1x2", "--output", "o.npz"), "--grid does not go with ring"),
         (("run", *SMALL), "the following arguments are required: --output"),
         (("spin",), "invalid choice: 'spin'"),
     ],
