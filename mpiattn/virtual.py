@@ -38,12 +38,26 @@ _running: list[Rank] = []
 class Rank:
     """One virtual process: a clock in seconds, its ports, and what it holds of memory."""
 
-    __slots__ = ("clock", "cluster", "computed", "greenlet", "held", "latest", "missing", "number", "peak", "pending", "poll", "waiting")
+    __slots__ = (
+        "clock",
+        "cluster",
+        "computed",
+        "greenlet",
+        "held",
+        "latest",
+        "missing",
+        "number",
+        "peak",
+        "pending",
+        "poll",
+        "received",
+        "waiting",
+    )
 
     def __init__(self, cluster: Cluster, number: int) -> None:
         self.cluster, self.number = cluster, number
         self.clock = self.latest = self.computed = self.waiting = 0.0
-        self.missing = self.held = self.peak = 0
+        self.missing = self.held = self.peak = self.received = 0
         self.poll = POLL
         self.pending: list[tuple[Request, tuple[int, int, int, int]]] = []
         self.greenlet: Any = None
@@ -143,7 +157,9 @@ class VirtualArray:
     def transpose(self, *axes: Any) -> VirtualArray:
         """Return the same memory with its axes in another order."""
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-        return VirtualArray(tuple(self.shape[axis] for axis in order or range(self.ndim)[::-1]), self.dtype, self.storage)
+        return VirtualArray(
+            tuple(self.shape[axis] for axis in order or range(self.ndim)[::-1]), self.dtype, self.storage
+        )
 
     def astype(self, dtype: DTypeLike, copy: bool = True) -> VirtualArray:
         """Return a copy in another dtype."""
@@ -293,7 +309,7 @@ class Request:
         rank.clock += rank.poll
         rank.cluster.pause(rank)
         done = all(request.done <= rank.clock for request in requests)
-        rank.poll = POLL if done else 2 * rank.poll
+        rank.poll = POLL if done else min(2 * rank.poll, LONGEST_POLL)
         return done
 
     def Wait(self) -> None:
@@ -318,7 +334,7 @@ class Request:
                 heapq.heappush(cluster.events, (rank.latest, next(cluster.order), rank))
 
 
-POLL = 1e-7
+POLL, LONGEST_POLL = 1e-7, 1e-3
 """Seconds that the first look at the state of messages takes; each one in vain doubles it, so that polling ends."""
 
 INSIDE = LEVELS[:2]
@@ -508,6 +524,7 @@ class Cluster:
             )
         if not isinstance(send.buffer, VirtualArray):
             _copy(send.buffer, receive.buffer)
+        receive.rank.received += send.nbytes
         receive.complete(send.arrived if send.arrived > receive.posted else receive.posted)
 
     def _route(self, source: int, dest: int) -> Route:
@@ -791,7 +808,7 @@ class VirtualComm:
                 for place, (_, (target, where)) in enumerate(meeting.values):
                     if place != source or own is sent:
                         _copy(own, target[where[source]])
-            return self._seconds(self._depth, max(_from_others(kept[1], at) for at, (_, kept) in enumerate(meeting.values)))
+            return self._seconds(self._depth, self._receive(meeting))
 
         return self._meet("Allgatherv", (sendbuf, _pieces(recvbuf)), finish)[0]
 
@@ -802,8 +819,7 @@ class VirtualComm:
             for dest, (_, (target, where)) in enumerate(meeting.values):
                 for source, ((buffer, pieces), _) in enumerate(meeting.values):
                     _copy(buffer[pieces[dest]], target[where[source]])
-            most = max(_from_others(kept[1], at) for at, (_, kept) in enumerate(meeting.values))
-            return self._seconds(self._depth, most, pairwise=True)
+            return self._seconds(self._depth, self._receive(meeting), pairwise=True)
 
         self._meet("Alltoallv", (_pieces(sendbuf), _pieces(recvbuf)), finish)[0].Wait()
 
@@ -826,9 +842,21 @@ class VirtualComm:
             ends = np.cumsum([0, *recvcounts])
             for place, (_, target) in enumerate(meeting.values):
                 _copy(total[ends[place] : ends[place + 1]], target)
+            for place, number in enumerate(self.group.ranks):  # its piece from each of the others
+                nbytes = recvcounts[place] * recvbuf.dtype.itemsize
+                self.me.cluster.ranks[number].received += nbytes * (self.Get_size() - 1)
             return self._seconds(self._depth, sendbuf.nbytes * (1 - 1 / self.Get_size()))
 
         return self._meet("Reduce_scatter", (sendbuf, recvbuf), finish)[0]
+
+    def _receive(self, meeting: Meeting) -> int:
+        """Count the pieces that each rank receives from others; return the bytes of the one with the most."""
+        most = 0
+        for place, (number, (_, (_, pieces))) in enumerate(zip(self.group.ranks, meeting.values, strict=True)):
+            nbytes = sum(piece.stop - piece.start for source, piece in enumerate(pieces) if source != place)
+            self.me.cluster.ranks[number].received += nbytes
+            most = max(most, nbytes)
+        return most
 
     def Ibarrier(self) -> Request:
         """Start to wait for all ranks."""
@@ -867,11 +895,6 @@ def _pieces(described: Sequence[Any]) -> tuple[Any, list[slice]]:
         starts = [sum(counts[:place]) for place in range(len(counts))]
     slices = [slice(start * unit, (start + count) * unit) for start, count in zip(starts, counts, strict=True)]
     return buffer.reshape(-1).view(np.uint8), slices
-
-
-def _from_others(pieces: Sequence[slice], place: int) -> int:
-    """Return how many bytes of the pieces come from other ranks."""
-    return sum(piece.stop - piece.start for number, piece in enumerate(pieces) if number != place)
 
 
 def _combined(buffers: Sequence[Any], op: Any) -> Any:
