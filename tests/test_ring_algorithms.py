@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpiattn import ALGORITHMS, Causal, DecodeAttention, Documents, DoubleRingAttention, Full, SlidingWindow, oracle
+from mpiattn import (
+    ALGORITHMS,
+    Causal,
+    DecodeAttention,
+    Documents,
+    DoubleRingAttention,
+    Full,
+    SlidingWindow,
+    message,
+    oracle,
+)
 from mpiattn.arrays import dtype as dtype_of
 from mpiattn.costs import COSTS, Traffic
+from mpiattn.grid import grids
 from mpiattn.mask import Mask
 from mpiattn.trace import TracedComm
 
@@ -128,8 +141,48 @@ def run(comm: Any, name: str, case: Case, layout: str, **arguments: Any) -> None
 @pytest.mark.parametrize("number", range(len(CASES)))
 @pytest.mark.parametrize("name", ["double_ring", "mesh_gathered"])
 def test_exact(comm: MPI.Intracomm, name: str, number: int) -> None:
-    for turn, arguments in enumerate(ALGORITHMS[name].variants(comm.Get_size())):
+    for turn, (rows, cols) in enumerate(grids(comm.Get_size())):
+        arguments = {"outer": rows} if name == "double_ring" else {"rows": rows, "cols": cols}
         run(comm, name, CASES[number], LAYOUTS[(number + turn) % 3], **arguments)
+
+
+class Late(TracedComm):
+    """A communicator whose sends leave when they are waited for: a buffer that is written to before tells."""
+
+    def _derived(self, comm: Any) -> TracedComm:
+        derived = super()._derived(comm)
+        return Late(derived.comm, derived.trace, derived.ranks)
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Any:
+        return LateRequest(partial(super().Isend, buf, dest, tag))
+
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Any:
+        request = super().Irecv(buf, source, tag)
+        return LateRequest(lambda: request)
+
+
+class LateRequest:
+    """A request that begins when it is waited for."""
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self.begin = begin
+
+    @staticmethod
+    def Waitall(requests: Sequence[LateRequest]) -> None:
+        message.Waitall([request.begin() for request in requests])
+
+    @staticmethod
+    def Testall(requests: Sequence[LateRequest]) -> bool:
+        return False
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mask", [FULL, Causal(), SlidingWindow(8)], ids=str)
+@pytest.mark.parametrize("name", ["double_ring", "ring", "mesh"])
+def test_buffers_stay_until_sent(comm: MPI.Intracomm, name: str, mask: Mask) -> None:
+    for rows, cols in grids(comm.Get_size()):
+        choices: dict[str, dict[str, Any]] = {"double_ring": {"outer": rows}, "mesh": {"rows": rows, "cols": cols}}
+        run(Late(comm), name, Case(mask=mask), "contiguous", **choices.get(name, {}))
 
 
 class Hosts(TracedComm):
