@@ -21,6 +21,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import tempfile
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -161,6 +162,10 @@ class AllRanks:
             manager = config.pluginmanager
             manager.unregister(name="terminalreporter")
             manager.register(pytest.TerminalReporter(config, io.StringIO()), "terminalreporter")
+        # pytest removes the temporary folders of earlier runs at its end: here all ranks would, the same ones at once.
+        folder = Path(tempfile.gettempdir(), f"mpiattn-tests-{os.getuid()}", f"rank{self.referee.rank}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(folder)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         names = "\n".join(item.nodeid for item in session.items)
