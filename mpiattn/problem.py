@@ -33,6 +33,16 @@ def _kept(method: Callable[[Problem, int], list[Spec]]) -> Callable[[Problem, in
     return kept
 
 
+@functools.lru_cache(maxsize=4)
+def _positions(layout_name: str, tokens: int, ranks: int) -> list[Positions]:
+    return [layout.positions(layout_name, tokens, ranks, rank) for rank in range(ranks)]
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(mask: Mask, layout_name: str, q_tokens: int, kv_tokens: int, ranks: int) -> NDArray[np.int64]:
+    return counts(mask, _positions(layout_name, q_tokens, ranks), _positions(layout_name, kv_tokens, ranks))
+
+
 @dataclass(frozen=True)
 class Problem:
     """Attention of a sequence of queries against a sequence of keys, spread over ranks.
@@ -68,12 +78,12 @@ class Problem:
     @cached_property
     def q_positions(self) -> list[Positions]:
         """Each rank's query positions."""
-        return [layout.positions(self.layout, self.q_tokens, self.ranks, r) for r in range(self.ranks)]
+        return _positions(self.layout, self.q_tokens, self.ranks)
 
     @cached_property
     def kv_positions(self) -> list[Positions]:
         """Each rank's key positions."""
-        return [layout.positions(self.layout, self.kv_tokens, self.ranks, r) for r in range(self.ranks)]
+        return _positions(self.layout, self.kv_tokens, self.ranks)
 
     @cached_property
     def needed(self) -> NDArray[np.bool_]:
@@ -84,7 +94,7 @@ class Problem:
     @cached_property
     def pairs(self) -> NDArray[np.int64]:
         """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
-        return counts(self.mask, self.q_positions, self.kv_positions)
+        return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
 
     @property
     def sizes(self) -> tuple[int, ...]:
