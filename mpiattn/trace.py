@@ -586,7 +586,7 @@ def timeline(traces: Sequence[Trace], width: int) -> str:
         other = (end - start) / columns - shares.sum(axis=0)
         most = np.vstack([shares, other]).argmax(axis=0)
         lines.append(f"rank {rank} ".rjust(margin) + "|" + "".join([*MARKS.values(), " "][mark] for mark in most) + "|")
-    scale = f"{1e3 * (end - start):.3g} ms"
+    scale = f"{end - start:.3g} s" if end - start >= 1 else f"{1e3 * (end - start):.3g} ms"
     lines.append(" " * margin + "|0" + scale.rjust(columns - 1) + "|")
     lines.append(" " * margin + "# compute   . waiting for messages   ~ agreeing on the input   blank: other")
     return "\n".join(lines)
