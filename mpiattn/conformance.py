@@ -6,17 +6,23 @@ that is called with a communicator and the options layout, mask and scale, and r
   forward(q, k, v) -> out, saved        this rank's tokens; saved.lse is its log-sum-exp
   backward(d_out, saved) -> d_q, d_k, d_v
 
-Exit status 1 if any case is wrong; each is printed with what to pass to --case to run it alone.
+Some cases have the option softcap, give `forward` sinks=ARRAY or dropout=mpiattn.Dropout(...), and ask for
+sink_gradient(d_out, saved) -> d_sinks. An implementation without such a feature raises TypeError, ValueError or
+NotImplementedError on all ranks before the first message; the case then counts as refused.
+
+Exit status 1 if any case is wrong; each is printed with what to run it alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, get_args, get_type_hints
@@ -25,6 +31,7 @@ import numpy as np
 
 from . import arrays, costs, layout, oracle
 from .algorithms import ALGORITHMS
+from .dropout import Dropout
 from .layout import LAYOUTS
 from .mask import parse
 from .message import Communicator, InputError
@@ -52,6 +59,9 @@ class Case:
     scale: float | None = None
     peak: float = 0
     """Magnitude of the logits, by one large component that queries and keys share."""
+    softcap: float | None = None
+    dropout: float = 0
+    sinks: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -68,13 +78,24 @@ class Case:
             if name not in types:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(types)}")
             convert = next(kind for kind in (*get_args(types[name]), types[name]) if kind is not type(None))
-            values[name] = convert(value)
+            values[name] = value == "True" if convert is bool else convert(value)
         return cls(**values)
 
     @property
     def options(self) -> dict[str, Any]:
         """What the algorithm is built with."""
-        return {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
+        options = {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
+        return options if self.softcap is None else {**options, "softcap": self.softcap}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What `forward` is given beside q, k, v and sinks."""
+        return {"dropout": Dropout(self.dropout, self.seed)} if self.dropout else {}
+
+    @property
+    def optional(self) -> bool:
+        """Whether an implementation may refuse the case."""
+        return bool(self.softcap or self.dropout or self.sinks)
 
 
 MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
@@ -91,6 +112,10 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"dtype": "float32", "head_dim": 16, "v_head_dim": 16, "batch": 2},
     {"dtype": "float16"},
     {"dtype": "bfloat16"},
+    {"softcap": 2.0},
+    {"sinks": True, "heads": 6, "kv_heads": 3},
+    {"dropout": 0.3, "heads": 6, "kv_heads": 3, "batch": 2},
+    {"softcap": 30.0, "sinks": True, "dropout": 0.5, "dtype": "float32"},
 )
 
 
@@ -121,7 +146,7 @@ def matrix() -> list[Case]:
 
 @functools.lru_cache(maxsize=64)
 def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the global arrays q, k, v, out (its gradient), and what the oracle makes of them."""
+    """Return the global arrays q, k, v, out (its gradient), sinks, and what the oracle makes of them."""
     rng = np.random.default_rng(case.seed)
     keys = case.tokens if case.kv_tokens is None else case.kv_tokens
     shapes = {
@@ -129,17 +154,37 @@ def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
         "k": (case.batch, case.kv_heads, keys, case.head_dim),
         "v": (case.batch, case.kv_heads, keys, case.v_head_dim),
         "out": (case.batch, case.heads, case.tokens, case.v_head_dim),
+        "sinks": (case.heads,),
     }
     given = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     if case.peak:
         for name in "qk":
             given[name][..., 0] = np.sqrt(case.peak / (case.scale or case.head_dim**-0.5))
     given = {name: array.astype(arrays.dtype(case.dtype)) for name, array in given.items()}
-    q, k, v, d_out = given.values()
+    q, k, v, d_out, sinks = given.values()
     mask = parse(case.mask)
-    out, lse = oracle.attention(q, k, v, mask, case.scale)
-    d_q, d_k, d_v = oracle.gradients(q, k, v, d_out, mask, case.scale)
-    return given, {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+    features: oracle.Features = {"softcap": case.softcap, "sinks": sinks if case.sinks else None, **case.given}
+    out, lse = oracle.attention(q, k, v, mask, case.scale, **features)
+    d_q, d_k, d_v = oracle.gradients(q, k, v, d_out, mask, case.scale, **features)
+    right = {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+    if case.sinks:
+        right["d_sinks"] = oracle.sink_gradient(q, k, v, d_out, mask, case.scale, **features)
+    return given, right
+
+
+class Refused(Exception):
+    """An implementation lacks a feature of the case."""
+
+
+@contextlib.contextmanager
+def refusing(case: Case) -> Iterator[None]:
+    """Raise Refused where an implementation says that it lacks a feature."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if not case.optional:
+            raise
+        raise Refused(f"{case}: {error}") from error
 
 
 def check(
@@ -149,7 +194,7 @@ def check(
     traffic: Callable[..., costs.Costs] | None = None,
     xp: Any = np,
 ) -> None:
-    """Raise AssertionError, on every rank alike, where a rank's results or traffic are wrong.
+    """Raise AssertionError, on every rank alike, where a rank's results or traffic are wrong; or Refused.
 
     Parameters
     ----------
@@ -162,8 +207,12 @@ def check(
         Whose arrays: NumPy's, or CuPy's on a GPU.
     """
     given, right = problem(case)
+    sinks = given["sinks"]
+    given = {name: whole for name, whole in given.items() if name != "sinks"}
     traced = TracedComm(comm)
-    with factory(traced, **case.options) as attention:
+    with contextlib.ExitStack() as stack:
+        with refusing(case):
+            attention = stack.enter_context(factory(traced, **case.options))
         shapes = {name: whole.shape for name, whole in given.items()}
         by_tokens = layout.by_tokens(case.layout, comm.Get_size())
         places = {name: attention.owned(name, shapes) if hasattr(attention, "owned") else by_tokens for name in given}
@@ -171,13 +220,26 @@ def check(
             name: xp.asarray(np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]))
             for name, whole in given.items()
         }
-        out, saved = attention.forward(own["q"], own["k"], own["v"])
+        _, heads, *_ = (*places["out"](given["out"].shape, comm.Get_rank()), slice(None))  # of which are its sinks
+        features = {**case.given, **({"sinks": xp.asarray(sinks[heads])} if case.sinks else {})}
+        with refusing(case):
+            out, saved = attention.forward(own["q"], own["k"], own["v"], **features)
         forward = traced.trace.received()
         traced.trace.clear()
         d_q, d_k, d_v = attention.backward(own["out"], saved)
         backward = traced.trace.received()
         results = {"out": out, "lse": saved.lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
         wrong = []
+        if case.sinks:
+            traced.trace.clear()
+            d_sinks = arrays.on_host(attention.sink_gradient(own["out"], saved))
+            reference = right["d_sinks"]
+            wrong += compare("d_sinks", d_sinks, reference[heads], reference, given["q"].dtype.name)
+            seen, formula = traced.trace.received(), costs.sink_gradient(attention.problem, comm.Get_rank())
+            if traffic is not None and seen != (formula.messages, formula.nbytes):
+                wrong.append(
+                    f"sink_gradient received {seen[0]} messages of {seen[1]} bytes, the formula says {formula}"
+                )
         for name, result in results.items():
             result = arrays.on_host(result)
             place = places["out" if name == "lse" else name.removeprefix("d_")]
@@ -222,7 +284,7 @@ def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str
             return ["lse is -inf elsewhere than it should be"]
         result, reference = (np.where(np.isneginf(array), 0, array) for array in (result, reference))
         whole = np.where(np.isneginf(whole), 0, whole)
-    elif result.dtype.name != dtype:
+    elif name != "d_sinks" and result.dtype.name != dtype:
         return [f"{name} is {result.dtype} instead of {dtype}"]
     largest = np.abs(whole).max(initial=0) or 1
     error = np.abs(result - reference).max(initial=0) / largest
@@ -233,7 +295,12 @@ def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn conformance`."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}")
+    which.add_argument(
+        "--algorithms",
+        default="all",
+        metavar="NAME,...",
+        help=f"of {', '.join(ALGORITHMS)}; a variant of one: 'mesh rows=2 cols=2'",
+    )
     which.add_argument("--module", metavar="PACKAGE:FACTORY", help="an implementation of your own")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not the part that has one of everything")
     parser.add_argument("--case", type=Case.parse, metavar="'NAME=VALUE ...'", help="this case alone")
@@ -243,21 +310,30 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check every case of every implementation; print what is wrong on rank 0."""
     implementations = find(args, comm)
     chosen = [args.case] if args.case else matrix() if args.full else fast()
-    wrong = []
+    wrong, refused = [], []
     progress = bar(comm, total=len(implementations) * len(chosen), unit="case")
     for (name, factory, traffic), case in itertools.product(implementations, chosen):
         progress.set_postfix_str(name)
         try:
             check(factory, comm, case, traffic)
         except AssertionError as error:
-            wrong.append(f"{name}: {error}")
+            wrong.append(f"{error}\n  alone: {reproducer(comm, name, case)}")
+        except Refused as error:
+            refused.append(f"{name} refused {error}")
         progress.update()
     progress.close()
     if comm.Get_rank() == 0:
-        print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
-        done = len(implementations) * len(chosen)
-        print(f"{done - len(wrong)} passed, {len(wrong)} failed on {comm.Get_size()} ranks")
+        print(*refused, *wrong, sep="\n", end="\n" if refused or wrong else "", file=sys.stderr)
+        passed = len(implementations) * len(chosen) - len(wrong) - len(refused)
+        count = f", {len(refused)} refused" if refused else ""
+        print(f"{passed} passed, {len(wrong)} failed{count} on {comm.Get_size()} ranks")
     return 1 if wrong else 0
+
+
+def reproducer(comm: Communicator, name: str, case: Case) -> str:
+    """Return the command that runs a case of an implementation alone."""
+    which = ["--module" if ":" in name else "--algorithms", name, "--case", str(case)]
+    return f"mpiexec -n {comm.Get_size()} mpiattn conformance {shlex.join(which)}"
 
 
 def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factory, Callable[..., costs.Costs] | None]]:
@@ -268,12 +344,22 @@ def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factor
             return [(args.module, getattr(importlib.import_module(package), name), None)]
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--module {args.module}: {error}") from None
-    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
-    if unknown := [name for name in names if name not in ALGORITHMS]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
-    return [
-        (" ".join([name, *(f"{key}={value}" for key, value in arguments.items())]), *built)
-        for name in names
+    known = {
+        (name, *(f"{key}={value}" for key, value in arguments.items())): (
+            partial(ALGORITHMS[name], **arguments),
+            partial(costs.COSTS[name], **arguments),
+        )
+        for name in ALGORITHMS
         for arguments in ALGORITHMS[name].variants(comm.Get_size())
-        for built in [(partial(ALGORITHMS[name], **arguments), partial(costs.COSTS[name], **arguments))]
-    ]
+    }
+    found: list[tuple[str, Factory, Callable[..., costs.Costs] | None]] = []
+    for text in list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(","):
+        name, *wanted = text.split() or [text]
+        if name not in ALGORITHMS:
+            raise InputError(f"unknown algorithm {name}: choose from {', '.join(ALGORITHMS)}, or all")
+        fits = [words for words in known if words[0] == name and set(wanted) <= set(words)]
+        if not fits:
+            others = ", ".join(" ".join(words) for words in known if words[0] == name)
+            raise InputError(f"unknown variant {text!r} on {comm.Get_size()} ranks: choose from {others}")
+        found += [(" ".join(words), *known[words]) for words in fits]
+    return found

@@ -235,6 +235,11 @@ def tensor_parallel(problem: Problem, rank: int, features: int = 0) -> Costs:
     return Costs(traffic, traffic)
 
 
+def sink_gradient(problem: Problem, rank: int) -> Traffic:
+    """An all-reduce of a number for each head, in every algorithm that spreads the queries over ranks."""
+    return allreduce(((problem.heads,), problem.wide), problem.ranks, rank) if problem.q_spread else Traffic()
+
+
 COSTS: dict[str, Callable[..., Costs]] = {
     "dense": dense,
     "ring": ring,

@@ -79,7 +79,8 @@ class TensorParallelAttention(Attention):
         weight : (heads of this rank * v_head_dim, features)
             The rows of W_o for this rank's heads.
         """
-        for rank, (out_spec, weight_spec) in enumerate(described(self._gather(out, weight).tobytes(), self.comm.Get_size(), 2)):
+        table = self._gather(out, weight).tobytes()
+        for rank, (out_spec, weight_spec) in enumerate(described(table, self.comm.Get_size(), 2)):
             (shape, _), (rows, _) = out_spec or ((), None), weight_spec or ((), None)
             if len(shape) != 4 or len(rows) != 2 or shape[1] * shape[3] != rows[0]:
                 raise InputError(
