@@ -94,7 +94,9 @@ class Problem:
     @cached_property
     def pairs(self) -> NDArray[np.int64]:
         """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
-        return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
+        if type(self) is Problem:
+            return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
+        return counts(self.mask, self.q_positions, self.kv_positions)
 
     @property
     def sizes(self) -> tuple[int, ...]:
