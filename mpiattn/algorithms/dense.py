@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Parcel, Spec, namespace
+from ..arrays import Parcel, Spec, namespace, nbytes
 from ..mask import Positions
 from ..message import Tag, Waitall
 from ..problem import Problem
@@ -77,7 +77,7 @@ class DenseAttention(Attention):
         if self.rank != ROOT:
             Waitall([self.comm.Isend(own.message, ROOT, Tag.GATHER)])
             return []
-        arriving = [Parcel(group) for group in specs[1:]]
+        arriving = [Parcel(group, self.xp.empty(nbytes(group), np.uint8)) for group in specs[1:]]
         Waitall([self.comm.Irecv(part.message, source, Tag.GATHER) for source, part in enumerate(arriving, 1)])
         return [own, *arriving]
 

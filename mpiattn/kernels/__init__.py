@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from ..dropout import Dropout
@@ -12,7 +13,7 @@ from ..problem import Problem
 KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual": ("virtual",)}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
-LACKS = {"cupy": {"softcap", "dropout"}, "cudnn": {"softcap", "dropout"}}
+LACKS = {"cudnn": {"softcap", "dropout"}}
 """What a kernel can't do, of softcap and dropout."""
 
 
@@ -68,4 +69,16 @@ def choose(
         reason = reason or "it has no softcap and no dropout"
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
-    return cupy.CupyKernel(mask, scale) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale)
+    return cupy.CupyKernel(mask, scale, softcap) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale)
+
+
+def on_gpus() -> str:
+    """Return in one line which kernel computes on GPUs, and why."""
+    if importlib.util.find_spec("cupy") is None:
+        return "none: CuPy is not installed"
+    from . import cudnn
+
+    library, reason = cudnn.library()
+    if library is None:
+        return f"cupy: {reason}"
+    return f"cudnn {library.backend_version_string()}, frontend {library.__version__}: float16, bfloat16; else cupy"

@@ -18,6 +18,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiattn.dropout import Dropout
 from mpiattn.mask import Mask, Positions
 from mpiattn.problem import Problem
 
@@ -157,7 +158,8 @@ def build(device: int, dtype: str, scale: float, causal: bool, left: int | None,
     graph = cudnn.pygraph(
         io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=handle_of(device)
     )
-    alignment = cudnn.diagonal_alignment.BOTTOM_RIGHT if causal else cudnn.diagonal_alignment.TOP_LEFT
+    square = tensors[0].shape[2] == tensors[1].shape[2]  # both corners are one then; cuDNN is faster at the top left
+    alignment = getattr(cudnn.diagonal_alignment, "BOTTOM_RIGHT" if causal and not square else "TOP_LEFT")
     band = {"diagonal_alignment": alignment, "diagonal_band_left_bound": left}
     if causal:
         band["diagonal_band_right_bound"] = 0
@@ -217,6 +219,10 @@ class CudnnKernel:
         self.plain = CupyKernel(mask, scale)
         self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[Call]]] = {}
         self.work: dict[str, Array] = {}
+
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
+        """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
+        assert dropout is None
 
     def forward(
         self,

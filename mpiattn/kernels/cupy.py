@@ -20,6 +20,7 @@ from cupy.cuda.device import get_cublas_handle
 from cupy_backends.cuda.libs import cublas
 from numpy.typing import NDArray
 
+from mpiattn.dropout import Dropout
 from mpiattn.mask import Mask, Positions
 from mpiattn.softmax import accumulator
 
@@ -185,7 +186,8 @@ class Bounds(NamedTuple):
     positions: tuple[Positions, Positions]
     start: NDArray[np.int32]
     stop: NDArray[np.int32]
-    on_device: tuple[Array, Array]
+    on_device: tuple[Array, Array, Array, Array]
+    """start, stop and the positions."""
 
 
 class BoundsOf:
@@ -205,8 +207,9 @@ class BoundsOf:
                 self.kept.clear()
             lo, hi = self.mask.bounds(q_positions)
             start, stop = (np.searchsorted(k_positions, bound).astype(np.int32) for bound in (lo, hi))
-            on_device = cupy.asarray(start), cupy.asarray(stop)
-            self.kept[key] = Bounds((q_positions, k_positions), start, stop, on_device)
+            both = q_positions, k_positions
+            start_there, stop_there, queries, keys = map(cupy.asarray, (start, stop, *both))
+            self.kept[key] = Bounds(both, start, stop, (start_there, stop_there, queries, keys))
         return self.kept[key]
 
 
@@ -245,9 +248,16 @@ class CupyKernel:
 
     name = "cupy"
 
-    def __init__(self, mask: Mask, scale: float | None = None) -> None:
+    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
         self.scale = scale
+        self.softcap = softcap
         self.bounds = BoundsOf(mask)
+        self.dropout: Dropout | None = None
+        self.first_head = 0
+
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
+        """Drop probabilities from now on, or none: see `NumpyKernel.drop`."""
+        self.dropout, self.first_head = dropout, first_head
 
     def forward(
         self,
@@ -270,7 +280,7 @@ class CupyKernel:
                 key, value = (_readable(array[b, tile.heads, tile.keys]) for array in (k, v))
                 score = product(query, key.swapaxes(1, 2))
                 weight, part_lse = _narrow(score, q.dtype), cupy.empty(score.shape[:2], lse.dtype)
-                self._softmax("softmax", tile, bounds, q, score, weight, part_lse)
+                self._softmax("softmax", tile, b, bounds, q, score, weight, part_lse)
                 place = slice(b, b + 1), heads, tile.queries
                 shape = out[place].shape
                 part = product(weight, value).reshape(shape)
@@ -304,7 +314,7 @@ class CupyKernel:
                 rows = [cupy.ascontiguousarray(row[b, heads, tile.queries]) for row in (lse, delta)]
                 score, d_weight = product(query, key.swapaxes(1, 2)), product(gradient, value.swapaxes(1, 2))
                 weight, d_score = _narrow(score, q.dtype), _narrow(d_weight, q.dtype)
-                self._softmax("softmax_backward", tile, bounds, q, score, d_weight, weight, d_score, *rows)
+                self._softmax("softmax_backward", tile, b, bounds, q, score, d_weight, weight, d_score, *rows)
                 product(weight.swapaxes(1, 2), gradient, d_v[b, tile.heads, tile.keys])
                 product(d_score.swapaxes(1, 2), query, d_k[b, tile.heads, tile.keys], scale)
                 share = d_q[b, heads, tile.queries]
@@ -318,12 +328,22 @@ class CupyKernel:
     def _scale(self, q: Array) -> float:
         return float(1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale)
 
-    def _softmax(self, name: str, tile: Tile, bounds: Bounds, q: Array, score: Array, *arrays: Array) -> None:
+    def _softmax(
+        self, name: str, tile: Tile, batch: int, bounds: Bounds, q: Array, score: Array, *arrays: Array
+    ) -> None:
         """Run a pass over a tile of scores."""
-        start, stop = (bound[tile.queries] for bound in bounds.on_device)
-        count, rows, keys = score.shape
-        numbers = tile.keys.start, len(start), keys, self._scale(q)
-        _pass(name, score.dtype, q.dtype)((count * rows,), (THREADS,), (score, *arrays, start, stop, *numbers))
+        start, stop, queries, keys = bounds.on_device
+        bound = start[tile.queries], stop[tile.queries]
+        count, rows, columns = score.shape
+        numbers: list[Any] = [tile.keys.start, len(bound[0]), columns, self._scale(q), float(self.softcap or 0)]
+        if self.dropout is None:
+            numbers += [0, 0, 0, 0, 1.0]
+        else:
+            seed = np.uint64(self.dropout.seed).view(np.int64)
+            head = self.first_head + tile.heads.start * (rows // len(bound[0]))
+            numbers += [int(self.dropout.rate * 2**32), int(seed), batch, head, 1 / (1 - self.dropout.rate)]
+        numbers += [queries[tile.queries], keys[tile.keys]]
+        _pass(name, score.dtype, q.dtype)((count * rows,), (THREADS,), (score, *arrays, *bound, *numbers))
 
 
 def _narrow(array: Array, dtype: Any) -> Array:

@@ -169,18 +169,42 @@ template <typename A> __device__ Softmax<A> joined(Softmax<A> a, Softmax<A> b)
     return {top, a.sum * power2(a.top - top) + b.sum * power2(b.top - top)};
 }
 
+// Which weights dropout keeps: see dropout.py. `least` is the least number of those kept; 0 where there is no dropout.
+#define DROPOUT Index least, Index seed, Index batch, Index first_head, double kept_factor, const Index* q_positions, \
+                const Index* k_positions
+
+__device__ unsigned philox(Index key_position, Index query_position, Index head, Index batch, unsigned long long seed)
+{
+    unsigned a = key_position / 4, b = query_position, c = head, d = batch, left = seed, right = seed >> 32;
+    for (int round = 0; round < 10; ++round) {
+        const unsigned long long first = 0xD2511F53ULL * a, second = 0xCD9E8D57ULL * c;
+        a = (unsigned)(second >> 32) ^ b ^ left;
+        b = (unsigned)second;
+        c = (unsigned)(first >> 32) ^ d ^ right;
+        d = (unsigned)first;
+        left += 0x9E3779B9;
+        right += 0xBB67AE85;
+    }
+    const int word = key_position % 4;
+    return word == 0 ? a : word == 1 ? b : word == 2 ? c : d;
+}
+
+#define KEPT(key) (!least || philox(k_positions[key], q_positions[query], first_head + row / queries, batch, seed) >= least)
+
 // The weights of the softmax of each row of a tile of scores, and its lse; one block a row. Row i of the tile is
 // query i % queries; it sees the tile's keys start - offset .. stop - offset. Scores and weights may be one array.
+// With a softcap, which is 0 where there is none, scores are softcap * tanh(scale * score / softcap).
 template <typename A, typename T>
 __global__ void softmax(const A* score, T* weight, A* lse, const int* start, const int* stop, Index offset,
-                        Index queries, Index keys, double natural_scale)
+                        Index queries, Index keys, double natural_scale, double natural_cap, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
-    const A scale = natural_scale * LOG2E;
+    const A scale = natural_cap ? natural_scale / natural_cap : natural_scale * LOG2E, cap = natural_cap * LOG2E;
     const A* s = score + row * keys;
+    const auto logit = [=](Index key) { return cap ? cap * tanh(s[key] * scale) : s[key] * scale; };
     Softmax<A> state = {-Number<A>::infinity(), (A)0};
-    for (Index key = first + threadIdx.x; key < last; key += blockDim.x) state = joined(state, {s[key] * scale, (A)1});
+    for (Index key = first + threadIdx.x; key < last; key += blockDim.x) state = joined(state, {logit(key), (A)1});
     for (int step = 16; step; step /= 2)
         state = joined(state, {__shfl_xor_sync(0xffffffff, state.top, step), __shfl_xor_sync(0xffffffff, state.sum, step)});
     __shared__ Softmax<A> warps[32];
@@ -188,10 +212,11 @@ __global__ void softmax(const A* score, T* weight, A* lse, const int* start, con
     __syncthreads();
     state = warps[0];
     for (int warp = 1; warp < blockDim.x / 32; ++warp) state = joined(state, warps[warp]);
-    const A factor = state.sum > 0 ? 1 / state.sum : (A)0;
-    for (Index key = threadIdx.x; key < keys; key += blockDim.x)
-        weight[row * keys + key] =
-            narrow<T>(key >= first && key < last ? power2(s[key] * scale - state.top) * factor : (A)0);
+    const A factor = state.sum > 0 ? (A)kept_factor / state.sum : (A)0;
+    for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
+        const bool used = key >= first && key < last && KEPT(key);
+        weight[row * keys + key] = narrow<T>(used ? power2(logit(key) - state.top) * factor : (A)0);
+    }
     if (threadIdx.x == 0) lse[row] = natural_log(state.sum) + state.top / (A)LOG2E;
 }
 
@@ -200,15 +225,21 @@ __global__ void softmax(const A* score, T* weight, A* lse, const int* start, con
 template <typename A, typename T>
 __global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const A* lse, const A* delta,
                                  const int* start, const int* stop, Index offset, Index queries, Index keys,
-                                 double natural_scale)
+                                 double natural_scale, double natural_cap, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
-    const A scale = natural_scale * LOG2E, shift = lse[row] * (A)LOG2E, mean = delta[row];
+    const A scale = natural_cap ? natural_scale / natural_cap : natural_scale * LOG2E, cap = natural_cap * LOG2E;
+    const A shift = lse[row] * (A)LOG2E, mean = delta[row];
     for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
         const Index at = row * keys + key;
-        const bool visible = key >= first && key < last;
-        const A w = visible ? power2(score[at] * scale - shift) : (A)0, d = visible ? w * (d_weight[at] - mean) : (A)0;
+        A w = 0, d = 0;
+        if (key >= first && key < last) {
+            const A t = cap ? tanh(score[at] * scale) : score[at] * scale;
+            const A whole = power2(cap ? cap * t - shift : t - shift), kept = KEPT(key) ? (A)kept_factor : (A)0;
+            w = whole * kept;
+            d = whole * (d_weight[at] * kept - mean) * (cap ? 1 - t * t : (A)1);
+        }
         weight[at] = narrow<T>(w);
         d_score[at] = narrow<T>(d);
     }
