@@ -266,7 +266,9 @@ def torch_contenders(setting: Setting) -> list[Contender]:
         with socket.socket() as free:
             free.bind(("", 0))
             port = comm.bcast(free.getsockname()[1])
-        os.environ |= {"MASTER_ADDR": comm.bcast(socket.gethostname()), "MASTER_PORT": str(port)}
+        host = comm.bcast(socket.gethostname())
+        alone = all(comm.allgather(host == socket.gethostname()))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1" if alone else host, "MASTER_PORT": str(port)}
         dist.init_process_group(
             "nccl", rank=rank, world_size=size, device_id=torch.device("cuda", torch.cuda.current_device())
         )
