@@ -163,7 +163,7 @@ def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     given = {name: array.astype(arrays.dtype(case.dtype)) for name, array in given.items()}
     q, k, v, d_out, sinks = given.values()
     mask = parse(case.mask)
-    features: oracle.Features = {"softcap": case.softcap, "sinks": sinks if case.sinks else None, **case.given}
+    features: dict[str, Any] = {"softcap": case.softcap, "sinks": sinks if case.sinks else None, **case.given}
     out, lse = oracle.attention(q, k, v, mask, case.scale, **features)
     d_q, d_k, d_v = oracle.gradients(q, k, v, d_out, mask, case.scale, **features)
     right = {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
@@ -220,7 +220,8 @@ def check(
             name: xp.asarray(np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]))
             for name, whole in given.items()
         }
-        _, heads, *_ = (*places["out"](given["out"].shape, comm.Get_rank()), slice(None))  # of which are its sinks
+        place = places["out"](shapes["out"], comm.Get_rank())
+        heads = place[1] if len(place) > 1 else slice(None)  # to which its sinks belong
         features = {**case.given, **({"sinks": xp.asarray(sinks[heads])} if case.sinks else {})}
         with refusing(case):
             out, saved = attention.forward(own["q"], own["k"], own["v"], **features)
