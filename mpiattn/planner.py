@@ -166,7 +166,7 @@ def simulate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> 
             tokens = len(problem.q_positions[ordered.Get_rank()])
             q = virtual.empty((task.batch, task.heads, tokens, task.head_dim), wide)
             k, v = (virtual.empty((task.batch, task.kv_heads, tokens, task.head_dim), wide) for _ in "kv")
-            out, saved = attention.forward(q, k, v)  # type: ignore[arg-type]
+            _, saved = attention.forward(q, k, v)  # type: ignore[arg-type]
             middle = rank.clock
             if task.backward:
                 d_out = virtual.empty(q.shape, wide)

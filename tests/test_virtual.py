@@ -1,0 +1,370 @@
+"""The virtual cluster: its times by hand, its ends, and the algorithms' own results on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mpiattn import conformance, costs, machine, virtual
+from mpiattn.algorithms import ALGORITHMS
+from mpiattn.conformance import Case
+from mpiattn.layout import LAYOUTS, positions
+from mpiattn.machine import Link, Machine, Rates
+from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, counts, pairs
+from mpiattn.message import InputError, Tag, Testall, Waitall
+from mpiattn.virtual import VirtualComm
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Messages take 1 s + 1 s a byte inside a node of 2 ranks, 10 s + 2 s a byte beyond; the kernel does 1 flop a second.
+PLAIN = Machine(
+    name="plain",
+    ranks_per_node=2,
+    memory=1e9,
+    memory_bandwidth=float("inf"),
+    links={"node": Link(1.0, 1.0), "network": Link(10.0, 0.5)},
+    compute={"float64": Rates((1,), (1.0,), (1.0,))},
+)
+
+
+def one_host(ranks: int) -> Machine:
+    """Return a machine that holds all ranks on one host."""
+    return dataclasses.replace(machine.load("laptop"), ranks_per_node=ranks)
+
+
+def pass_bytes(*ways: tuple[int, int, int]) -> Any:
+    """Return a program that sends (source, dest, bytes) and returns each rank's time."""
+
+    def program(comm: VirtualComm) -> float:
+        requests = []
+        for source, dest, nbytes in ways:
+            if comm.Get_rank() == dest:
+                requests.append(comm.Irecv(np.zeros(nbytes, np.uint8), source, Tag.Q))
+            if comm.Get_rank() == source:
+                requests.append(comm.Isend(np.ones(nbytes, np.uint8), dest, Tag.Q))
+        Waitall(requests)
+        return comm.me.clock
+
+    return program
+
+
+def test_a_message_takes_latency_and_bytes() -> None:
+    assert virtual.run(2, PLAIN, pass_bytes((0, 1, 5))) == [5, 6]
+    assert virtual.run(4, PLAIN, pass_bytes((0, 2, 5))) == [10, 0, 20, 0]
+
+
+def test_a_port_sends_one_message_after_the_other_and_receives_meanwhile() -> None:
+    assert virtual.run(2, PLAIN, pass_bytes((0, 1, 5), (0, 1, 5), (1, 0, 5))) == [10, 11]
+
+
+def test_half_duplex_ports_do_one_at_a_time() -> None:
+    half = dataclasses.replace(PLAIN, duplex=False)
+    assert max(virtual.run(2, half, pass_bytes((0, 1, 5), (1, 0, 5)))) == 11
+    assert max(virtual.run(2, PLAIN, pass_bytes((0, 1, 5), (1, 0, 5)))) == 6
+
+
+def test_ranks_of_a_node_share_its_cards() -> None:
+    one = dataclasses.replace(PLAIN, links={**PLAIN.links, "network": Link(10.0, 0.5, cards=1)})
+    two = dataclasses.replace(PLAIN, links={**PLAIN.links, "network": Link(10.0, 0.5, cards=2)})
+    ways = pass_bytes((0, 2, 5), (1, 3, 5))
+    assert max(virtual.run(4, one, ways)) == 30
+    assert max(virtual.run(4, two, ways)) == 20
+
+
+def test_ranks_of_a_node_share_its_memory() -> None:
+    four = dataclasses.replace(PLAIN, ranks_per_node=4, links={**PLAIN.links, "node": Link(1.0, 1.0, shared=1.0)})
+    assert max(virtual.run(4, four, pass_bytes((0, 1, 5), (2, 3, 5)))) == 11
+
+
+def test_a_message_waits_for_its_receive_unless_it_is_small() -> None:
+    def program(comm: VirtualComm) -> float:
+        if comm.Get_rank() == 0:
+            comm.Isend(np.zeros(5, np.uint8), 1, Tag.Q).Wait()
+        else:
+            comm.me.compute(100)
+            comm.Irecv(np.zeros(5, np.uint8), 0, Tag.Q).Wait()
+        return comm.me.clock
+
+    assert virtual.run(2, PLAIN, program) == [105, 106]
+    assert virtual.run(2, dataclasses.replace(PLAIN, eager=6), program) == [0, 100]
+
+
+@pytest.mark.parametrize(("progress", "seconds"), [(True, 100), (False, 106)])
+def test_messages_travel_during_compute_only_where_mpi_progresses(progress: bool, seconds: float) -> None:
+    def program(comm: VirtualComm) -> float:
+        mine, other = np.zeros(5, np.uint8), 1 - comm.Get_rank()
+        requests = [comm.Irecv(mine, other, Tag.Q), comm.Isend(np.ones(5, np.uint8), other, Tag.Q)]
+        comm.me.compute(100)
+        Waitall(requests)
+        assert mine.all()
+        return comm.me.clock
+
+    assert virtual.run(2, dataclasses.replace(PLAIN, progress=progress), program) == [seconds] * 2
+
+
+def test_polling_ends() -> None:
+    def program(comm: VirtualComm) -> bool:
+        request = (comm.Irecv if comm.Get_rank() else comm.Isend)(np.zeros(5, np.uint8), 1 - comm.Get_rank(), Tag.Q)
+        while not Testall([request]):
+            pass
+        return True
+
+    fast = dataclasses.replace(PLAIN, links={"network": Link(0.0, 1e3)})
+    assert virtual.run(2, fast, program) == [True, True]
+
+
+def test_what_waits_for_ever_is_named() -> None:
+    def program(comm: VirtualComm) -> None:
+        if comm.Get_rank() == 1:
+            comm.Irecv(np.zeros(5, np.uint8), 0, Tag.KV).Wait()
+
+    with pytest.raises(RuntimeError, match=r"1 ranks wait for ever: rank 1 for 0 -> 1 tag 2"):
+        virtual.run(2, PLAIN, program)
+
+
+def test_a_message_without_a_partner_is_named() -> None:
+    def program(comm: VirtualComm) -> None:
+        if comm.Get_rank() == 1:
+            comm.Irecv(np.zeros(5, np.uint8), 0, Tag.KV)
+
+    with pytest.raises(RuntimeError, match=r"rank 0 to rank 1 with tag 2"):
+        virtual.run(2, PLAIN, program)
+
+
+def test_collectives_that_differ_are_named() -> None:
+    def program(comm: VirtualComm) -> None:
+        if comm.Get_rank() == 1:
+            comm.Barrier()
+        else:
+            comm.allgather(1)
+
+    with pytest.raises(RuntimeError, match="calls Barrier, where others have called allgather"):
+        virtual.run(2, PLAIN, program)
+
+
+def test_an_exception_on_one_rank_ends_the_run() -> None:
+    def program(comm: VirtualComm) -> None:
+        if comm.Get_rank() == 1:
+            raise KeyError("here")
+        comm.Barrier()
+
+    with pytest.raises(KeyError, match="here"):
+        virtual.run(3, PLAIN, program)
+
+
+def test_a_receive_that_is_too_small_is_named() -> None:
+    def program(comm: VirtualComm) -> None:
+        if comm.Get_rank() == 0:
+            comm.Isend(np.zeros(6, np.uint8), 1, Tag.Q).Wait()
+        else:
+            comm.Irecv(np.zeros(5, np.uint8), 0, Tag.Q).Wait()
+
+    with pytest.raises(ValueError, match="receives 5 bytes from rank 0, which sends 6"):
+        virtual.run(2, PLAIN, program)
+
+
+def test_grids_and_groups() -> None:
+    def program(comm: VirtualComm) -> Any:
+        grid = comm.Create_cart([2, 3], periods=[True, True])
+        row, col = grid.Sub([False, True]), grid.Sub([True, False])
+        odd = comm.Split(comm.Get_rank() % 2, -comm.Get_rank())
+        edge = comm.Create_cart([6], periods=[False]).Shift(0, 1)
+        return grid.Get_coords(grid.Get_rank()), row.Shift(0, 1), col.Get_size(), odd.allgather(comm.Get_rank()), edge
+
+    results = virtual.run(6, PLAIN, program)
+    assert results[4] == ([1, 1], (0, 2), 2, [4, 2, 0], (3, 5))
+    assert results[0][4] == (-1, 1)
+    assert results[5][4] == (4, -1)
+
+
+def attend(
+    name: str, tokens: int, ranks: int, machine: Machine, mask: Mask, dtype: str = "float64", **arguments: Any
+) -> list[tuple[float, int, int]]:
+    """Return each rank's time, bytes received and most bytes held, forward and backward, without data."""
+
+    def program(comm: VirtualComm) -> tuple[float, int, int]:
+        with ALGORITHMS[name](comm, mask=mask, **arguments) as attention:
+            shape = (1, 2, len(attention.positions(tokens)), 4)
+            q, k, v = (virtual.empty(shape, dtype) for _ in "qkv")
+            out, saved = attention.forward(q, k, v)  # type: ignore[arg-type]
+            attention.backward(virtual.empty(out.shape, dtype), saved)  # type: ignore[arg-type]
+        return comm.me.clock, comm.me.received, comm.me.peak
+
+    return virtual.run(ranks, machine, program)
+
+
+def test_ring_takes_the_time_of_its_blocks_where_messages_are_fast() -> None:
+    fast = dataclasses.replace(PLAIN, links={"network": Link(0.0, float("inf"))})
+    tokens, ranks, heads, dim = 24, 4, 2, 4
+    # 4 dim operations a pair and head forward, 10 dim backward
+    seconds = 14 * dim * heads * (tokens // ranks) * tokens
+    assert {clock for clock, *_ in attend("ring", tokens, ranks, fast, Full())} == {seconds}
+
+
+def test_the_same_run_gives_the_same_times() -> None:
+    runs = [attend("mesh", 37, 6, PLAIN, Causal(), rows=3, cols=2, layout="striped") for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("shared_ring", "decode")])
+@pytest.mark.parametrize("tokens", [37, 3])
+def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens: int) -> None:
+    ranks = 4
+    for arguments in ALGORITHMS[name].variants(ranks):
+        problems: list[Any] = []
+
+        def program(comm: VirtualComm, given: dict[str, Any] = arguments, seen: list[Any] = problems) -> int:
+            with ALGORITHMS[name](comm, mask=Causal(), **given) as attention:
+                shapes = {"q": (1, 4, tokens, 8), "k": (1, 2, tokens, 8), "v": (1, 2, tokens, 8)}
+                own = {}
+                for key, shape in shapes.items():
+                    whole = np.empty(shape)
+                    own[key] = virtual.empty(whole[attention.owned(key, shapes)(shape, comm.Get_rank())].shape, float)
+                out, saved = attention.forward(own["q"], own["k"], own["v"])  # type: ignore[arg-type]
+                attention.backward(virtual.empty(out.shape, float), saved)  # type: ignore[arg-type]
+                seen.append(attention.problem)
+            return comm.me.received
+
+        received = virtual.run(ranks, machine.load("laptop"), program)
+        formula = [costs.COSTS[name](problems[0], rank, **arguments) for rank in range(ranks)]
+        assert received == [cost.forward.nbytes + cost.backward.nbytes for cost in formula]
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_conformance_in_one_process(ranks: int) -> None:
+    for name in ALGORITHMS:
+        for arguments in ALGORITHMS[name].variants(ranks):
+            factory = partial(ALGORITHMS[name], **arguments)
+            for case in conformance.fast()[:: 4 if ranks in (4, 6) else 7]:
+                check = partial(conformance.check, factory, case=case)
+                with contextlib.suppress(conformance.Refused):
+                    virtual.run(ranks, one_host(ranks), lambda comm, check=check: check(comm=comm))
+
+
+@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("name", ["ring", "double_ring", "mesh", "ulysses"])
+def test_conformance_on_many_ranks(name: str, ranks: int) -> None:
+    case = Case(tokens=130, dtype="float64")
+    for arguments in ALGORITHMS[name].variants(ranks)[1:3] or [{}]:
+        factory = partial(ALGORITHMS[name], **arguments)
+        check = partial(conformance.check, factory, case=case, traffic=partial(costs.COSTS[name], **arguments))
+        virtual.run(ranks, one_host(ranks), lambda comm, check=check: check(comm=comm))
+
+
+# These add up in an order that the MPI library chooses.
+REDUCED = ("allgather", "tensor_parallel", "decode")
+
+
+@pytest.mark.mpi(max_size=6)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in REDUCED])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_same_bits_as_under_mpi(comm: MPI.Intracomm, name: str, dtype: str) -> None:
+    case = Case(tokens=150, heads=4, kv_heads=2, head_dim=16, v_head_dim=16, dtype=dtype)
+    given = {key: conformance.problem(case)[0][key] for key in ("q", "k", "v", "out")}
+
+    def program(comm: Any, arguments: dict[str, Any]) -> list[bytes]:
+        with ALGORITHMS[name](comm, **case.options, **arguments) as attention:
+            shapes = {key: whole.shape for key, whole in given.items()}
+            own = [
+                np.ascontiguousarray(whole[attention.owned(key, shapes)(whole.shape, comm.Get_rank())])
+                for key, whole in given.items()
+            ]
+            out, saved = attention.forward(*own[:3])
+            return [array.tobytes() for array in (out, saved.lse, *attention.backward(own[3], saved))]
+
+    for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+        real = program(comm, arguments)
+        imitated = virtual.run(comm.Get_size(), one_host(comm.Get_size()), partial(program, arguments=arguments))
+        assert imitated[comm.Get_rank()] == real
+
+
+def test_no_mpi_is_needed() -> None:
+    code = """
+import sys
+sys.modules["mpi4py.MPI"] = sys.modules["mpi4py"] = None
+from mpiattn import conformance, machine, virtual
+from mpiattn.algorithms import RingAttention
+virtual.run(3, machine.load("laptop"), lambda comm: conformance.check(RingAttention, comm, conformance.Case()))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# Masks of all blocks at once
+
+MASKS = [Full(), Causal(), SlidingWindow(3), SlidingWindow(2, 4), SlidingWindow(2, 4) & Causal()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [*MASKS, Documents([7, 0, 40, 3, 60]) & Causal()], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(110, 110), (5, 90), (37, 0), (1, 1)])
+def test_pairs_of_all_blocks(layout: str, mask: Mask, queries: int, keys: int) -> None:
+    q = [positions(layout, queries, 4, rank) for rank in range(4)]
+    k = [positions(layout, keys, 7, rank) for rank in range(7)]
+    assert counts(mask, q, k).tolist() == [[pairs(mask, one, other) for other in k] for one in q]
+
+
+# Machine descriptions
+
+TEXT = """
+name = "small"
+ranks_per_node = 2
+memory = 1e9
+memory_bandwidth = 1e10
+[links.network]
+latency = 1e-5
+bandwidth = 1e9
+[compute.float32]
+tokens = [128, 1024]
+forward = [1e10, 2e10]
+backward = [1e10, 2e10]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("memory = 1e9", "memory = -1", "line 4: memory must be more than zero, not -1"),
+        ("bandwidth = 1e9", "bandwidth = 0", "line 8: links.network.bandwidth must be more than zero, not 0"),
+        ("latency = 1e-5", "latency = 'x'", "line 7: links.network.latency must be a number, not 'x'"),
+        ("latency = 1e-5", "latncy = 1e-5", "line 6: links.network.latency is missing"),
+        ("latency = 1e-5", "latency = 1e-5\nspeed = 3", "line 8: links.network.speed is not a key"),
+        ("forward = [1e10, 2e10]", "forward = [1e10]", "compute.float32.forward must have 2 numbers"),
+        ("tokens = [128, 1024]", "tokens = [1024, 128]", "line 10: compute.float32.tokens must ascend"),
+        ("ranks_per_node = 2", "ranks_per_node = 2.5", "line 3: ranks_per_node must be a whole number"),
+        ('name = "small"', "name = ", "line 2"),
+        ("[links.network]", "[links.wire]", "links.network must be a table"),
+        ("memory = 1e9", "progress = 1\nmemory = 1e9", "line 4: progress must be true or false, not 1"),
+    ],
+)
+def test_a_damaged_machine_file_is_refused(old: str, new: str, message: str) -> None:
+    assert machine.parse(TEXT).name == "small"
+    with pytest.raises(InputError, match="machine") as error:
+        machine.parse(TEXT.replace(old, new, 1))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", machine.presets())
+def test_presets_load_and_survive_a_round_trip(name: str, tmp_path: Any) -> None:
+    preset = machine.load(name)
+    assert preset.source
+    machine.write(preset, tmp_path / "copy.toml")
+    assert machine.load(str(tmp_path / "copy.toml")) == preset
+
+
+def test_an_unknown_machine_is_told_which_there_are() -> None:
+    with pytest.raises(InputError, match=r"no machine 'abacus'.*a100-ib.*laptop"):
+        machine.load("abacus")
+
+
+def test_rates_between_and_beyond_the_sizes_given() -> None:
+    rates = Rates((100, 400), (1.0, 4.0), (2.0, 8.0))
+    assert [rates.at(size, False) for size in (1, 100, 200, 400, 9999)] == pytest.approx([1, 1, 2, 4, 4])
+    assert rates.at(200, True) == pytest.approx(4)
