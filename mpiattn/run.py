@@ -56,12 +56,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         if args.backward:
             with traced.trace.phase("backward"):
                 results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
-        shapes |= {"lse": shapes["out"][:3]}
-        places |= {"lse": places["out"]}
         whole = {}
         for name, array in results.items():
-            kind = name.removeprefix("d_")
-            whole[name] = gather(array, comm, places[kind], shape=shapes[kind])
+            like = "out" if name == "lse" else name.removeprefix("d_")
+            shape = shapes[like][: array.ndim]
+            whole[name] = gather(array, comm, places[like], shape=shape, copies=like in attention.copied)
     if args.trace:
         write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:

@@ -59,7 +59,8 @@ def test_compare_on_the_sample_checks_a_sample_of_queries(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("suffix", "algorithm"), [(".npz", "ring"), (".safetensors", "mesh"), (".npz", "tensor_parallel")]
+    ("suffix", "algorithm"),
+    [(".npz", "ring"), (".safetensors", "mesh"), (".npz", "tensor_parallel"), (".npz", "decode")],
 )
 def test_run(tmp_path: Path, suffix: str, algorithm: str) -> None:
     rng = np.random.default_rng(1)
