@@ -57,10 +57,11 @@ make_venv() {
 mpi_settings() {
     # One BLAS thread a rank: two for each of 9 ranks on 2 cores made everything tens of times slower.
     export OMP_NUM_THREADS=1
-    # With more ranks than cores, MPICH yields the core while it waits, as it is (its other settings made 9 ranks
-    # on 2 cores no faster). Open MPI does so, and agrees to start at all, when told to oversubscribe. Bound to
-    # cores, two jobs would share the first ones.
+    # With more ranks than cores a rank must yield its core while it waits. MPICH does (none of its settings
+    # made 9 ranks on 2 cores faster); Open MPI does when told (a third faster), and only starts when told.
+    export OMPI_MCA_mpi_yield_when_idle=1
     export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
+    # Bound to cores, two jobs side by side would share the first ones.
     export PRTE_MCA_hwloc_default_binding_policy=none
     if ((EUID == 0)); then # as in a container; Open MPI refuses otherwise
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

@@ -27,6 +27,7 @@ OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # more ranks than cores; Open MPI 5
     "OMPI_MCA_rmaps_base_oversubscribe": "1",  # the same for Open MPI 4
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # then a rank mustn't hold its core while it waits
     "PRTE_MCA_hwloc_default_binding_policy": "none",  # jobs side by side would all bind to the first cores
 }
 
