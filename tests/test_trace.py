@@ -60,8 +60,9 @@ def executed(events: list[Event]) -> list[Any]:
 
 def scheduled(attention: MeshAttention, steps: tuple[Step, ...]) -> list[Any]:
     """Return the same from the schedule: slots are chunks that came so many hops."""
-    problem, order = attention.problem, []
+    problem = attention.problem
     assert problem is not None
+    order: list[Any] = []
     for step in steps:
         if step.message:
             order.append(TAGS[step.message])

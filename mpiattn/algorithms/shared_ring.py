@@ -10,18 +10,18 @@ no two of them read, nor add to, the same part at a time:
   2: kv 2     2: kv 1     2: kv 0
 
 Backward, each adds its share of dK/dV where the owner will find the sum. `Fence` separates the writes of one
-step from the reads of the next: the only moments at which ranks wait for each other.
+step from the reads of the next. None is needed at the end: before a rank writes again, all have agreed on the
+next call's input, and so have read all of this one's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import Parcel, Spec, nbytes
+from ..arrays import Parcel, nbytes
 from ..message import Allocate_shared, Communicator, InputError, constant
 from ..problem import Problem
 from .base import Array, Attention, Options
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SharedRingAttention(Attention):
-    """Ring Attention in the memory of one host: no messages, two fences forward, n + 1 backward.
+    """Ring Attention in the memory of one host: no messages, one fence forward, n + 1 backward.
 
     Parameters: see `Attention`.
 
@@ -49,22 +49,21 @@ class SharedRingAttention(Attention):
         host.Free()
         self.agree(one_host, self.size, here)
         self.owners = [(self.rank - step) % self.size for step in range(self.size)]
-        self.windows: list[Any] = []
+        self.window: Any = None
+        self.kvs: list[Parcel] = []
+        self.d_kvs: list[Parcel] = []
 
     def plan(self, problem: Problem) -> None:
-        """Allocate the windows: K/V of all ranks, and the sums of their gradients."""
+        """Allocate the window: in each rank's part the sums of its dK/dV, then its K/V."""
         if self.xp is not np:
             raise InputError("the shared ring works in the memory of a host: give it NumPy arrays")
         self.free()
-        self.kv, self.kvs = self.share(problem.kv)
-        self.d_kv, self.d_kvs = self.share(problem.d_kv)
-
-    def share(self, parcel: Callable[[int], list[Spec]]) -> tuple[Any, list[Parcel]]:
-        """Return a window, and for each rank the parcel that lies in its part."""
-        window = Allocate_shared(self.comm, nbytes(parcel(self.rank)))
-        self.windows.append(window)
-        parts = [np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self.size)]
-        return window, [Parcel(parcel(rank), part) for rank, part in enumerate(parts)]
+        self.window = Allocate_shared(self.comm, nbytes(problem.d_kv(self.rank) + problem.kv(self.rank)))
+        self.kvs, self.d_kvs = [], []
+        for rank in range(self.size):
+            part = np.frombuffer(self.window.Shared_query(rank)[0], np.uint8)
+            self.d_kvs.append(Parcel(problem.d_kv(rank), part))
+            self.kvs.append(Parcel(problem.kv(rank), part[self.d_kvs[rank].buffer.nbytes :]))
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
@@ -72,13 +71,12 @@ class SharedRingAttention(Attention):
         state.fill(0, -math.inf)
         out, lse = state.arrays
         self.kvs[self.rank].pack(k, v)
-        self.kv.Fence()
+        self.window.Fence()
         for owner in self.owners:
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 near_k, near_v = self.kvs[owner].arrays
                 self.kernel.forward(q, near_k, near_v, *where, out, lse)
-        self.kv.Fence()
         return out, lse
 
     def gradients(
@@ -88,21 +86,21 @@ class SharedRingAttention(Attention):
         d_q = self.xp.zeros(q.shape, problem.wide)
         self.kvs[self.rank].pack(k, v)
         self.d_kvs[self.rank].fill(0, 0)
-        self.kv.Fence()
+        self.window.Fence()
         for owner in self.owners:
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
                 (near_k, near_v), (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
                 self.kernel.backward(q, near_k, near_v, d_out, lse, row_delta, *where, d_q, d_k, d_v)
-            self.d_kv.Fence()
+            self.window.Fence()
         d_k, d_v = self.d_kvs[self.rank].arrays
         return d_q, d_k, d_v
 
     def free(self) -> None:
-        """Free the windows."""
-        for window in self.windows:
-            window.Free()
-        self.windows.clear()
+        """Free the window."""
+        if self.window is not None:
+            self.window.Free()
+            self.window = None
 
 
 def one_host(ranks: int, here: int) -> None:
