@@ -6,13 +6,13 @@ empty ranks need no special case anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import DESCRIPTION, DTYPES, Parcel, describe, described
+from .arrays import DESCRIPTION, DTYPES, Parcel, describe, described, namespace
 from .message import Communicator, InputError, Tag, Waitall
 
 Positions = NDArray[np.int64]
@@ -101,6 +101,27 @@ def heads(count: int, kv_count: int, ranks: int, rank: int) -> tuple[slice, slic
     begin, end = (-(-h * ranks // kv_count) for h in (head, head + 1))  # the ranks that share the K/V head
     first, last = ((place - begin) * group // (end - begin) for place in (rank, rank + 1))
     return slice(head * group + first, head * group + last), slice(head, head + (last > first))
+
+
+def union(chunks: Sequence[Positions]) -> tuple[Positions, list[Positions]]:
+    """Return the positions of all chunks, ascending, and where each chunk lies in them."""
+    whole = np.sort(np.concatenate(chunks))
+    return whole, [np.searchsorted(whole, chunk) for chunk in chunks]
+
+
+def join(parts: Sequence[NDArray[Any]], positions: Sequence[Positions]) -> NDArray[Any]:
+    """Put chunks in the order of their positions; tokens are on axis 2."""
+    shape = [*parts[0].shape]
+    shape[2] = sum(map(len, positions))
+    whole: NDArray[Any] = namespace(parts[0]).empty(shape, parts[0].dtype)
+    for part, where in zip(parts, positions, strict=True):
+        whole[:, :, where] = part
+    return whole
+
+
+def owned_heads(place: Any) -> Any:
+    """Return which heads a rank's share has, as a slice, from where it lies in a whole array of four axes."""
+    return place[1] if len(place) > 1 else slice(None)
 
 
 Where = Callable[[tuple[int, ...], int], Any]

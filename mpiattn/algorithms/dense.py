@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Parcel, Spec, namespace, nbytes
-from ..mask import Positions
+from ..arrays import Parcel, Spec, nbytes
+from ..layout import join
 from ..message import Tag, Waitall
 from ..problem import Problem
 from .base import Array, Attention
@@ -89,13 +89,3 @@ class DenseAttention(Attention):
         else:
             Waitall([self.comm.Isend(results[rank].message, rank, Tag.SCATTER) for rank in range(1, self.size)])
         return own
-
-
-def join(parts: Sequence[Array], positions: Sequence[Positions]) -> Array:
-    """Put chunks in the order of their positions; tokens are on axis 2."""
-    shape = [*parts[0].shape]
-    shape[2] = sum(map(len, positions))
-    whole: Array = namespace(parts[0]).empty(shape, parts[0].dtype)
-    for part, where in zip(parts, positions, strict=True):
-        whole[:, :, where] = part
-    return whole

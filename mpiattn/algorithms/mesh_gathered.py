@@ -24,12 +24,12 @@ import numpy as np
 
 from .. import grid
 from ..arrays import Parcel, Spec, nbytes
+from ..layout import join, union
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
 from ..problem import Problem
 from ..softmax import merge
 from .base import Array, Attention, Options
-from .dense import join
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -148,9 +148,3 @@ class GatheredMeshAttention(Attention):
         """Free the communicators of the grid, its row and its column."""
         for comm in (self.row, self.col, self.grid):
             comm.Free()
-
-
-def union(chunks: Sequence[Positions]) -> tuple[Positions, list[Positions]]:
-    """Return all positions of some chunks, ascending, and where in them those of each chunk are."""
-    everything = np.sort(np.concatenate(chunks))
-    return everything, [np.searchsorted(everything, chunk) for chunk in chunks]

@@ -18,15 +18,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..arrays import Parcel, Spec
-from ..mask import Positions
+from ..layout import join, union
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..softmax import delta
 from .base import Array, Attention, Given, Options, Saved
-from .dense import join
 
 if TYPE_CHECKING:
     from .base import Unpack
@@ -141,9 +138,3 @@ class UlyssesAttention(Attention):
 
 SpecOf = Callable[[Problem, int], list[Spec]]
 """What travels of a problem from or to a rank."""
-
-
-def union(chunks: Sequence[Positions]) -> tuple[Positions, list[Positions]]:
-    """Return the positions of all chunks, ascending, and where each chunk lies in them."""
-    whole = np.sort(np.concatenate(chunks))
-    return whole, [np.searchsorted(whole, chunk) for chunk in chunks]
