@@ -25,7 +25,7 @@ from tabulate import tabulate
 from . import env, grid, inputs, oracle
 from .algorithms import ALGORITHMS, Attention
 from .inputs import Array, Inputs
-from .layout import LAYOUTS, gather, scatter
+from .layout import LAYOUTS, gather, owned_heads, scatter
 from .mask import Positions
 from .message import Communicator, InputError
 from .progress import bar
@@ -54,24 +54,29 @@ class Case:
     received: dict[str, tuple[int, int]] = field(default_factory=dict)
     inputs: list[Array] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
 
     @property
     def grid(self) -> str:
         """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
 
-    def share(self, given: Inputs | None) -> None:
+    def share(self, given: Inputs | None, args: argparse.Namespace) -> None:
         """Receive this rank's share of the input."""
         comm = self.comm.comm
         wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
         self.shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
         self.inputs = [scatter(wholes.get(name), comm, self.attention.owned(name, self.shapes)) for name in self.shapes]
+        self.features = inputs.features(args, self.shapes["q"][1])
+        if "sinks" in self.features:
+            place = self.attention.owned("out", self.shapes)(self.shapes["out"], comm.Get_rank())
+            self.features["sinks"] = self.features["sinks"][owned_heads(place)]
 
     def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
         comm, trace, (*qkv, d_out) = self.comm.comm, self.comm.trace, self.inputs
         tracemalloc.start()
-        out, saved = self.attention.forward(*qkv)
+        out, saved = self.attention.forward(*qkv, **self.features)
         self.received["forward"] = trace.received()
         trace.clear()
         gradients = self.attention.backward(d_out, saved)
@@ -95,7 +100,7 @@ class Case:
             start = time.perf_counter()
             with trace.phase(f"{self.algorithm} {self.grid} {self.attention.layout} {name}"):
                 if saved is None:
-                    _, saved = self.attention.forward(*qkv)
+                    _, saved = self.attention.forward(*qkv, **self.features)
                 else:
                     self.attention.backward(d_out, saved)
             self.seconds[name].append(time.perf_counter() - start)
@@ -129,12 +134,12 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         if args.trace:
             for case in cases:
                 watch(case.attention)
-        right = patiently(comm, lambda: expected(*given, args.mask, args.scale) if given else None)
+        right = patiently(comm, lambda: expected(*given, args) if given else None)
         progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
         for number, case in itertools.product(range(1 + args.iterations), cases):
             progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}")
             if number == 0:
-                case.share(given[0] if given else None)
+                case.share(given[0] if given else None, args)
                 case.check(given[1] if given else None, right)
             else:
                 case.measure(kept if args.trace else None)
@@ -188,7 +193,8 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> lis
                 continue
             for layout in [args.layout] if args.layout else LAYOUTS:
                 traced = TracedComm(comm)
-                attention = ALGORITHMS[name](traced, layout=layout, mask=args.mask, scale=args.scale, **arguments)
+                options = {"layout": layout, "mask": args.mask, "scale": args.scale, "softcap": args.softcap}
+                attention = ALGORITHMS[name](traced, **options, **arguments)
                 cases.append(Case(name, arguments, traced, stack.enter_context(attention)))
     return cases
 
@@ -202,12 +208,13 @@ def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
     return result
 
 
-def expected(given: Inputs, queries: Positions | None, mask: Any, scale: float | None) -> list[Array]:
+def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Array]:
     """Return the oracle's out and d_q at the checked queries, d_k and d_v."""
     q, k, v = given.q, given.k, given.v
     d_out = given.d_out if queries is None else given.d_out[:, :, queries]
-    out, _ = oracle.attention(q, k, v, mask, scale, queries)
-    return [out, *oracle.gradients(q, k, v, d_out, mask, scale, queries)]
+    features = {"softcap": args.softcap, **inputs.features(args, q.shape[1])}
+    out, _ = oracle.attention(q, k, v, args.mask, args.scale, queries, **features)
+    return [out, *oracle.gradients(q, k, v, d_out, args.mask, args.scale, queries, **features)]
 
 
 def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import mask as masks
 from .arrays import FLOATS
 from .arrays import dtype as dtype_of
+from .dropout import Dropout
 from .mask import Mask
 from .message import Communicator, InputError
 
@@ -59,7 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[dtype.name for dtype in FLOATS],
         help="convert to this dtype (default float32; a file keeps its own)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of random input and of the output's gradient (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    features = parser.add_argument_group("features (by default none)")
+    features.add_argument("--softcap", type=float, metavar="X", help="scores become X tanh(scores / X)")
+    features.add_argument("--sinks", action="store_true", help="one more logit for each head, random, to attend to")
+    features.add_argument("--dropout", type=float, metavar="RATE", help="of the probabilities, the same on any ranks")
+
+
+def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
+    """Return the sinks of all heads and the dropout that the options ask for."""
+    result: dict[str, Any] = {}
+    if args.sinks:
+        result["sinks"] = np.random.default_rng(args.seed).standard_normal(heads, dtype=np.float32)
+    if args.dropout is not None:
+        result["dropout"] = Dropout(args.dropout, args.seed)
+    return result
 
 
 MASK_HELP = (
@@ -105,6 +120,7 @@ def load(args: argparse.Namespace) -> Inputs:
     ValueError, OSError
         Where the file is missing or damaged, or the options or the arrays do not fit together.
     """
+    features(args, heads=0)  # finds a wrong dropout rate
     sizes = {name: getattr(args, name) for name in SYNTHETIC}
     given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
     if args.qkv is not None and given:

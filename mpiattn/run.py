@@ -11,7 +11,7 @@ from typing import Any
 
 from . import grid, inputs
 from .algorithms import ALGORITHMS
-from .layout import LAYOUTS, gather, scatter
+from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
 from .trace import TracedComm, watch, write
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     inputs.on_root(comm, lambda: inputs.check_output(args.output))
     if args.trace and not args.trace.parent.is_dir():
         raise InputError(f"{args.trace.parent}: no such folder")
-    options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale}
+    options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale, "softcap": args.softcap}
     if args.grid:
         if "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
             raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
@@ -50,8 +50,12 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
         places = {name: attention.owned(name, shapes) for name in shapes}
         q, k, v, d_out = (scatter(wholes.get(name), comm, where) for name, where in places.items())
+        features = inputs.features(args, shapes["q"][1])
+        if "sinks" in features:
+            place = places["out"](shapes["out"], comm.Get_rank())
+            features["sinks"] = features["sinks"][owned_heads(place)]
         with traced.trace.phase("forward"):
-            out, saved = attention.forward(q, k, v)
+            out, saved = attention.forward(q, k, v, **features)
         results = {"out": out, "lse": saved.lse}
         if args.backward:
             with traced.trace.phase("backward"):
