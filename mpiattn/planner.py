@@ -151,8 +151,8 @@ class Outcome:
         return self.forward + self.backward
 
 
-def simulate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> Outcome:
-    """Run the algorithm itself on the virtual cluster, with arrays without data."""
+def simulate(task: Task, machine: Machine, ranks: int, candidate: Candidate, limit: float = math.inf) -> Outcome:
+    """Run the algorithm itself on the virtual cluster, with arrays without data; TimeoutError after `limit` seconds."""
     problem, order = task.problem(ranks), candidate.order(ranks)
     wide = arrays.dtype(task.dtype)
 
@@ -173,7 +173,7 @@ def simulate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> 
                 attention.backward(d_out, saved)  # type: ignore[arg-type]
             return middle - start, rank.clock - middle, rank.computed, rank.waiting - waiting, rank.received, rank.peak
 
-    columns = list(zip(*Cluster(ranks, machine).run(program), strict=True))
+    columns = list(zip(*Cluster(ranks, machine, limit).run(program), strict=True))
     return Outcome(candidate, *(max(column) for column in columns))
 
 
@@ -295,7 +295,10 @@ def plan(
         else:
             tried[family] = tried.get(family, 0) + 1
             try:
-                outcome = simulate(task, machine, ranks, candidate)
+                outcome = simulate(task, machine, ranks, candidate, SLOWER * fastest)
+            except TimeoutError:
+                left_out.append((candidate, f"takes more than {SLOWER} times as long as another"))
+                continue
             except InputError as error:
                 left_out.append((candidate, str(error)))
                 continue
@@ -309,8 +312,11 @@ def plan(
     return Plan(task, machine, ranks, limit, fitting, left_out)
 
 
-TRIES = 8
+TRIES = 6
 """Variants of one algorithm that are run, those that move the fewest bytes first."""
+
+SLOWER = 3
+"""How many times as long as the fastest so far a candidate may take before it is given up."""
 
 
 def _impossible(

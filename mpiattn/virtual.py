@@ -354,12 +354,14 @@ class Cluster:
     ----------
     ranks : int
     machine : Machine
+    limit : float
+        Seconds after which a run ends with TimeoutError.
     """
 
-    def __init__(self, ranks: int, machine: Machine) -> None:
+    def __init__(self, ranks: int, machine: Machine, limit: float = math.inf) -> None:
         if ranks < 1:
             raise ValueError(f"a cluster has at least one rank, not {ranks}")
-        self.machine = machine
+        self.machine, self.limit = machine, limit
         self.ranks = [Rank(self, number) for number in range(ranks)]
         self.events: list[tuple[float, int, Rank | Request]] = []
         self.order = itertools.count()
@@ -405,6 +407,9 @@ class Cluster:
         events, pop = self.events, heapq.heappop
         while events and self.failed is None:
             time, _, event = pop(events)
+            if time > self.limit:
+                self.failed = TimeoutError(f"not done after {self.limit:g} s")
+                break
             if type(event) is Rank:
                 event.clock = time
                 _running[-1] = event
