@@ -17,7 +17,7 @@ def zeros(rank: int, size: int, tokens: int = 6, heads: int = 4, dim: int = 8, d
     return np.zeros((1, heads, tokens, dim), dtype)
 
 
-def refused(comm, build: Callable[[Any], Any], act: Callable[[Any], Any] = lambda attention: None) -> str:
+def refused(comm: Any, build: Callable[[Any], Any], act: Callable[[Any], Any] = lambda attention: None) -> str:
     """Return the one message with which all ranks refuse, having sent nothing."""
     traced = TracedComm(comm)
     with pytest.raises(InputError) as caught:
@@ -26,14 +26,14 @@ def refused(comm, build: Callable[[Any], Any], act: Callable[[Any], Any] = lambd
     texts = comm.allgather(str(caught.value))
     assert set(texts) == {texts[0]}
     assert not [event for event in traced.trace.events if event.kind in ("send", "receive")]
-    return texts[0]
+    return str(texts[0])
 
 
-def ring(comm) -> Any:
+def ring(comm: Any) -> Any:
     return mpiattn.RingAttention(comm, layout="contiguous")
 
 
-ARRAYS = {
+ARRAYS: dict[str, tuple[Callable[[int, int], Any], str]] = {
     "heads no multiple of kv heads": (
         lambda r, n: (zeros(r, n, heads=4), zeros(r, n, heads=3), zeros(r, n, heads=3)),
         r"the 4 heads of q need k and v with one of \[1, 2, 4\] heads",
@@ -47,7 +47,7 @@ ARRAYS = {
     "batch differs": (lambda r, n: (zeros(r, n), *[np.concatenate([zeros(r, n)] * 2)] * 2), "one batch size"),
 }
 
-ON_ONE_RANK = {
+ON_ONE_RANK: dict[str, tuple[Callable[[int, int], Any], str]] = {
     "heads on one rank": (lambda r, n: (zeros(r, n, heads=4 + 4 * (r == n - 1)),) * 3, "only the number of tokens"),
     "dtype on one rank": (lambda r, n: (zeros(r, n, dtype="f8" if r == 1 else "f4"),) * 3, "on rank 1 is float64"),
     "tokens on one rank": (lambda r, n: (zeros(r, n, tokens=6 + 3 * (r == 1)),) * 3, "cut with positions"),
@@ -57,7 +57,7 @@ ON_ONE_RANK = {
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", ARRAYS)
-def test_arrays(comm, case: str) -> None:
+def test_arrays(comm: Any, case: str) -> None:
     make, message = ARRAYS[case]
     arrays = make(comm.Get_rank(), comm.Get_size())
     assert_matches(refused(comm, ring, lambda attention: attention.forward(*arrays)), message)
@@ -65,14 +65,14 @@ def test_arrays(comm, case: str) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("case", ON_ONE_RANK)
-def test_arrays_on_one_rank(comm, case: str) -> None:
+def test_arrays_on_one_rank(comm: Any, case: str) -> None:
     make, message = ON_ONE_RANK[case]
     arrays = make(comm.Get_rank(), comm.Get_size())
     assert_matches(refused(comm, ring, lambda attention: attention.forward(*arrays)), message)
 
 
 @pytest.mark.mpi
-def test_gradient_of_another_shape(comm) -> None:
+def test_gradient_of_another_shape(comm: Any) -> None:
     def act(attention: Any) -> None:
         q = zeros(comm.Get_rank(), comm.Get_size())
         _, saved = attention.forward(q, q, q)
@@ -95,7 +95,7 @@ def test_gradient_of_another_shape(comm) -> None:
         (lambda comm: mpiattn.MeshAttention(comm, rows=77), "does not hold"),
     ],
 )
-def test_arguments(comm, build: Callable[[Any], Any], message: str) -> None:
+def test_arguments(comm: Any, build: Callable[[Any], Any], message: str) -> None:
     assert_matches(refused(comm, build), message)
 
 
@@ -111,12 +111,12 @@ def test_arguments(comm, build: Callable[[Any], Any], message: str) -> None:
     ],
     ids=["mask", "layout", "scale", "algorithm", "grid"],
 )
-def test_arguments_that_differ_between_ranks(comm, build: Callable[[Any], Any]) -> None:
+def test_arguments_that_differ_between_ranks(comm: Any, build: Callable[[Any], Any]) -> None:
     assert "was given" in refused(comm, build)
 
 
 @pytest.mark.mpi
-def test_documents_of_another_length(comm) -> None:
+def test_documents_of_another_length(comm: Any) -> None:
     q = zeros(comm.Get_rank(), comm.Get_size())
     mask = mpiattn.Documents([5])
     message = refused(
@@ -126,7 +126,7 @@ def test_documents_of_another_length(comm) -> None:
 
 
 @pytest.mark.mpi
-def test_nan_in_gives_nan_out(comm) -> None:
+def test_nan_in_gives_nan_out(comm: Any) -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 2, 20, 4))
     q[0, 1, 7, 2] = np.nan

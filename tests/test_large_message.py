@@ -1,6 +1,7 @@
 """A message of more than 2**31 - 1 bytes, which no count of an MPI-3 library can hold."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ NBYTES = 2**31 + 12_345
 
 @pytest.mark.slow
 @pytest.mark.mpi(sizes=[2])
-def test_a_message_beyond_2_gib(comm) -> None:
+def test_a_message_beyond_2_gib(comm: Any) -> None:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if comm.allreduce(free < 3 * NBYTES):
         pytest.skip(f"needs {3 * NBYTES / 1e9:.0f} GB of free memory, here are {free / 1e9:.0f}")

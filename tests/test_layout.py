@@ -1,5 +1,7 @@
 """Layouts: every token has one owner; scatter and gather are inverses; wrong shares are refused everywhere."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -39,9 +41,9 @@ def test_unknown_layout_names_the_choices() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16, np.int64])
 @pytest.mark.parametrize("tokens", [0, 2, 101])
-def test_scatter_and_gather_are_inverses(comm, layout: str, dtype: type, tokens: int) -> None:
+def test_scatter_and_gather_are_inverses(comm: Any, layout: str, dtype: type, tokens: int) -> None:
     root = comm.Get_size() - 1
-    whole = np.arange(2 * 3 * tokens * 5).reshape(2, 3, tokens, 5).astype(dtype)
+    whole: Any = np.arange(2 * 3 * tokens * 5).reshape(2, 3, tokens, 5).astype(dtype)
     share = scatter(whole if comm.Get_rank() == root else None, comm, layout, root)
     assert np.array_equal(share, whole[:, :, positions(layout, tokens, comm.Get_size(), comm.Get_rank())])
     back = gather(share, comm, layout, root)
@@ -50,7 +52,7 @@ def test_scatter_and_gather_are_inverses(comm, layout: str, dtype: type, tokens:
 
 
 @pytest.mark.mpi
-def test_another_axis(comm) -> None:
+def test_another_axis(comm: Any) -> None:
     tokens = np.arange(23, dtype=np.int32)[None]
     share = scatter(tokens if comm.Get_rank() == 0 else None, comm, "zigzag", axis=1)
     back = gather(share, comm, "zigzag", axis=1)
@@ -58,7 +60,7 @@ def test_another_axis(comm) -> None:
 
 
 @pytest.mark.mpi
-def test_scatter_of_nothing_is_refused_on_all_ranks(comm) -> None:
+def test_scatter_of_nothing_is_refused_on_all_ranks(comm: Any) -> None:
     with pytest.raises(InputError, match="rank 0 must give an array with an axis 2"):
         scatter(None, comm, "zigzag")
     with pytest.raises(InputError, match="unknown layout"):
@@ -66,7 +68,7 @@ def test_scatter_of_nothing_is_refused_on_all_ranks(comm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_gather_of_wrong_shares_is_refused_on_all_ranks(comm) -> None:
+def test_gather_of_wrong_shares_is_refused_on_all_ranks(comm: Any) -> None:
     tokens = 4 if comm.Get_rank() else 9
     with pytest.raises(InputError, match=r"rank . has float64 .1, 2, ., 3.; its share of"):
         gather(np.zeros((1, 2, tokens, 3)), comm, "contiguous")

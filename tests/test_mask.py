@@ -1,5 +1,7 @@
 """Masks: the interval of keys against the definition of each mask, pair by pair."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from mpiattn.mask import (
     Documents,
     Full,
     Mask,
+    Positions,
     SlidingWindow,
     allowed,
     counts,
@@ -33,7 +36,7 @@ DEFINITIONS = [
 
 
 @pytest.mark.parametrize(("mask", "definition"), DEFINITIONS, ids=[str(mask) for mask, _ in DEFINITIONS])
-def test_masks_mean_what_they_say(mask: Mask, definition) -> None:
+def test_masks_mean_what_they_say(mask: Mask, definition: Callable[[int, int], bool]) -> None:
     every = np.arange(TOKENS)
     expected = np.array([[bool(definition(q, k)) for k in every] for q in every])
     assert np.array_equal(allowed(mask, every, every), expected)
@@ -44,7 +47,7 @@ positions = st.sets(st.integers(0, TOKENS - 1)).map(lambda chosen: np.array(sort
 
 
 @given(st.sampled_from([mask for mask, _ in DEFINITIONS]), positions, positions, positions)
-def test_pairs_are_counted(mask: Mask, queries, keys, others) -> None:
+def test_pairs_are_counted(mask: Mask, queries: Positions, keys: Positions, others: Positions) -> None:
     assert pairs(mask, queries, keys) == allowed(mask, queries, keys).sum()
     table = counts(mask, [queries, others], [keys, others, queries])
     assert np.array_equal(table, [[pairs(mask, q, k) for k in (keys, others, queries)] for q in (queries, others)])
