@@ -38,7 +38,7 @@ DEFINITIONS = [
 @pytest.mark.parametrize(("mask", "definition"), DEFINITIONS, ids=[str(mask) for mask, _ in DEFINITIONS])
 def test_masks_mean_what_they_say(mask: Mask, definition: Callable[[int, int], bool]) -> None:
     every = np.arange(TOKENS)
-    expected = np.array([[bool(definition(q, k)) for k in every] for q in every])
+    expected = np.array([[bool(definition(int(q), int(k))) for k in every] for q in every])
     assert np.array_equal(allowed(mask, every, every), expected)
     assert parse(str(mask)) == mask
 
