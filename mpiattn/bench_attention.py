@@ -225,8 +225,8 @@ def torch_contenders(setting: Setting) -> list[Contender]:
     """Return torch's context parallelism, and its attention on one GPU."""
     import torch
     import torch.distributed as dist
+    from torch.nn import functional
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as attend
 
     comm = setting.comm
     torch.cuda.set_device(setting.xp.cuda.Device().id)
@@ -239,14 +239,14 @@ def torch_contenders(setting: Setting) -> list[Contender]:
     def passes(q: Any, k: Any, v: Any) -> dict[str, Callable[[], object]]:
         def forward() -> Any:
             with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return attend(q, k, v, is_causal=causal)
+                return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
         gradient: Any = None
 
         def both() -> None:
             nonlocal gradient
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                out = attend(q, k, v, is_causal=causal)
+                out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
                 if gradient is None:
                     gradient = torch.randn_like(out)
                 out.backward(gradient)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .message import Communicator, constant
+from .message import Communicator, Testall, Waitall, constant
 
 Array = Any
 
@@ -132,10 +132,14 @@ class Channel:
 
 
 class Transfer:
-    """A message or a collective under way; `steps` brings it on, and yields while there is nothing to do."""
+    """A message or a collective under way; `steps` brings it on.
 
-    def __init__(self, channel: Channel, steps: Iterator[None]) -> None:
+    It yields while there is nothing to do: MPI's requests once they are all posted and nothing else is left, or None.
+    """
+
+    def __init__(self, channel: Channel, steps: Iterator[Any]) -> None:
         self.channel, self.steps = channel, steps
+        self.posted: Sequence[Any] | None = None
         self.done = False
         channel.under_way.append(self)
         self.advance()
@@ -144,7 +148,7 @@ class Transfer:
         """Do what can be done now; return whether all is."""
         if not self.done:
             try:
-                next(self.steps)
+                self.posted = next(self.steps)
             except StopIteration:
                 self.done = True
                 self.channel.under_way.remove(self)
@@ -162,11 +166,10 @@ class Transfer:
     def Waitall(requests: Sequence[Transfer]) -> None:
         """Bring on all transfers under way until these have completed."""
         while not Transfer.Testall(requests):
-            pass
-
-
-def _done(requests: Sequence[Any]) -> bool:
-    return not requests or bool(type(requests[0]).Testall(requests))
+            # MPI waits with less delay, but meanwhile nothing else is posted that another rank may be waiting for.
+            under_way = [transfer for request in requests for transfer in request.channel.under_way]
+            if all(transfer.posted for transfer in under_way):
+                Waitall([request for transfer in requests if not transfer.done for request in transfer.posted or ()])
 
 
 class DeviceComm:
@@ -206,7 +209,7 @@ class DeviceComm:
             steps = (self._staged_send if kind == "send" else self._staged_receive)(data, peer, tag)
         return Transfer(self.channel, steps)
 
-    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int) -> Iterator[None]:
+    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int) -> Iterator[Any]:
         ready = self.channel.mark()
         while not ready.done:
             yield
@@ -333,9 +336,9 @@ def _split(array: Array, counts: Sequence[int]) -> list[Array]:
     return [array[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def _posted(requests: Sequence[Any]) -> Iterator[None]:
-    while not _done(requests):
-        yield
+def _posted(requests: Sequence[Any]) -> Iterator[Any]:
+    while not Testall(requests):
+        yield requests
 
 
 def _completed(transfers: Sequence[Transfer], then: Callable[[], object]) -> Iterator[None]:

@@ -108,6 +108,8 @@ def accumulate(total: Array, part: Array) -> None:
 
 def cast(total: Array, dtype: Any) -> Array:
     """Round a sum of rows to a dtype."""
+    if total.dtype == dtype:
+        return total.copy()
     result = cupy.empty(total.shape, dtype)
     _rows("cast", total.dtype, dtype, result, total)
     return result
