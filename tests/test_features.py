@@ -1,4 +1,7 @@
-"""Softcap, sinks and dropout: the NumPy kernel against the oracle, the oracle against finite differences."""
+"""Softcap, sinks and dropout: the NumPy kernel against the oracle, the oracle against finite differences.
+
+That every algorithm has them is for the conformance matrix (test_conformance.py).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mpiattn import ALGORITHMS, RingAttention, conformance, oracle, softmax
 from mpiattn import layout as layouts
-from mpiattn import oracle, softmax
 from mpiattn.dropout import Dropout, philox
 from mpiattn.kernels.numpy import NumpyKernel
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
@@ -233,3 +236,93 @@ def test_expectation_of_dropout() -> None:
 def test_bad_dropout(arguments: Any) -> None:
     with pytest.raises(ValueError, match="dropout"):
         Dropout(*arguments)
+
+
+# On several ranks
+
+
+def share(attention: Any, tokens: int = 12, seed: int = 0) -> list[Array]:
+    """Return this rank's q, k, v, d_out, and sinks of all heads."""
+    *arrays, sinks = inputs(tokens, seed=seed)
+    return [*(np.ascontiguousarray(array[:, :, attention.positions(tokens)]) for array in arrays), sinks]
+
+
+@pytest.mark.mpi(max_size=4)
+def test_backward_drops_what_its_forward_dropped(comm: Any) -> None:
+    """Whatever has been computed in between, as with one object for many layers; and None drops nothing."""
+    with RingAttention(comm) as attention:
+        q, k, v, d_out, _ = share(attention)
+        runs = [attention.forward(q, k, v, dropout=Dropout(0.5, seed)) for seed in (1, 2)]
+        plain, saved = attention.forward(q, k, v)
+        gradients = [attention.backward(d_out, s) for _, s in (*runs, (plain, saved))]
+        again, _ = attention.forward(q, k, v, dropout=Dropout(0.0, 3))
+    np.testing.assert_array_equal(again, plain)
+    q, k, v, d_out, _ = inputs(12)
+    for dropout, d_q in zip((Dropout(0.5, 1), Dropout(0.5, 2), None), (g[0] for g in gradients), strict=True):
+        right = oracle.gradients(q, k, v, d_out, Full(), dropout=dropout)[0][:, :, attention.positions(12)]
+        assert oracle.error(d_q, right) <= 1e-10
+
+
+@pytest.mark.mpi(max_size=4)
+@pytest.mark.parametrize("softcap", [0, -1.0, float("nan"), float("inf"), "2"])
+def test_bad_softcap(comm: Any, softcap: Any) -> None:
+    with pytest.raises(ValueError, match="softcap is a number above 0"):
+        RingAttention(comm, softcap=softcap if comm.Get_rank() == comm.Get_size() - 1 else 1.0)
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+def test_ranks_must_be_given_the_same(comm: Any) -> None:
+    last = comm.Get_rank() == comm.Get_size() - 1
+    with pytest.raises(ValueError, match=r"rank \d was given"):
+        RingAttention(comm, softcap=2.0 if last else 1.0)
+    with RingAttention(comm) as attention:
+        q, k, v, d_out, sinks = share(attention)
+        wrong: list[tuple[str, Any, Any]] = [
+            ("dropout", Dropout(0.5, 1), Dropout(0.5, 2)),
+            ("dropout", Dropout(0.5, 1), Dropout(0.25, 1)),
+            ("dropout", Dropout(0.5, 1), None),
+            ("dropout", Dropout(0.5, 1), 0.5),
+            ("sinks", sinks, None),
+            ("sinks", sinks, sinks[:-1]),
+            ("sinks", sinks, sinks + 1),
+            ("sinks", sinks, list(sinks)),
+        ]
+        for name, others, own in wrong:
+            with pytest.raises(ValueError, match=f"{name} on rank {comm.Get_size() - 1}"):
+                attention.forward(q, k, v, **{name: own if last else others})
+        _, saved = attention.forward(q, k, v)
+        with pytest.raises(ValueError, match="no sinks"):
+            attention.sink_gradient(d_out, saved)
+
+
+@pytest.mark.mpi(max_size=4)
+def test_refusals_count_apart(comm: Any) -> None:
+    """An implementation without the features is asked for them, refuses, and passes all the same."""
+
+    class Plain(RingAttention):
+        def __init__(self, comm: Any, *, layout: str, mask: Mask, scale: float | None) -> None:
+            super().__init__(comm, layout=layout, mask=mask, scale=scale)
+
+        def forward(self, q: Array, k: Array, v: Array) -> Any:  # type: ignore[override]
+            return super().forward(q, k, v)
+
+    for case in conformance.fast():
+        if case.optional:
+            with pytest.raises(conformance.Refused):
+                conformance.check(Plain, comm, case)
+    conformance.check(Plain, comm, conformance.Case(layout="zigzag"))
+
+
+@pytest.mark.mpi(sizes=[3])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_wrong_decisions_are_found(comm: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of conformance sees a head number that is off by one on the last rank."""
+    drop = NumpyKernel.drop
+
+    def off(kernel: NumpyKernel, dropout: Dropout | None, first_head: int = 0) -> None:
+        drop(kernel, dropout, first_head + (comm.Get_rank() == 0))
+
+    monkeypatch.setattr(NumpyKernel, "drop", off)
+    case = conformance.Case(dropout=0.4, heads=6, kv_heads=3)
+    with pytest.raises(AssertionError, match="error of"):
+        conformance.check(partial(ALGORITHMS[name]), comm, case)
