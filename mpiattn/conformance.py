@@ -98,8 +98,8 @@ class Case:
         return bool(self.softcap or self.dropout or self.sinks)
 
 
-SMALL = 0.01
-"""Errors are relative to the largest value, but to no less than this: where all cancel, rounding is left."""
+SMALL = {"float64": 0.1, "float32": 0.1, "float16": 1.0, "bfloat16": 1.0}
+"""Errors are relative to the largest value, but to no less than this: where all cancels, rounding is left."""
 
 MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
 
@@ -289,7 +289,7 @@ def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str
         whole = np.where(np.isneginf(whole), 0, whole)
     elif name != "d_sinks" and result.dtype.name != dtype:
         return [f"{name} is {result.dtype} instead of {dtype}"]
-    largest = max(np.abs(whole).max(initial=0), SMALL)
+    largest = max(np.abs(whole).max(initial=0), SMALL[dtype])
     error = np.abs(result - reference).max(initial=0) / largest
     tolerance = oracle.TOLERANCES[dtype]
     return [] if error <= tolerance else [f"error of {name} {error:.1e} exceeds {tolerance:.0e}"]
