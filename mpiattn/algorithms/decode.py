@@ -28,7 +28,8 @@ from ..mask import Positions
 from ..message import Communicator, Tag, Waitall, constant
 from ..problem import CacheProblem, Problem, posed_to_cache, span
 from ..softmax import merge, normalised, weighted
-from .base import Array, Attention, Given, Options, Saved, checksum, described, fit_together, numbered
+from .agreement import checksum, described, fit_together, numbered
+from .base import Array, Attention, Given, Options, Saved
 
 if TYPE_CHECKING:
     from .base import Unpack

@@ -48,6 +48,7 @@ class RingAttention(Attention):
         [state] = self.parcels("o", [problem.o(self.rank)])
         state.fill(0, -math.inf)
         out, lse = state.arrays
+        self.kernel.put_off(out, lse)
         self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
             requests = self.pass_kv(step)
@@ -56,6 +57,7 @@ class RingAttention(Attention):
                 near_k, near_v = self.kv[step].arrays
                 self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
+        self.kernel.settle()
         return out, lse
 
     def pass_kv(self, step: int) -> list[Any]:

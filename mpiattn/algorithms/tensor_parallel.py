@@ -23,7 +23,8 @@ from ..layout import EVERYWHERE, Where, heads
 from ..message import Communicator, InputError
 from ..problem import Problem
 from ..softmax import accumulator
-from .base import Array, Attention, Options, described
+from .agreement import described
+from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
