@@ -203,6 +203,19 @@ def build(device: int, dtype: str, scale: float, causal: bool, left: int | None,
 
 Call = Callable[..., None]
 
+TOGETHER = 4  # partial results that one pass merges
+
+
+class Waiting(NamedTuple):
+    """A running (out, lse), and the partial results that wait to be merged into it.
+
+    A part is pointers to its out and lse, the first of its queries and their number.
+    """
+
+    out: Array
+    lse: Array
+    parts: list[tuple[int, int, int, int]]
+
 
 class CudnnKernel:
     """Attention of one rank's block by cuDNN. Parameters, arrays and results: as `NumpyKernel`'s.
@@ -219,10 +232,28 @@ class CudnnKernel:
         self.plain = CupyKernel(mask, scale)
         self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[Call]]] = {}
         self.work: dict[str, Array] = {}
+        self.waiting: Waiting | None = None
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
         assert dropout is None
+
+    def put_off(self, out: Array, lse: Array) -> None:
+        """Let merges into (out, lse) wait until `settle`: several partial results are then merged in one pass."""
+        self.waiting = Waiting(out, lse, [])
+
+    def settle(self) -> None:
+        """Do the merges that were put off."""
+        if self.waiting is not None:
+            self._merge(self.waiting)
+            self.waiting = None
+
+    def _merge(self, waiting: Waiting) -> None:
+        out, lse, parts = waiting
+        if parts:
+            numbers = [number for part in parts for number in part] + [0] * 4 * (TOGETHER - len(parts))
+            RowPass("merge_parts", lse.dtype, self.dtype, out, lse)(out.data.ptr, lse.data.ptr, more=numbers)
+            parts.clear()
 
     def forward(
         self,
@@ -265,6 +296,7 @@ class CudnnKernel:
     ) -> None:
         """Queue the calls of a block; what depends on shapes and positions only is prepared once."""
         arrays = [*map(_aligned, halves), *others]
+        self.dtype = arrays[0].dtype
         shapes = [(array.shape, array.strides, array.data.ptr % ALIGNMENT) for array in arrays]
         key = (prepare, id(q_positions), id(k_positions), arrays[0].dtype, *shapes)
         if key not in self.prepared:
@@ -295,10 +327,18 @@ class CudnnKernel:
         sizes, offsets = [part.nbytes, part_lse.nbytes], _offsets(views, arrays)
 
         def call(*arrays: Array) -> None:
+            waiting = self.waiting
+            late = waiting is not None and waiting.out.data.ptr == arrays[3].data.ptr
+            number = len(waiting.parts) if waiting is not None and late else 0
             q, k, v, out, lse = (array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True))
-            part, part_lse = self._buffers(sizes)
+            part, part_lse = self._buffers(sizes, f"part {number} ")
             self._execute(plan, q, k, v, part, part_lse)
-            merge(out, lse, part, part_lse)
+            if waiting is None or not late:
+                merge(out, lse, part, part_lse)
+                return
+            waiting.parts.append((part, part_lse, piece.queries.start, rows[2]))
+            if len(waiting.parts) == TOGETHER:
+                self._merge(waiting)
 
         return call
 

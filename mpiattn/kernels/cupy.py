@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ Progress = Callable[[], object]
 QUERIES, KEYS = 2048, 4096  # the largest tile of one head
 TILE_BYTES = 2**28  # of the scores of all heads of a tile
 THREADS = 256
+PASSES = "merge", "merge_parts", "accumulate", "cast", "delta", "stand_in"
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
@@ -39,11 +40,7 @@ TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16
 @functools.cache
 def _module(wide: str, dtype: str) -> Any:
     """Return the compiled passes for arrays of a dtype, with sums of another."""
-    names = [
-        f"{name}<{wide}, {dtype}, {v}>"
-        for name in ("merge", "accumulate", "cast", "delta", "stand_in")
-        for v in (1, 2, 4)
-    ]
+    names = [f"{name}<{wide}, {dtype}, {v}>" for name in PASSES for v in (1, 2, 4)]
     names += [f"{name}<{wide}, {dtype}>" for name in ("softmax", "softmax_backward")]
     source = files("mpiattn.kernels").joinpath("fused.cu").read_text()
     return cupy.RawModule(code=source, options=("-std=c++17",), name_expressions=names)
@@ -83,13 +80,13 @@ class RowPass:
         self.numbers = rows, heads, tokens, dim
         self.function = _pass(name, wide, dtype, vector) if rows else None
 
-    def __call__(self, *pointers: int) -> None:
-        """Queue the pass."""
+    def __call__(self, *pointers: int, more: Sequence[int] = ()) -> None:
+        """Queue the pass; `more` are its last parameters."""
         if self.function is not None:
             arguments = [
                 x for pointer, strides in zip(pointers, self.strides, strict=True) for x in (pointer, *strides)
             ]
-            self.function(self.grid, (THREADS,), (*arguments, *self.numbers))
+            self.function(self.grid, (THREADS,), (*arguments, *self.numbers, *more))
 
 
 def _rows(name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
@@ -260,6 +257,12 @@ class CupyKernel:
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop probabilities from now on, or none: see `NumpyKernel.drop`."""
         self.dropout, self.first_head = dropout, first_head
+
+    def put_off(self, out: Array, lse: Array) -> None:
+        """Let merges into (out, lse) wait until `settle`: here none does."""
+
+    def settle(self) -> None:
+        """Do what was put off."""
 
     def forward(
         self,

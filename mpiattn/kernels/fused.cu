@@ -90,6 +90,60 @@ __global__ void merge(A* out, STRIDES(so), A* lse, STRIDES(sl), const T* part, S
     }
 }
 
+// softmax.merge of up to four partial results at once: of tokens first .. first + count - 1, without gaps.
+#define PART(n) const T* part##n, const A* lse##n, Index first##n, Index count##n
+template <typename A, typename T, int V>
+__global__ void merge_parts(A* out, STRIDES(so), A* lse, STRIDES(sl), Index rows, Index heads, Index tokens, Index dim,
+                            PART(0), PART(1), PART(2), PART(3))
+{
+    FOR_EACH_ROW
+    const T* parts[] = {part0, part1, part2, part3};
+    const A* lses[] = {lse0, lse1, lse2, lse3};
+    const Index firsts[] = {first0, first1, first2, first3}, counts[] = {count0, count1, count2, count3};
+    const A none = -Number<A>::infinity();
+    A* total = lse + AT(sl);
+    const A before = *total;
+    A weights[4], top = before, sum;
+    const T* from[4];
+    __syncwarp();
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const Index t = r.t - firsts[i];
+        const bool covers = t >= 0 && t < counts[i];
+        const Index at = (r.b * heads + r.h) * counts[i] + t;
+        weights[i] = covers ? lses[i][at] : none;
+        from[i] = parts[i] + at * dim;
+        top = weights[i] > top ? weights[i] : top;
+    }
+    if (top == none) return;
+    A keep = power2((before - top) * (A)LOG2E);
+    sum = keep;
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        weights[i] = power2((weights[i] - top) * (A)LOG2E);
+        sum += weights[i];
+    }
+    keep /= sum;
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] /= sum;
+    if (lane == 0) *total = top + natural_log(sum);
+    A* to = out + AT(so);
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        Pack<A, V> y = {};
+        if (keep > 0) {
+            y = *(const Pack<A, V>*)(to + d);
+            for (int j = 0; j < V; ++j) y.x[j] *= keep;
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (weights[i] > 0) {
+                const Pack<T, V> x = *(const Pack<T, V>*)(from[i] + d);
+                for (int j = 0; j < V; ++j) y.x[j] += weights[i] * wide<A>(x.x[j]);
+            }
+        *(Pack<A, V>*)(to + d) = y;
+    }
+}
+
 // sum += part.
 template <typename A, typename T, int V>
 __global__ void accumulate(A* sum, STRIDES(ss), const T* part, STRIDES(sp), Index rows, Index heads, Index tokens, Index dim)

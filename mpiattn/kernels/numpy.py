@@ -133,6 +133,12 @@ class NumpyKernel:
         """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
         self.dropout, self.first_head = dropout, first_head
 
+    def put_off(self, out: Array, lse: Array) -> None:
+        """Let merges into (out, lse) wait until `settle`, where that is faster: here it isn't."""
+
+    def settle(self) -> None:
+        """Do what was put off."""
+
     def forward(
         self,
         q: Array,

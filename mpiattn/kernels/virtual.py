@@ -23,6 +23,12 @@ class VirtualKernel:
     def drop(self, dropout: Any, first_head: int = 0) -> None:
         """Do nothing: the time that it takes isn't part of the machine description."""
 
+    def put_off(self, out: Any, lse: Any) -> None:
+        """Put nothing off."""
+
+    def settle(self) -> None:
+        """Do what was put off."""
+
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
         """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
         self._spend(2 * (q.shape[3] + v.shape[3]), q, q_positions, k_positions, False)
