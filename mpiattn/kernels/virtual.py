@@ -43,18 +43,30 @@ class VirtualKernel:
     def _spend(self, work: int, q: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
         i, j = self.queries.get(id(q_positions)), self.keys.get(id(k_positions))
         # A chunk of two ranks' tokens, or a part of one's, is none of the problem's.
-        count = pairs(self.mask, q_positions, k_positions) if i is None or j is None else self.counts[i][j]
+        count = self._count(q_positions, k_positions) if i is None or j is None else self.counts[i][j]
         size = (len(q_positions), len(k_positions), work, backward)
         if size not in self.costs:
             self.costs[size] = self._cost(q, *size)
         call, a_pair = self.costs[size]
         current().compute(call + count * a_pair)
 
+    def _count(self, q_positions: Positions, k_positions: Positions) -> int:
+        key = id(q_positions), id(k_positions), self.mask
+        if key not in _COUNTS:
+            _COUNTS[key] = q_positions, k_positions, pairs(self.mask, q_positions, k_positions)
+            if len(_COUNTS) > 2**14:
+                del _COUNTS[next(iter(_COUNTS))]
+        return _COUNTS[key][2]
+
     def _cost(self, q: Any, queries: int, keys: int, work: int, backward: bool) -> tuple[float, float]:
         """Return the seconds of a call, and of a pair, for blocks of this size."""
         rates = current().cluster.machine.rates(q.dtype.name)
         rate = rates.at(math.sqrt(queries * keys), backward)
         return rates.call, q.shape[0] * q.shape[1] * work / rate
+
+
+_COUNTS: dict[tuple[int, int, Mask], tuple[Positions, Positions, int]] = {}
+"""Pairs of blocks that are no problem's, by the identity of their positions, which are kept."""
 
 
 @functools.lru_cache(maxsize=4)
