@@ -14,8 +14,9 @@ import socket
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -118,6 +119,38 @@ def described(description: NDArray[np.int64]) -> Spec | None:
     return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
 
 
+class Uses:
+    """What a GPU has still to do with a buffer: all that was queued before `event` was recorded.
+
+    Work on a buffer is queued right after its arrays are asked for. So who records an event later on, see
+    `device.Channel.ready`, sets it for all buffers that are open, those whose arrays were asked for before.
+    """
+
+    opened: ClassVar[list[Uses]] = []
+
+    def __init__(self) -> None:
+        self.event: Any = None
+        self.open()  # its memory may have been another array's
+
+    def open(self) -> None:
+        """Note that work on the buffer is about to be queued."""
+        if self not in self.opened:
+            self.opened.append(self)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A buffer as a message of which it is known when the GPU last had to do with it."""
+
+    buffer: Any
+    uses: Uses
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the message."""
+        return int(self.buffer.nbytes)
+
+
 class Parcel:
     """Several arrays that travel in one message: views of one buffer of bytes, one after the other.
 
@@ -127,22 +160,34 @@ class Parcel:
         The widest dtype first, so that every view is aligned.
     buffer : uint8, at least the sum of the sizes, optional
         Storage to use; several parcels may take turns in it. A new NumPy array by default.
+    uses : Uses, optional
+        Of a buffer on a GPU; `arrays` is then to be asked for anew before each piece of work.
     """
 
-    def __init__(self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None, uses: Uses | None = None
+    ) -> None:
         sizes = [_size(*spec) for spec in specs]
         self.specs = list(specs)
         self.buffer = (np.empty(sum(sizes), np.uint8) if buffer is None else buffer)[: sum(sizes)]
         ends = itertools.accumulate(sizes)
-        self.arrays: list[Array] = [
+        self.uses = uses
+        self.views: list[Array] = [
             self.buffer[end - size : end].view(dtype).reshape(shape)
             for end, size, (shape, dtype) in zip(ends, sizes, specs, strict=True)
         ]
 
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays."""
+        if self.uses is not None:
+            self.uses.open()
+        return self.views
+
     @functools.cached_property
     def message(self) -> Any:
         """The parcel as a buffer argument of a send or a receive."""
-        return Rows(self.buffer)
+        return Rows(self.buffer) if self.uses is None else Tracked(self.buffer, self.uses)
 
     def pack(self, *arrays: Array) -> None:
         """Copy arrays into the parcel."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import Tracked, Uses
 from .message import Communicator, Testall, Waitall, constant
 
 Array = Any
@@ -118,6 +119,16 @@ class Channel:
         event.record(stream)
         return event
 
+    def ready(self, buf: Any) -> Any:
+        """Return an event that passes when the device has done with a buffer what was queued so far."""
+        event = None
+        if Uses.opened or not isinstance(buf, Tracked):
+            event = self.mark()
+        for uses in Uses.opened:
+            uses.event = event
+        Uses.opened.clear()
+        return buf.uses.event if isinstance(buf, Tracked) else event
+
     def slot(self) -> Any:
         """Return a piece of pinned memory, bytes of the host."""
         if self.slots:
@@ -202,23 +213,22 @@ class DeviceComm:
         number = self.counts[kind, peer, tag]
         self.counts[kind, peer, tag] += 1
         tag += number % ROUNDS * TAGS
-        data = array.reshape(-1).view(np.uint8)
+        data, ready = array.reshape(-1).view(np.uint8), self.channel.ready(buf)
         if self.channel.on_device:
-            steps = self._on_device(post, data, peer, tag)
+            steps = self._on_device(post, data, peer, tag, ready)
         else:
-            steps = (self._staged_send if kind == "send" else self._staged_receive)(data, peer, tag)
+            steps = (self._staged_send if kind == "send" else self._staged_receive)(data, peer, tag, ready)
         return Transfer(self.channel, steps)
 
-    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int) -> Iterator[Any]:
-        ready = self.channel.mark()
+    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int, ready: Any) -> Iterator[Any]:
         while not ready.done:
             yield
         requests = [post(data[begin : begin + LARGEST], peer, tag) for begin in range(0, data.size, LARGEST)]
         yield from _posted(requests)
 
-    def _staged_send(self, data: Array, dest: int, tag: int) -> Iterator[None]:
+    def _staged_send(self, data: Array, dest: int, tag: int, ready: Any) -> Iterator[None]:
         channel, stream = self.channel, self.channel.out
-        stream.wait_event(channel.mark())
+        stream.wait_event(ready)
         pieces = deque(_pieces(data))
         copying, sending = deque[Any](), deque[Any]()
         while pieces or copying or sending:
@@ -233,9 +243,9 @@ class DeviceComm:
                 channel.slots.append(sending.popleft()[1])
             yield
 
-    def _staged_receive(self, data: Array, source: int, tag: int) -> Iterator[None]:
+    def _staged_receive(self, data: Array, source: int, tag: int, ready: Any) -> Iterator[None]:
         channel, stream = self.channel, self.channel.back
-        stream.wait_event(channel.mark())
+        stream.wait_event(ready)
         pieces = deque(_pieces(data))
         receiving, copying = deque[Any](), deque[Any]()
         while pieces or receiving or copying:
@@ -314,6 +324,8 @@ class DeviceComm:
 
 def _array(buf: Any) -> Array:
     """Return the array of a buffer argument of a message."""
+    if isinstance(buf, Tracked):
+        return buf.buffer
     return buf[0] if isinstance(buf, (list, tuple)) else buf
 
 

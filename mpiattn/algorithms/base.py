@@ -117,6 +117,7 @@ class Attention:
         self.xp: Any = np
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
+        self.uses: dict[str, list[arrays.Uses | None]] = {}
         self.sinks: Array | None = None
         self.dropout: Dropout | None = None
         self.first_head = 0
@@ -241,13 +242,19 @@ class Attention:
         """
         return layouts.by_tokens(self.layout, self.comm.Get_size())
 
-    def parcels(self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0) -> list[Parcel]:
+    def parcels(
+        self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0, anew: bool = False
+    ) -> list[Parcel]:
         """Return a parcel for each list of specs; they keep their storage until the problem changes.
 
-        Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own.
+        Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own. `anew` says that a parcel's
+        arrays are asked for anew before each kernel call. On GPUs, which do what is queued, its messages then
+        wait only for what is queued on its own buffer; and one more buffer lets them run ahead of the queue.
         """
-        count = min(buffers, len(specs)) or len(specs)
+        tracked = anew and self.xp.__name__ == "cupy"
+        count = min(buffers + (tracked and buffers > 0), len(specs)) or len(specs)
         if name not in self.storage:
+            self.uses[name] = [arrays.Uses() if tracked else None for _ in range(count)]
             different = [{id(group): group for group in specs[start::count]} for start in range(count)]
             largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
@@ -255,7 +262,7 @@ class Attention:
         keys = [(step % count, id(group)) for step, group in enumerate(specs)]
         for key, group in zip(keys, specs, strict=True):
             if key not in made:
-                made[key] = Parcel(group, self.storage[name][key[0]])
+                made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]])
         return [made[key] for key in keys]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:

@@ -84,10 +84,10 @@ class MeshAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Follow the forward schedule."""
-        qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners])
-        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
+        qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners], anew=True)
+        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
         specs = [problem.o(owner) for owner in self.q_owners]
-        outs, shares = self.parcels("o", specs), self.arriving("o", specs)
+        outs, shares = self.parcels("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
             state.fill(0, -math.inf)
         qs[0].pack(q)
@@ -116,8 +116,8 @@ class MeshAttention(Attention):
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
     ) -> tuple[Array, Array, Array]:
         """Follow the backward schedule."""
-        qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners])
-        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners])
+        qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners], anew=True)
+        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
         specs = [problem.d_q(owner) for owner in self.q_owners]
         d_qs, q_shares = self.parcels("d_q", specs), self.arriving("d_q", specs)
         specs = [problem.d_kv(owner) for owner in self.kv_owners]

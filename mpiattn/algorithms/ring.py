@@ -41,7 +41,7 @@ class RingAttention(Attention):
         self.owners = [(self.rank - step) % self.size for step in range(self.size)]
         self.travels = travels(problem.needed.T)
         # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
-        self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2)
+        self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
@@ -76,7 +76,7 @@ class RingAttention(Attention):
         d_q = self.xp.zeros(q.shape, problem.wide)
         # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
         specs = [problem.d_kv(owner) for owner in self.owners]
-        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2)
+        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2, anew=True)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         users = self.travels[self.rank]
         self.kv[0].pack(k, v)
