@@ -22,7 +22,7 @@ import numpy as np
 from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
-from . import bench_overlap, env
+from . import bench_error, bench_overlap, env
 from .compare import patiently
 from .kernels.numpy import NumpyKernel, plan
 from .mask import Causal, Full, Mask
@@ -85,12 +85,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench_overlap.add_arguments(overlap)
+    error = benchmarks.add_parser(
+        "error",
+        help="whether results are as exact on many ranks as on one",
+        description=bench_error.DESCRIPTION,
+        epilog="example:\n  mpiexec -n 9 mpiattn bench error --plot error.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench_error.add_arguments(error)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run the benchmark that the command line names; collective."""
     if args.benchmark == "overlap":
         return bench_overlap.main(args, comm)
+    if args.benchmark == "error":
+        return bench_error.main(args, comm)
     if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
     if args.json and not args.json.parent.is_dir():

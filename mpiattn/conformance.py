@@ -98,9 +98,6 @@ class Case:
         return bool(self.softcap or self.dropout or self.sinks)
 
 
-SMALL = {"float64": 0.1, "float32": 0.1, "float16": 1.0, "bfloat16": 1.0}
-"""Errors are relative to the largest value, but to no less than this: where all cancels, rounding is left."""
-
 MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
 
 SHAPES: tuple[dict[str, Any], ...] = (
@@ -232,12 +229,12 @@ def check(
         d_q, d_k, d_v = attention.backward(own["out"], saved)
         backward = traced.trace.received()
         results = {"out": out, "lse": saved.lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
-        wrong = []
+        wrong, least = [], cancelling(case, given)
         if case.sinks:
             traced.trace.clear()
             d_sinks = arrays.on_host(attention.sink_gradient(own["out"], saved))
             reference = right["d_sinks"]
-            wrong += compare("d_sinks", d_sinks, reference[heads], reference, given["q"].dtype.name)
+            wrong += compare("d_sinks", d_sinks, reference[heads], reference, case.dtype, least["d_sinks"])
             seen, formula = traced.trace.received(), costs.sink_gradient(attention.problem, comm.Get_rank())
             if traffic is not None and seen != (formula.messages, formula.nbytes):
                 wrong.append(
@@ -249,7 +246,7 @@ def check(
             reference = right[name][place(right[name].shape, comm.Get_rank())]
             if name in ("d_k", "d_v"):
                 result = with_copies(comm, result, place, right[name].shape)
-            wrong += compare(name, result, reference, right[name], given["q"].dtype.name)
+            wrong += compare(name, result, reference, right[name], case.dtype, least.get(name, 0))
         if traffic is not None:
             expected = traffic(attention.problem, comm.Get_rank())
             for name, seen, formula in (
@@ -278,8 +275,22 @@ def with_copies(comm: Communicator, gradient: Array, place: layout.Where, shape:
     return total if fits else gradient
 
 
-def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str) -> list[str]:
-    """Return what is wrong with one rank's share of a result."""
+def cancelling(case: Case, given: dict[str, Array]) -> dict[str, float]:
+    """Return a twentieth of the largest that the terms can be whose differences make a gradient.
+
+    An error is relative to no less: where the terms cancel, as they do for a query that sees one key, their
+    rounding is left.
+    """
+    q, k, v, d_out = (
+        np.linalg.norm(given[name].astype(np.float64), axis=-1).max(initial=0) for name in (*"qkv", "out")
+    )
+    factor = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
+    d_p = d_out * v / (1 - case.dropout) / 20
+    return {"d_q": d_p * factor * k, "d_k": d_p * factor * q, "d_sinks": d_p}
+
+
+def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str, least: float = 0) -> list[str]:
+    """Return what is wrong with one rank's share of a result; errors are relative to its largest value, or `least`."""
     if result.shape != reference.shape:
         return [f"{name} is {result.shape} instead of {reference.shape}"]
     if name == "lse":  # -inf where a query attends to nothing
@@ -289,7 +300,7 @@ def compare(name: str, result: Array, reference: Array, whole: Array, dtype: str
         whole = np.where(np.isneginf(whole), 0, whole)
     elif name != "d_sinks" and result.dtype.name != dtype:
         return [f"{name} is {result.dtype} instead of {dtype}"]
-    largest = max(np.abs(whole).max(initial=0), SMALL[dtype])
+    largest = max(np.abs(whole).max(initial=0), least) or 1
     error = np.abs(result - reference).max(initial=0) / largest
     tolerance = oracle.TOLERANCES[dtype]
     return [] if error <= tolerance else [f"error of {name} {error:.1e} exceeds {tolerance:.0e}"]

@@ -1,0 +1,213 @@
+"""`mpiattn bench error`: whether results are as exact on many ranks as on one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from . import arrays, env, inputs, machine, oracle
+from .algorithms import ALGORITHMS
+from .compare import RESULTS, patiently
+from .layout import gather
+from .mask import Causal
+from .message import Communicator, InputError
+from .oracle import Array
+from .progress import bar
+
+DESCRIPTION = """\
+Measure the error against textbook attention in float64 of one problem on 1, 2, 3, ... ranks, as many as mpiexec
+started, and further on virtual ranks: the same algorithms and the same arithmetic on rank 0 alone.
+
+The input is part of the real queries, keys and values that come with mpiattn, causal. An error is given
+
+  rms      root mean square of the differences, over that of the right values
+  largest  largest difference, over the largest right value
+
+and for each result as a multiple of the error on one rank. The first is to stay within {most} of them. The second
+is that of a single number, and varies more. Exit status 1 if the first does not stay there.
+"""
+
+MOST = 1.5
+DESCRIPTION = DESCRIPTION.format(most=MOST)
+DTYPES = "float32", "bfloat16"
+MEASURES = "rms", "largest"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn bench error`."""
+    parser.add_argument("--algorithms", default="ring,mesh", metavar="NAME,...", help="default ring,mesh, or all")
+    parser.add_argument("--virtual", type=_numbers, default=[16, 32, 64], metavar="N,...", help="default 16,32,64")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="at most, and by default, 2048")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw errors against ranks (.png, .svg, .pdf)")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Measure on real ranks, then on virtual ones; print the table on rank 0."""
+    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
+    if unknown := [name for name in names if name not in ALGORITHMS]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
+    if not 0 < args.tokens <= 2048 or min(args.virtual, default=1) < 1:
+        raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such folder")
+    environment = env.environment(comm)
+    rank, size = comm.Get_rank(), comm.Get_size()
+    results: list[dict[str, Any]] = []
+    progress = bar(comm, total=len(DTYPES) * len(names) * (size + len(args.virtual)), unit="run")
+    for dtype in DTYPES:
+        given = sample(args.tokens, dtype)
+        right = patiently(comm, partial(reference, given))
+        for name in names:
+            for ranks in range(1, size + 1):
+                progress.set_postfix_str(f"{dtype} {name}, {ranks} ranks")
+                part = comm.Split(int(rank >= ranks), rank)
+                wholes = attend(name, part, given) if rank < ranks else None
+                part.Free()
+                patiently(comm, bool)  # the others wait without taking the cores
+                if wholes and right:
+                    results.append({"dtype": dtype, "algorithm": name, "ranks": ranks, **errors(wholes, right)})
+                progress.update()
+            for ranks in args.virtual:
+                progress.set_postfix_str(f"{dtype} {name}, {ranks} virtual ranks")
+                wholes = patiently(comm, partial(attend_virtually, name, ranks, given))
+                if wholes and right:
+                    more = {"virtual": True, **errors(wholes, right)}
+                    results.append({"dtype": dtype, "algorithm": name, "ranks": ranks, **more})
+                progress.update()
+    progress.close()
+    compare_with_one(results)
+    if rank == 0:
+        print_results(results, args)
+        if args.json:
+            document = {"command": " ".join(["mpiattn", *sys.argv[1:]]), "environment": environment, "results": results}
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
+        if args.plot:
+            plot(results, args.plot)
+    good = all(ratio <= MOST for result in results for ratio in result["rms_ratio"])
+    return 0 if comm.bcast(good) else 1
+
+
+def sample(tokens: int, dtype: str) -> dict[str, Array]:
+    """Return q, k, v and the gradient of out: the first tokens of a group of heads of the sample."""
+    with importlib.resources.as_file(importlib.resources.files("mpiattn") / "data" / inputs.SAMPLE) as path:
+        whole = inputs.read(path)
+    group = whole["q"].shape[1] // whole["k"].shape[1]
+    given = {"q": whole["q"][:, :group, :tokens], "k": whole["k"][:, :1, :tokens], "v": whole["v"][:, :1, :tokens]}
+    given["out"] = np.random.default_rng(0).standard_normal((*given["q"].shape[:3], given["v"].shape[3]))
+    return {name: array.astype(arrays.dtype(dtype)) for name, array in given.items()}
+
+
+def reference(given: dict[str, Array]) -> list[Array]:
+    """Return what the oracle makes of it."""
+    q, k, v, d_out = given.values()
+    return [oracle.attention(q, k, v, Causal())[0], *oracle.gradients(q, k, v, d_out, Causal())]
+
+
+def attend(name: str, comm: Communicator, given: dict[str, Array]) -> list[Array] | None:
+    """Return out, d_q, d_k, d_v of the whole sequence on rank 0 of a communicator."""
+    with ALGORITHMS[name](comm, mask=Causal()) as attention:
+        shapes = {name: whole.shape for name, whole in given.items()}
+        places = {name: attention.owned(name, shapes) for name in given}
+        q, k, v, d_out = (
+            np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]) for name, whole in given.items()
+        )
+        out, saved = attention.forward(q, k, v)
+        results = out, *attention.backward(d_out, saved)
+        whole = [
+            gather(array, comm, places[name], shape=shapes[name], copies=name in attention.copied)
+            for name, array in zip(("out", "q", "k", "v"), results, strict=True)
+        ]
+    return None if comm.Get_rank() else [array for array in whole if array is not None]
+
+
+def attend_virtually(name: str, ranks: int, given: dict[str, Array]) -> list[Array]:
+    """Return the same from a cluster of virtual ranks."""
+    from .virtual import run
+
+    results: list[Array] = run(ranks, machine.load("laptop"), lambda comm: attend(name, comm, given))[0]
+    return results
+
+
+def errors(results: Sequence[Array], right: Sequence[Array]) -> dict[str, list[float]]:
+    """Return both measures of each result."""
+    pairs = list(zip(results, right, strict=True))
+    rms = [float(np.sqrt(((result - exact) ** 2).mean() / (exact**2).mean())) for result, exact in pairs]
+    return {"rms": rms, "largest": [oracle.error(result, exact) for result, exact in pairs]}
+
+
+def compare_with_one(results: Sequence[dict[str, Any]]) -> None:
+    """Add to each result its errors as multiples of those on one rank."""
+    for result in results:
+        [one] = [
+            other
+            for other in results
+            if other["ranks"] == 1 and all(other[key] == result[key] for key in ("dtype", "algorithm"))
+        ]
+        for measure in MEASURES:
+            pairs = zip(result[measure], one[measure], strict=True)
+            result[f"{measure}_ratio"] = [error / (first or 1) for error, first in pairs]
+
+
+def print_results(results: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the table."""
+    rows = [
+        [
+            *(result[key] for key in ("dtype", "algorithm", "ranks")),
+            "virtual" if result.get("virtual") else "",
+            *(f"{error:.1e}" for error in result["rms"]),
+            *(f"{max(result[f'{measure}_ratio']):.2f}" for measure in MEASURES),
+        ]
+        for result in results
+    ]
+    headers = ["dtype", "algorithm", "ranks", "", *(f"rms {name}" for name in RESULTS), "rms\nratio", "largest\nratio"]
+    print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
+    print(f"{args.tokens} tokens, causal. Ratio: the largest of the four results', to that on one rank.")
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the errors against the number of ranks, as multiples of those on one rank."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(len(DTYPES), len(MEASURES), sharex=True, sharey=True)
+    colours = dict(zip(RESULTS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+    styles = dict(
+        zip(dict.fromkeys(result["algorithm"] for result in results), ("-", "--", ":", "-.") * 4, strict=False)
+    )
+    for row, dtype in zip(panels, DTYPES, strict=True):
+        for axes, measure in zip(row, MEASURES, strict=True):
+            for algorithm, style in styles.items():
+                own = [r for r in results if (r["dtype"], r["algorithm"]) == (dtype, algorithm)]
+                for number, (name, colour) in enumerate(colours.items()):
+                    x, y = [r["ranks"] for r in own], [r[f"{measure}_ratio"][number] for r in own]
+                    axes.plot(x, y, style, color=colour, linewidth=1.3, label=f"{algorithm}, {name}")
+                    for virtual, face in ((False, colour), (True, "white")):
+                        some = [bool(r.get("virtual")) == virtual for r in own]
+                        axes.plot(
+                            np.array(x)[some], np.array(y)[some], "o", color=colour, markerfacecolor=face, markersize=4
+                        )
+            axes.axhline(MOST, color="0.5", linewidth=0.8, linestyle=":")
+            axes.set(title=f"{dtype}, {measure} error", xscale="log", ylim=(0, None))
+            axes.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 64], ticks)
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("of the error on one rank")
+    for axes in panels[-1]:
+        axes.set_xlabel("ranks (hollow: virtual)")
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
