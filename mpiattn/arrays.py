@@ -63,6 +63,16 @@ def cast(array: Any, dtype: Any) -> Any:
     return cupy.cast(array, dtype)
 
 
+def gpus() -> list[str]:
+    """Return the names of the GPUs that CuPy finds on this host."""
+    if importlib.util.find_spec("cupy") is None:
+        return []
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount() if cupy.is_available() else 0
+    return [cupy.cuda.runtime.getDeviceProperties(number)["name"].decode() for number in range(count)]
+
+
 def use_gpu(comm: Communicator) -> ModuleType:
     """Make one of the host's GPUs this rank's current device, by the rank's number on the host; return CuPy.
 

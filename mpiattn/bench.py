@@ -22,7 +22,7 @@ import numpy as np
 from tabulate import tabulate
 from threadpoolctl import threadpool_limits
 
-from . import bench_error, bench_overlap, env
+from . import bench_attention, bench_error, bench_overlap, env
 from .compare import patiently
 from .kernels.numpy import NumpyKernel, plan
 from .mask import Causal, Full, Mask
@@ -93,6 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench_error.add_arguments(error)
+    attention = benchmarks.add_parser(
+        "attention",
+        help="algorithms beside themselves without messages, one kernel call and torch",
+        description=bench_attention.__doc__,
+        epilog="example:\n  run/gpu.sh -n 4 mpiattn bench attention --algorithms ring,mesh:2x2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench_attention.add_arguments(attention)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
@@ -101,6 +109,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         return bench_overlap.main(args, comm)
     if args.benchmark == "error":
         return bench_error.main(args, comm)
+    if args.benchmark == "attention":
+        return bench_attention.main(args, comm)
     if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
     if args.json and not args.json.parent.is_dir():

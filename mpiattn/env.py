@@ -17,9 +17,11 @@ import numpy as np
 from tabulate import tabulate
 from threadpoolctl import threadpool_info
 
+from . import kernels
+from .arrays import gpus
 from .message import Communicator
 
-SOFTWARE = ("mpiattn", "numpy", "mpi4py", "python", "mpi", "mpi_standard", "thread_level", "platform")
+SOFTWARE = ("mpiattn", "numpy", "mpi4py", "python", "mpi", "mpi_standard", "thread_level", "platform", "gpu_kernel")
 """What should be the same on all ranks."""
 
 COLUMNS = {
@@ -70,6 +72,7 @@ def _software() -> dict[str, str]:
         "mpi_standard": ".".join(map(str, MPI.Get_version())),
         "thread_level": levels[MPI.Query_thread()],
         "platform": platform.platform(),
+        "gpu_kernel": kernels.on_gpus(),
     }
 
 
@@ -96,7 +99,7 @@ def _rank(rank: int) -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "blas": ", ".join(f"{one['internal_api']} {one['version']}" for one in blas) or name,
         "blas_threads": max((one["num_threads"] for one in blas), default=None),
-        "devices": [],  # GPUs: none until arrays.py, which alone names CuPy, can tell
+        "devices": gpus(),
     }
 
 

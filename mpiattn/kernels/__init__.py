@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from ..arrays import gpus
 from ..dropout import Dropout
 from ..mask import Mask
 from ..message import InputError
@@ -76,6 +77,8 @@ def on_gpus() -> str:
     """Return in one line which kernel computes on GPUs, and why."""
     if importlib.util.find_spec("cupy") is None:
         return "none: CuPy is not installed"
+    if not gpus():
+        return "none: CuPy finds no GPU"
     from . import cudnn
 
     library, reason = cudnn.library()
