@@ -3,7 +3,7 @@
 Each rank is a greenlet with a clock. It runs until it has to wait; the messages that it posts on its way
 become events at the time on its clock, and the earliest event is always next, so that the outcome is the
 same in every run. A message takes the ports of its two ranks (or their nodes' network cards) in the order
-in which messages become ready, and as long as the machine description says.
+in which messages become ready, and as long as the machine description says; the port that is done last counts.
 
 The namespace of arrays without data is this module: they have a shape and a dtype, and each function that
 would touch memory moves the clock of the rank that calls it instead. Arrays with data work as well, and give
@@ -506,15 +506,15 @@ class Cluster:
         if route is None:
             route = self.routes[pair] = self._route(*pair)
         latency, per_byte, out, into, others = route
-        start = out[0] if out[0] > ready else ready
-        if into[0] > start:
-            start = into[0]
-        for port, _ in others:
-            if port[0] > start:
-                start = port[0]
+        # Each port serves the messages as they become ready; one that is held up elsewhere holds up no other.
+        taken = send.nbytes * per_byte
+        end = out[0] = (out[0] if out[0] > ready else ready) + taken
+        into[0] = (into[0] if into[0] > ready else ready) + taken
+        if into[0] > end:
+            end = into[0]
         for port, share in others:
-            port[0] = start + send.nbytes * share
-        end = out[0] = into[0] = start + send.nbytes * per_byte
+            port[0] = max(port[0], ready) + send.nbytes * share
+            end = max(end, port[0])
         send.arrived = end + latency
         if send.other is not None:
             self._deliver(send, send.other)

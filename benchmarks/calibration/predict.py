@@ -1,0 +1,86 @@
+"""Predicted against measured: the measured times of `benchmarks/network/` beside virtual time on calibrated machines.
+
+    python benchmarks/calibration/predict.py benchmarks/calibration/netns-4.toml=benchmarks/network/4-mha.json ...
+
+Each argument names a description that `mpiattn calibrate` wrote on the same hosts, and measured times.
+Writes predicted.json, .txt, .png and .svg beside itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from tabulate import tabulate
+
+from mpiattn import charts, machine
+from mpiattn.mask import Full
+from mpiattn.planner import Candidate, Task, simulate
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Predict, compare, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="+", metavar="MACHINE.toml=MEASURED.json")
+    rows = []
+    for pair in parser.parse_args().pairs:
+        description, _, measured = pair.partition("=")
+        found, document = machine.load(description), json.loads(Path(measured).read_text())
+        for name, result in document["results"].items():
+            family, _, shape = name.partition(" ")
+            given = tuple(zip(("rows", "cols"), map(int, shape.split("x")), strict=True)) if shape else ()
+            task = Task(
+                document["tokens"] * document["ranks"], document["heads"], document["kv_heads"], document["head_dim"],
+                dtype="float32", mask=Full(),
+            )  # fmt: skip
+            outcome = simulate(task, found, document["ranks"], Candidate(family, given))
+            for direction in ("forward", "backward"):
+                seconds = statistics.median(result[direction]["seconds"])
+                predicted = getattr(outcome, direction)
+                rows.append((Path(measured).stem, name, direction, seconds, predicted, predicted / seconds - 1))
+    errors = sorted(abs(row[5]) for row in rows)
+    table = tabulate(
+        [(*row[:3], f"{row[3]:.3f}", f"{row[4]:.3f}", f"{row[5]:+.1%}") for row in rows],
+        ("case", "algorithm", "pass", "measured (s)", "predicted (s)", "difference"),
+        disable_numparse=True,
+    )
+    picks = []
+    for case, direction in dict.fromkeys((row[0], row[2]) for row in rows):
+        grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh")]
+        chosen, real = min(grids, key=lambda row: row[4]), min(grids, key=lambda row: row[3])
+        picks.append(
+            f"{case} {direction}: chosen {chosen[1]}, {chosen[3] / real[3] - 1:.1%} slower than the best, {real[1]}"
+        )
+    text = [
+        table, "",
+        f"{len(rows)} cases: median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}", "",
+        "the grid that the prediction chooses, by its measured time:", *picks,
+    ]  # fmt: skip
+    print("\n".join(text))
+    (HERE / "predicted.txt").write_text("\n".join(text) + "\n")
+    keys = ("case", "algorithm", "pass", "measured", "predicted", "difference")
+    document = {"median": statistics.median(errors), "worst": errors[-1]}
+    document["rows"] = [dict(zip(keys, row, strict=True)) for row in rows]
+    (HERE / "predicted.json").write_text(json.dumps(document, indent=1) + "\n")
+    drawing, [axes] = charts.figure(6.5, 6)
+    for number, case in enumerate(dict.fromkeys(row[0] for row in rows)):
+        points = [(row[3], row[4]) for row in rows if row[0] == case]
+        axes.scatter(
+            *zip(*points, strict=True), label=case, s=28, marker=charts.MARKERS[number], color=charts.COLOURS[number]
+        )
+    ends = min(row[3] for row in rows) * 0.8, max(row[3] for row in rows) * 1.25
+    axes.plot(ends, ends, color="0.3", linewidth=1, label="equal")
+    for factor in (1.15, 1 / 1.15):
+        axes.plot(ends, [factor * end for end in ends], color="0.6", linewidth=0.8, linestyle=":",
+                  label="15 % apart" if factor > 1 else None)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="measured time (s)", ylabel="predicted time (s)",
+             title="all algorithms on 4, 9 and 16 hosts, 10 Mbit/s each")  # fmt: skip
+    axes.legend(frameon=False, fontsize=9)
+    charts.save(drawing, HERE / "predicted")
+
+
+main()
