@@ -76,6 +76,30 @@ def test_run(tmp_path: Path, suffix: str, algorithm: str) -> None:
         assert oracle.error(results[name], right) < 1e-10
 
 
+def test_features() -> None:
+    features = ("--softcap", "2", "--sinks", "--dropout", "0.3")
+    done = mpiattn(3, "compare", "--layout", "zigzag", "--iterations", "1", *SMALL, *features)
+    assert done.returncode == 0 and "  ok" in done.stdout, (done.stdout, done.stderr)
+
+
+def test_conformance_of_a_variant() -> None:
+    case = "dropout=0.5 sinks=True mask=window=3,0"
+    done = mpiattn(2, "conformance", "--algorithms", "mesh rows=1,decode", "--case", case)
+    assert done.returncode == 0 and done.stdout.startswith("3 passed, 0 failed on 2 ranks"), (done.stdout, done.stderr)
+
+
+def test_bench_error(tmp_path: Path) -> None:
+    """As many ranks as there are, then virtual ones, and the same bits on both."""
+    files = ("--json", tmp_path / "e.json", "--plot", tmp_path / "e.png")
+    done = mpiattn(2, "bench", "error", "--tokens", "60", "--virtual", "2,5", *files)
+    assert done.returncode in (0, 1), done.stderr  # so few tokens don't average out
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert [r["ranks"] for r in results] == [1, 2, 2, 5] * 4
+    for _, real, virtual, _ in zip(*[iter(results)] * 4, strict=True):
+        assert real["rms"] == virtual["rms"] and virtual["virtual"]
+    assert (tmp_path / "e.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_help_appears_once() -> None:
     done = mpiattn(3, "compare", "--help")
     assert done.returncode == 0 and done.stdout.count("usage: mpiattn compare") == 1
@@ -99,6 +123,10 @@ damaged = b"PK\x03\x04 this is no archive"
         (("compare", "--qkv", "k_only.npz", "--tokens", "7"), "exclude each other"),
         (("compare", "--heads", "4", "--kv-heads", "3"), "--heads 4 must be a multiple of --kv-heads 3"),
         (("compare", "--iterations", "0"), "--iterations is at least 1"),
+        (("compare", "--softcap", "0"), "a softcap is a number above 0, got 0.0"),
+        (("compare", "--dropout", "1"), "a dropout rate is 0 or more and less than 1, got 1.0"),
+        (("conformance", "--algorithms", "mesh rows=9"), "choose from mesh rows=1 cols=2, mesh rows=2 cols=1"),
+        (("bench", "error", "--tokens", "4000"), "--tokens is from 1 to 2048"),
         (("compare", "--json", "no/such/folder.json", *SMALL), "no such folder"),
         (("run", "--output", "out.txt", *SMALL), "must end in .npz or .safetensors"),
         (("run", "--algorithm", "ring", "--grid", "1x2", "--output", "o.npz"), "--grid does not go with ring"),
