@@ -361,9 +361,9 @@ def _completed(transfers: Sequence[Transfer], then: Callable[[], object]) -> Ite
 
 def attach(attention: Any, xp: Any, mode: str = "auto") -> None:
     """Let the communicators of an algorithm carry device memory; all ranks call it together."""
-    if isinstance(bare(attention.comm), DeviceComm):
+    if hasattr(attention, "channel"):
         return
-    channel = Channel(attention.comm, xp, mode)
+    channel = attention.channel = Channel(attention.comm, xp, mode)
     wrapped: dict[int, Any] = {}
 
     def wrap(comm: Any) -> Any:
@@ -377,8 +377,3 @@ def attach(attention: Any, xp: Any, mode: str = "auto") -> None:
     for name, value in list(vars(attention).items()):
         if hasattr(value, "Isend") and hasattr(value, "Get_size"):
             setattr(attention, name, wrap(value))
-
-
-def bare(comm: Any) -> Any:
-    """Return the communicator that a `TracedComm` records, any other as it is."""
-    return comm.comm if hasattr(comm, "trace") else comm
