@@ -61,7 +61,7 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
         "agree": {"facecolor": AGREE, "linewidth": 0.0},
     }
     for kind, style in styles.items():
-        label = {"compute": "compute", "wait": "waiting", "agree": "agreeing on the input"}[kind]
+        label = {"compute": "compute (first query, first key)", "wait": "waiting", "agree": "agreeing on the input"}[kind]
         for rank, trace in enumerate(traces):
             bars = [(x(e.start), (e.end - e.start) * scale) for e in trace.events if e.kind == kind and e.end == e.end]
             if bars:

@@ -628,5 +628,6 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         from .figures import draw_trace
 
-        draw_trace(traces, args.plot)
+        names = [name for name, _ in phases(traces)]
+        draw_trace(traces, args.plot, names[0] if len(names) == 1 else "")
     return 0
