@@ -101,12 +101,14 @@ def test_kernel_against_the_oracle(features: dict[str, Any], mask: Mask, dtype: 
         compare(results, right, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-3)])
 @pytest.mark.parametrize("softcap", [0.1, 5.0, 60.0, 1e4])
-def test_softcap_of_large_scores(softcap: float) -> None:
-    """Saturated and not, with a shift of the softmax and without."""
-    arrays = inputs(200)
-    arrays[0] *= 30
-    compare(kernel_results(arrays, Causal(), "zigzag", 2, softcap), expected(arrays, Causal(), softcap=softcap), 1e-10)
+def test_softcap_of_large_scores(softcap: float, dtype: str, tolerance: float) -> None:
+    """Saturated and not, with a shift of the softmax and without. In float32 scores of hundreds are rounded to 1e-5."""
+    arrays = inputs(200, dtype)
+    arrays[0] *= 60
+    right = expected(arrays, Causal(), softcap=softcap)
+    compare(kernel_results(arrays, Causal(), "zigzag", 2, softcap), right, tolerance)
 
 
 def test_a_large_softcap_changes_nothing() -> None:
