@@ -151,10 +151,12 @@ def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace) 
     where = np.arange(size)
     block, wide = NumpyKernel(Full()), np.float64 if dtype == np.float64 else np.float32
     out, lse = np.zeros(q.shape, wide), np.full(q.shape[:3], -np.inf, wide)
-    sums = [np.zeros(q.shape, wide) for _ in "qkv"]
+    d_q, d_k, d_v = (np.zeros(q.shape, wide) for _ in "qkv")
     forward = best(comm, args.rounds, lambda: block.forward(q, k, v, where, where, out, lse))
     row_delta = np.zeros(lse.shape, wide)
-    backward = best(comm, args.rounds, lambda: block.backward(q, k, v, d_out, lse, row_delta, where, where, *sums))
+    backward = best(
+        comm, args.rounds, lambda: block.backward(q, k, v, d_out, lse, row_delta, where, where, d_q, d_k, d_v)
+    )
     work = args.heads * size**2 * args.head_dim
     return 4 * work / forward, 10 * work / backward
 
@@ -167,31 +169,31 @@ def best(comm: Communicator, rounds: int, work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    slowest = [max(one) for one in zip(*comm.allgather(seconds[1:]), strict=True)]
-    return statistics.median(slowest)
+    everyone: list[list[float]] = comm.allgather(seconds[1:])
+    return float(statistics.median(max(one) for one in zip(*everyone, strict=True)))
 
 
 def eager_limit(comm: Communicator) -> int:
     """Return how many bytes, a power of two, no longer leave before their receive is posted; 0 on one rank."""
     if comm.Get_size() == 1:
         return 0
-    rank, limit = comm.Get_rank(), 0
+    rank, limit = int(comm.Get_rank()), 0
     for exponent in range(6, 23):
         comm.Barrier()
         left = False
         if rank == 0:
-            request = comm.Isend(np.ones(2**exponent, np.uint8), 1, Tag.CLOCK)
+            request = comm.Isend(np.ones(1 << exponent, np.uint8), 1, Tag.CLOCK)
             deadline = time.perf_counter() + 0.02
             while not left and time.perf_counter() < deadline:
                 left = bool(request.Test())
         comm.Barrier()
         if rank == 1:
-            comm.Irecv(np.empty(2**exponent, np.uint8), 0, Tag.CLOCK).Wait()
+            comm.Irecv(np.empty(1 << exponent, np.uint8), 0, Tag.CLOCK).Wait()
         if rank == 0 and not left:
             request.Wait()
         if not comm.allgather(left)[0]:
-            return 2**exponent
-        limit = 2 ** (exponent + 1)
+            return 1 << exponent
+        limit = 2 << exponent
     return limit
 
 

@@ -53,7 +53,12 @@ def lines(
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
     if "y" in log:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend(frameon=False, fontsize=9)
 
@@ -108,5 +113,5 @@ def tile_curve(task: Any, machine: Any, ranks: int, path: Path) -> list[dict[str
     return rows
 
 
-def _short(tokens: int) -> str:
-    return f"{tokens / 1024:g}K" if tokens >= 1024 else str(tokens)
+def _short(tokens: float) -> str:
+    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"

@@ -258,7 +258,8 @@ def training(args: argparse.Namespace) -> Report:
     if machine.name not in MATMUL:
         raise InputError(f"no rate of matrix products for {machine.name}: choose from {', '.join(MATMUL)}")
     report = Report(args.output, "training", "Training throughput, LLaMA-7B at 32K tokens (article, 5.2)", args.called)
-    rows, ratios = [], []
+    rows: list[tuple[object, ...]] = []
+    ratios = []
     task = llama(tokens)
     for ranks, claimed in TRAINING.items():
         others = 6 * PARAMETERS * tokens / ranks / MATMUL[machine.name]
@@ -296,7 +297,8 @@ def training(args: argparse.Namespace) -> Report:
     chart(report, list(TRAINING), {
         f"ours, {machine.name}": ratios, "ours, 2.5 GB/s": slow_ratios,
         "article": [mesh / ring for ring, mesh in TRAINING.values()],
-    }, claimed=("article",), xlabel="devices", ylabel="throughput, mesh over ring", title="LLaMA-7B, 32K tokens", log="x")  # fmt: skip
+    }, claimed=("article",), xlabel="devices", ylabel="throughput, mesh over ring", title="LLaMA-7B, 32K tokens",
+          log="x")  # fmt: skip
     return report
 
 
@@ -314,9 +316,9 @@ def weak(args: argparse.Namespace) -> Report:
         ours = [ranks * outcome.computed / outcome.seconds for outcome in (ring, mesh)]
         rows.append((ranks, claimed[0], f"{ours[0]:.1f}", claimed[1], f"{ours[1]:.1f}", mesh.candidate.name,
                      f"{ring.seconds:.3f}", f"{mesh.seconds:.3f}"))  # fmt: skip
-    report.note(f"One attention layer of LLaMA-7B, causal, bfloat16, forward and backward, on {machine.name}. Speed-up: "
-                "devices times the time in the kernel over the whole time, as the work of attention grows with the "
-                "square of the length and no single device could hold it.")  # fmt: skip
+    report.note(f"One attention layer of LLaMA-7B, causal, bfloat16, forward and backward, on {machine.name}. "
+                "Speed-up: devices times the time in the kernel over the whole time, as the work of attention grows "
+                "with the square of the length and no single device could hold it.")  # fmt: skip
     report.table(rows, ("devices", "ring: article", "ring: ours", "mesh: article", "mesh: ours", "mesh's grid",
                         "ring (s)", "mesh (s)"))  # fmt: skip
     report.note(
@@ -329,7 +331,8 @@ def weak(args: argparse.Namespace) -> Report:
         "ring, ours": [float(row[2]) for row in rows], "mesh, ours": [float(row[4]) for row in rows],
         "ring, article": [pair[0] for pair in WEAK.values()], "mesh, article": [pair[1] for pair in WEAK.values()],
         "ideal": list(WEAK),
-    }, claimed=("ring, article", "mesh, article"), xlabel="devices", ylabel="speed-up", title=f"8K tokens a device, {machine.name}")  # fmt: skip
+    }, claimed=("ring, article", "mesh, article"), xlabel="devices", ylabel="speed-up",
+          title=f"8K tokens a device, {machine.name}")  # fmt: skip
     return report
 
 
@@ -339,7 +342,7 @@ def paper(args: argparse.Namespace) -> Report:
     report = Report(args.output, "paper", "The paper's 256 GPUs (arXiv 2512.20968)", args.called)
     report.note("The paper's abstract: up to 3.4 x faster than Ring Attention (2.9 x on average) and up to 85.4 % less "
                 "volume (79.0 % on average) on 256 GPUs. Its configuration is not claimed here.")  # fmt: skip
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for kv_heads in (32, 8):
         for backward in (False, True):
             task = Task(tokens, 32, kv_heads, 128, mask=Full(), backward=backward)
@@ -349,7 +352,6 @@ def paper(args: argparse.Namespace) -> Report:
                 cost = COSTS[name](posed, 0, **given)
                 return cost.forward.nbytes + (cost.backward.nbytes if both else 0)
 
-            ring = volume("ring", {})
             for dtype in ("bfloat16", "float32"):
                 wide = dataclasses.replace(task, dtype=dtype).problem(ranks)
                 base = volume("ring", {}, posed=wide)
@@ -357,7 +359,6 @@ def paper(args: argparse.Namespace) -> Report:
                 less = 1 - volume("mesh", {"rows": shape[0], "cols": shape[1]}, posed=wide) / base
                 rows.append((kv_heads, "both" if backward else "forward", dtype, "4" if dtype == "float32" else "2 (4)",
                              f"{shape[0]}x{shape[1]}", f"{less:.1%}"))  # fmt: skip
-            del ring
     report.table(rows, ("K/V heads of 32", "passes", "inputs", "bytes (of partial sums)", "best grid, rows x columns",
                         "less volume than ring"), "volume")  # fmt: skip
     report.note("Forward with bfloat16 inputs, float32 partial outputs and as many K/V heads as query heads gives the "
@@ -432,7 +433,7 @@ def lab(args: argparse.Namespace, comm: Communicator) -> Report | None:
             parts = comm.allgather(peaks[1][0])
             if rank == 0:
                 whole = np.concatenate([part[:, 0] for part in parts], axis=1)
-                reference = peaks[0][0]
+                reference: Any = peaks[0][0]
                 error = float(np.abs(whole - reference).max() / np.abs(reference).max())
                 block = tokens // size
                 rows.append((
@@ -454,8 +455,9 @@ def lab(args: argparse.Namespace, comm: Communicator) -> Report | None:
         "Why it differs: the lab does not measure memory but prints batch n² 4 bytes, and for its ring batch (n/N)² 4: "
         "the scores of one block. The standard form holds the scores twice (before and after the softmax). A block's "
         "scores need not exist at all: the kernel works in tiles, so the ring's real memory grows with n/N, and what "
-        "it holds are Q, the output and two buffers of K/V, which the lab leaves out. The lab's ring is slower than the "
-        "standard form, as it computes the same blocks again each round on one device; on ranks of their own it is faster."
+        "it holds are Q, the output and two buffers of K/V, which the lab leaves out. The lab's ring is slower "
+        "than the standard form, as it computes the same blocks again each round on one device; on ranks with cores of "
+        "their own it is faster."
     )
     drawing, (left, right) = charts.figure(11, 4.5, 2)
     columns = list(zip(*rows, strict=True))
@@ -465,7 +467,8 @@ def lab(args: argparse.Namespace, comm: Communicator) -> Report | None:
     charts.lines(right, LENGTHS, {
         "standard, peak": values[4], "ring, peak a rank": values[6], "standard, lab's formula": values[3],
         "ring, lab's formula": values[5],
-    }, claimed=("standard, lab's formula", "ring, lab's formula"), xlabel="tokens", ylabel="memory (MiB)", title="memory")  # fmt: skip
+    }, claimed=("standard, lab's formula", "ring, lab's formula"), xlabel="tokens", ylabel="memory (MiB)",
+                 title="memory")  # fmt: skip
     report.stem.parent.mkdir(parents=True, exist_ok=True)
     charts.save(drawing, report.stem)
     report.note("![lab](lab.png)")
@@ -507,7 +510,7 @@ def samples(args: argparse.Namespace) -> Report:
     halves = np.split(np.arange(tokens), 2)
     column = [np.concatenate([parts[c], parts[2 + c]]) for c in range(2)]
     sliced = np.concatenate([
-        attention(q[:, :, halves[r]], k[:, :, column[c]], v[:, :, column[c]])[:, :, c * tokens // 4 : (c + 1) * tokens // 4]
+        np.split(attention(q[:, :, halves[r]], k[:, :, column[c]], v[:, :, column[c]]), 2, axis=2)[c]
         for r in range(2) for c in range(2)
     ], axis=2)  # fmt: skip
     averaged = sum(right[:, :, part] for part in parts) / devices

@@ -538,7 +538,8 @@ class Cluster:
         level = machine.level(source, dest)
         link = machine.links[level]
         per_byte = 1 / link.bandwidth
-        own, others = [], []
+        own: list[Port] = []
+        others: list[tuple[Port, float]] = []
         for rank, way in ((source, "out"), (dest, "in")):
             node, local = divmod(rank, machine.ranks_per_node)
             way = way if machine.duplex else "both"
@@ -548,7 +549,7 @@ class Cluster:
                 own.append(self._port(level in INSIDE, way, rank))
             if math.isfinite(link.shared) and (rank == source or level not in INSIDE):
                 others.append((self._port("shared", level, way, node), 1 / link.shared))
-        return Route(link.latency, per_byte, *own, others)
+        return Route(link.latency, per_byte, own[0], own[1], others)
 
     def _port(self, *key: object) -> Port:
         return self.ports.setdefault(key, [0.0])

@@ -194,8 +194,8 @@ def attend(
         with ALGORITHMS[name](comm, mask=mask, **arguments) as attention:
             shape = (1, 2, len(attention.positions(tokens)), 4)
             q, k, v = (virtual.empty(shape, dtype) for _ in "qkv")
-            out, saved = attention.forward(q, k, v)  # type: ignore[arg-type]
-            attention.backward(virtual.empty(out.shape, dtype), saved)  # type: ignore[arg-type]
+            out, saved = attention.forward(q, k, v)
+            attention.backward(virtual.empty(out.shape, dtype), saved)
         return comm.me.clock, comm.me.received, comm.me.peak
 
     return virtual.run(ranks, machine, program)
@@ -228,8 +228,8 @@ def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens:
                 for key, shape in shapes.items():
                     whole = np.empty(shape)
                     own[key] = virtual.empty(whole[attention.owned(key, shapes)(shape, comm.Get_rank())].shape, float)
-                out, saved = attention.forward(own["q"], own["k"], own["v"])  # type: ignore[arg-type]
-                attention.backward(virtual.empty(out.shape, float), saved)  # type: ignore[arg-type]
+                out, saved = attention.forward(own["q"], own["k"], own["v"])
+                attention.backward(virtual.empty(out.shape, float), saved)
                 seen.append(attention.problem)
             return comm.me.received
 
@@ -238,15 +238,19 @@ def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens:
         assert received == [cost.forward.nbytes + cost.backward.nbytes for cost in formula]
 
 
+def conform(ranks: int, factory: Any, case: Case, traffic: Any = None) -> None:
+    """Check an algorithm on virtual ranks against the oracle."""
+    virtual.run(ranks, one_host(ranks), lambda comm: conformance.check(factory, comm, case, traffic))
+
+
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_conformance_in_one_process(ranks: int) -> None:
     for name in ALGORITHMS:
         for arguments in ALGORITHMS[name].variants(ranks):
             factory = partial(ALGORITHMS[name], **arguments)
             for case in conformance.fast()[:: 4 if ranks in (4, 6) else 7]:
-                check = partial(conformance.check, factory, case=case)
                 with contextlib.suppress(conformance.Refused):
-                    virtual.run(ranks, one_host(ranks), lambda comm, check=check: check(comm=comm))
+                    conform(ranks, factory, case)
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
@@ -255,8 +259,7 @@ def test_conformance_on_many_ranks(name: str, ranks: int) -> None:
     case = Case(tokens=130, dtype="float64")
     for arguments in ALGORITHMS[name].variants(ranks)[1:3] or [{}]:
         factory = partial(ALGORITHMS[name], **arguments)
-        check = partial(conformance.check, factory, case=case, traffic=partial(costs.COSTS[name], **arguments))
-        virtual.run(ranks, one_host(ranks), lambda comm, check=check: check(comm=comm))
+        conform(ranks, factory, case, partial(costs.COSTS[name], **arguments))
 
 
 # These add up in an order that the MPI library chooses.

@@ -1,0 +1,138 @@
+"""The planner: what it chooses, what it says, what it refuses; and the documents' reports."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpiattn import costs, documents, machine, planner
+from mpiattn.machine import Link
+from mpiattn.mask import Causal, Documents, Full
+from mpiattn.message import InputError
+from mpiattn.planner import Candidate, Task, candidates, plan, simulate
+
+H200 = machine.load("h200-ib")
+SMALL = Task(16384, 16, 4, 64, mask=Causal())
+
+
+def slow(gigabytes: float) -> machine.Machine:
+    """Return the machine with all links slowed down."""
+    links = {level: Link(link.latency, gigabytes * 1e9, cards=link.cards) for level, link in H200.links.items()}
+    return dataclasses.replace(H200, links=links)
+
+
+def called(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    planner.add_arguments(parser)
+    return planner.main(parser.parse_args(argv))
+
+
+def test_the_plan_is_in_the_order_of_time() -> None:
+    result = plan(SMALL, H200, 16)
+    seconds = [outcome.seconds for outcome in result.outcomes]
+    assert seconds == sorted(seconds)
+    assert {"ring", "mesh"} <= {outcome.candidate.algorithm for outcome in result.outcomes}
+    everyone = [*(outcome.candidate for outcome in result.outcomes), *(left for left, _ in result.left_out)]
+    assert sorted(everyone, key=repr) == sorted(candidates(16, H200), key=repr)
+
+
+def test_bytes_of_an_outcome_are_those_of_the_formula() -> None:
+    for candidate in (Candidate("ring"), Candidate("mesh", (("rows", 4), ("cols", 4)), (4, 2))):
+        outcome = simulate(SMALL, H200, 16, candidate)
+        formula = [costs.COSTS[candidate.algorithm](SMALL.problem(16), rank, **dict(candidate.arguments)) for rank in
+                   range(16)]  # fmt: skip
+        assert outcome.received == max(cost.forward.nbytes + cost.backward.nbytes for cost in formula)
+
+
+def test_a_network_that_costs_nothing_leaves_the_work() -> None:
+    free = dataclasses.replace(slow(1e9), memory_bandwidth=1e30, overhead=0.0)
+    free = dataclasses.replace(free, links={level: Link(0, 1e30) for level in free.links})
+    outcome = simulate(dataclasses.replace(SMALL, mask=Full()), free, 16, Candidate("ring"))
+    assert outcome.seconds == pytest.approx(outcome.computed)
+
+
+def test_where_the_network_is_slow_the_fewest_bytes_win() -> None:
+    result = plan(dataclasses.replace(SMALL, kv_heads=16), slow(0.05), 16, algorithms=["ring", "mesh"])
+    assert result.best.candidate.algorithm == "mesh"
+    ring = next(outcome for outcome in result.outcomes if outcome.candidate.algorithm == "ring")
+    assert ring.seconds / result.best.seconds == pytest.approx(ring.received / result.best.received, rel=0.15)
+
+
+def test_placement_on_nodes_is_a_permutation_and_matters() -> None:
+    for candidate in candidates(16, H200, ["mesh"]):
+        assert sorted(candidate.order(16)) == list(range(16))
+    inside = Candidate("mesh", (("rows", 4), ("cols", 4)), (2, 4))
+    # The ranks 0..7 of a node hold rows 0 and 1.
+    assert inside.order(16)[:8] == [0, 1, 2, 3, 4, 5, 6, 7]
+    across = dataclasses.replace(inside, inside=(4, 2))
+    assert across.order(16)[:8] == [0, 1, 4, 5, 8, 9, 12, 13]
+
+
+def test_too_little_memory_says_what_would_do() -> None:
+    with pytest.raises(InputError, match=r"need at least .* a rank .*possible are about \d+ tokens, or \d+ ranks"):
+        plan(SMALL, H200, 4, memory=1e6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 5}, r"16 heads can't share 5 K/V heads: choose one of \[1, 2, 4, 8, 16\]"),
+        ({"tokens": 0}, "tokens must be 1 or more"),
+        ({"heads": -1}, "heads must be 1 or more"),
+        ({"mask": Documents([3])}, "the documents hold 3 tokens, the sequence has 16384"),
+    ],
+)
+def test_tasks_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_other_bad_input() -> None:
+    with pytest.raises(InputError, match="ranks must be 1 or more"):
+        plan(SMALL, H200, 0)
+    with pytest.raises(InputError, match="memory must be more than 0"):
+        plan(SMALL, H200, 4, memory=0)
+    with pytest.raises(InputError, match=r"unknown algorithm mash: choose from .*mesh"):
+        plan(SMALL, H200, 4, algorithms=["mash"])
+    with pytest.raises(InputError, match="has no rates for float64, only for bfloat16"):
+        plan(dataclasses.replace(SMALL, dtype="float64"), machine.load("a100-ib"), 4)
+
+
+def test_numbers_on_the_command_line() -> None:
+    assert [planner.count(text) for text in ("4096", "128K", "1M")] == [4096, 2**17, 2**20]
+    assert [planner.size(text) for text in ("80GB", "512MB", "1.5G")] == [80e9, 512e6, 1.5e9]
+    for wrong in ("0", "-4", "x", "1T"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            planner.count(wrong)
+    for wrong in ("0GB", "GB", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            planner.size(wrong)
+
+
+def test_the_command_prints_the_plan_and_three_lines_why(capsys: Any, tmp_path: Path) -> None:
+    file, curve = tmp_path / "plan.json", tmp_path / "curve.svg"
+    argv = ["--tokens", "16K", "--heads", "16", "--kv-heads", "4", "--head-dim", "64", "--ranks", "8", "--machine"]
+    assert called(*argv, "h200-ib", "--backward", "--json", str(file), "--curve", str(curve)) == 0
+    text = capsys.readouterr().out
+    lines = text.rstrip().splitlines()
+    assert [line.split(":")[0].strip() for line in lines[-3:]] == ["bytes", "time", "memory"]
+    assert json.loads(file.read_text())["outcomes"][0]["candidate"]["algorithm"] in text
+    assert curve.stat().st_size > 1000
+    assert "mpi4py.MPI" not in sys.modules or "pytest" in sys.modules
+
+
+def test_reports_that_cost_little(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    documents.add_arguments(parser)
+    assert documents.main(parser.parse_args(["samples", "--output", str(tmp_path)])) == 0
+    rows = json.loads((tmp_path / "samples.json").read_text())["rows"]
+    assert len(rows) == 10
+    assert "weights of a query sum to 4, not 1" in rows[1]["what it gives"]
+    with pytest.raises(InputError, match="mpiexec -n 4"):
+        documents.main(parser.parse_args(["lab", "--output", str(tmp_path)]))
