@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import Tracked, Uses
-from .message import Communicator, Testall, Waitall, constant
+from .message import Communicator, Testall, constant
 
 Array = Any
 
@@ -143,14 +143,10 @@ class Channel:
 
 
 class Transfer:
-    """A message or a collective under way; `steps` brings it on.
+    """A message or a collective under way; `steps` brings it on, and yields while there is nothing to do."""
 
-    It yields while there is nothing to do: MPI's requests once they are all posted and nothing else is left, or None.
-    """
-
-    def __init__(self, channel: Channel, steps: Iterator[Any]) -> None:
+    def __init__(self, channel: Channel, steps: Iterator[None]) -> None:
         self.channel, self.steps = channel, steps
-        self.posted: Sequence[Any] | None = None
         self.done = False
         channel.under_way.append(self)
         self.advance()
@@ -159,7 +155,7 @@ class Transfer:
         """Do what can be done now; return whether all is."""
         if not self.done:
             try:
-                self.posted = next(self.steps)
+                next(self.steps)
             except StopIteration:
                 self.done = True
                 self.channel.under_way.remove(self)
@@ -177,10 +173,7 @@ class Transfer:
     def Waitall(requests: Sequence[Transfer]) -> None:
         """Bring on all transfers under way until these have completed."""
         while not Transfer.Testall(requests):
-            # MPI waits with less delay, but meanwhile nothing else is posted that another rank may be waiting for.
-            under_way = [transfer for request in requests for transfer in request.channel.under_way]
-            if all(transfer.posted for transfer in under_way):
-                Waitall([request for transfer in requests if not transfer.done for request in transfer.posted or ()])
+            pass
 
 
 class DeviceComm:
@@ -220,7 +213,7 @@ class DeviceComm:
             steps = (self._staged_send if kind == "send" else self._staged_receive)(data, peer, tag, ready)
         return Transfer(self.channel, steps)
 
-    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int, ready: Any) -> Iterator[Any]:
+    def _on_device(self, post: Callable[..., Any], data: Array, peer: int, tag: int, ready: Any) -> Iterator[None]:
         while not ready.done:
             yield
         requests = [post(data[begin : begin + LARGEST], peer, tag) for begin in range(0, data.size, LARGEST)]
@@ -348,9 +341,9 @@ def _split(array: Array, counts: Sequence[int]) -> list[Array]:
     return [array[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def _posted(requests: Sequence[Any]) -> Iterator[Any]:
+def _posted(requests: Sequence[Any]) -> Iterator[None]:
     while not Testall(requests):
-        yield requests
+        yield
 
 
 def _completed(transfers: Sequence[Transfer], then: Callable[[], object]) -> Iterator[None]:

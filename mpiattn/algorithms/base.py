@@ -118,6 +118,7 @@ class Attention:
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
         self.uses: dict[str, list[arrays.Uses | None]] = {}
+        self.made: dict[str, dict[tuple[int, int], tuple[Parcel, Sequence[arrays.Spec]]]] = {}
         self.sinks: Array | None = None
         self.dropout: Dropout | None = None
         self.first_head = 0
@@ -258,12 +259,14 @@ class Attention:
             different = [{id(group): group for group in specs[start::count]} for start in range(count)]
             largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
-        made: dict[Any, Parcel] = {}  # chunks of one shape in one buffer are one parcel
         keys = [(step % count, id(group)) for step, group in enumerate(specs)]
-        for key, group in zip(keys, specs, strict=True):
-            if key not in made:
-                made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]])
-        return [made[key] for key in keys]
+        made = self.made.get(name, {})
+        if not all(key in made for key in keys):
+            made = self.made[name] = {}  # chunks of one shape in one buffer are one parcel
+            for key, group in zip(keys, specs, strict=True):
+                if key not in made:  # with the group, so that its number is not given to another
+                    made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]]), group
+        return [made[key][0] for key in keys]
 
     def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
@@ -340,6 +343,7 @@ class Attention:
             device.attach(self, xp, self.gpu_messages)
         self.xp = xp
         self.storage.clear()
+        self.made.clear()
         self.plan(problem)
         self.problem = problem
 
