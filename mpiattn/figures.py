@@ -60,14 +60,15 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
         "wait": {"facecolor": "white", "edgecolor": WAIT, "hatch": "////", "linewidth": 0.0},
         "agree": {"facecolor": AGREE, "linewidth": 0.0},
     }
+    labels = {"compute": "compute (first query, first key)", "wait": "waiting", "agree": "agreeing on the input"}
     for kind, style in styles.items():
-        label = {"compute": "compute (first query, first key)", "wait": "waiting", "agree": "agreeing on the input"}[kind]
+        label = labels[kind]
         for rank, trace in enumerate(traces):
             bars = [(x(e.start), (e.end - e.start) * scale) for e in trace.events if e.kind == kind and e.end == e.end]
             if bars:
                 axes.broken_barh(bars, (rank - HALF, 2 * HALF), label=label, **style)
                 label = "_"
-    _messages(axes, traces, x)
+    _messages(axes, traces, x, 0.006 * x(end))
     _labels(axes, traces, x, end - start)
     _phases(axes, traces[0], x)
     axes.set(xlim=(0, x(end)), ylim=(len(traces) - 0.4, -0.6), xlabel=f"time ({unit})", title=title)
@@ -79,12 +80,18 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _messages(axes: Axes, traces: Sequence[Trace], x: Any) -> None:
+def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> None:
     """An arrow from the call that posted a send to the call that found its receive complete."""
     arrows = flows(traces)
+    drawn: set[tuple[float, int, int]] = set()
     for source, sent, dest, arrived in arrows:
         down = 1 if dest > source else -1
         tail, tip = (x(sent.start), source + down * HALF), (x(arrived.end), dest - down * HALF)
+        # Two that go together, K/V and dK/dV in a ring, would hide each other.
+        beside = (arrived.end, source, dest) in drawn
+        drawn.add((arrived.end, source, dest))
+        if beside:
+            tail, tip = ((at + beside_by, rank) for at, rank in (tail, tip))
         colour = MESSAGES.get(sent.name, OTHER)
         style = "-|>" if len(arrows) <= MOST_ARROWS else "-"
         line = {"arrowstyle": style, "color": colour, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
@@ -97,7 +104,7 @@ def _labels(axes: Axes, traces: Sequence[Trace], x: Any, duration: float) -> Non
     """Name the blocks, where there is room: first position of the queries, then of the keys."""
     for rank, trace in enumerate(traces):
         for event in trace.events:
-            if event.block and event.end - event.start > 0.035 * duration:
+            if event.block and event.end - event.start > 0.05 * duration:
                 text = "q {}\nkv {}".format(*event.block)
                 axes.text(x((event.start + event.end) / 2), rank, text, ha="center", va="center", fontsize=7)
 
@@ -105,9 +112,12 @@ def _labels(axes: Axes, traces: Sequence[Trace], x: Any, duration: float) -> Non
 def _phases(axes: Axes, trace: Trace, x: Any) -> None:
     """Mark where rank 0's phases begin, and name them if there are several."""
     spans: list[Event] = [event for event in trace.events if event.kind == "phase"]
-    for span in spans:
+    for number, span in enumerate(spans):
         axes.axvline(x(span.start), color="0.5", linewidth=0.8, linestyle=":")
         if len(spans) > 1:
-            axes.text(
-                x(span.start), -0.5, f" {span.name}", fontsize=8, va="bottom", rotation=0 if len(spans) < 5 else 30
-            )
+            above: dict[str, Any] = {
+                "xytext": (2, 4 + 11 * (number % 2)),
+                "textcoords": "offset points",
+                "annotation_clip": False,
+            }
+            axes.annotate(span.name, (x(span.start), -0.5), fontsize=8, va="bottom", **above)
