@@ -149,6 +149,7 @@ class Attention:
         -------
         out : dtype of q, (batch, heads, tokens, v_head_dim)
         saved : Saved
+            With `saved.lse`: (batch, heads, tokens), in the dtype of partial sums.
         """
         problem = self.agree_forward(q, k, v, **given)
         return self.finish(q, k, v, *self.attend(problem, q, k, v))
