@@ -137,11 +137,6 @@ def owned_heads(place: Any) -> Any:
     return place[1] if len(place) > 1 else slice(None)
 
 
-def owned_heads(place: Any) -> Any:
-    """Return which heads a rank's share has, as a slice, from where it lies in a whole array of four axes."""
-    return place[1] if len(place) > 1 else slice(None)
-
-
 Where = Callable[[tuple[int, ...], int], Any]
 """Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
 
