@@ -25,7 +25,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +94,7 @@ class Contender:
     """Something to measure: what queues each pass, and what has to be so around that."""
 
     name: str
-    run: dict[str, Callable[[], object]]
+    run: Mapping[str, Callable[[], object]]
     fraction: float = 1.0
     """Of the whole problem's operations on all ranks, what a call does."""
     around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
@@ -118,7 +118,8 @@ def _timed(run: Callable[[], object], calls: int, comm: Communicator, wait: Call
     for _ in range(calls):
         run()
     wait()
-    return max(comm.allgather(time.perf_counter() - start)) / calls
+    slowest: float = max(comm.allgather(time.perf_counter() - start))
+    return slowest / calls
 
 
 @dataclass

@@ -25,26 +25,24 @@ from mpiattn.softmax import accumulator, delta, merge
 
 pytestmark = pytest.mark.gpu
 
-HALVES = [
-    Case(dtype=dtype, layout=chosen, mask=mask, **shape)
-    for dtype, chosen, mask, shape in (
-        ("bfloat16", "zigzag", "causal", {"tokens": 1024, "head_dim": 128, "v_head_dim": 128}),
-        ("float16", "zigzag", "causal", {"tokens": 515, "head_dim": 64, "v_head_dim": 64, "batch": 2}),
-        (
-            "bfloat16",
-            "striped",
-            "causal",
-            {"tokens": 768, "head_dim": 128, "v_head_dim": 128, "heads": 6, "kv_heads": 1},
-        ),
-        ("bfloat16", "contiguous", "full", {"tokens": 300, "kv_tokens": 700, "head_dim": 64, "v_head_dim": 64}),
-        ("float16", "contiguous", "window=100", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
-        ("bfloat16", "zigzag", "window=70,30", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
-        ("bfloat16", "striped", "window=120", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
-        ("float16", "contiguous", "documents=100,0,300,112+causal", {"tokens": 512, "head_dim": 64, "v_head_dim": 64}),
-        ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
-        ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
-    )
-]
+SHAPES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("bfloat16", "zigzag", "causal", {"tokens": 1024, "head_dim": 128, "v_head_dim": 128}),
+    ("float16", "zigzag", "causal", {"tokens": 515, "head_dim": 64, "v_head_dim": 64, "batch": 2}),
+    (
+        "bfloat16",
+        "striped",
+        "causal",
+        {"tokens": 768, "head_dim": 128, "v_head_dim": 128, "heads": 6, "kv_heads": 1},
+    ),
+    ("bfloat16", "contiguous", "full", {"tokens": 300, "kv_tokens": 700, "head_dim": 64, "v_head_dim": 64}),
+    ("float16", "contiguous", "window=100", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+    ("bfloat16", "zigzag", "window=70,30", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+    ("bfloat16", "striped", "window=120", {"tokens": 600, "head_dim": 64, "v_head_dim": 64}),
+    ("float16", "contiguous", "documents=100,0,300,112+causal", {"tokens": 512, "head_dim": 64, "v_head_dim": 64}),
+    ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
+    ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
+)
+HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape) for dtype, chosen, mask, shape in SHAPES]
 LARGE = [
     Case(tokens=3000, head_dim=32, v_head_dim=32, layout=chosen, mask="causal", dtype="float32")
     for chosen in layout.LAYOUTS
