@@ -7,6 +7,7 @@ On one GPU or several, with as many ranks as there are, or more::
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from functools import partial
@@ -18,7 +19,7 @@ import pytest
 from mpiattn import ALGORITHMS, RingAttention, arrays, device, kernels, layout
 from mpiattn.conformance import Case, check, compare, fast, problem
 from mpiattn.costs import COSTS
-from mpiattn.mask import Causal, parse
+from mpiattn.mask import Causal, allowed, parse
 from mpiattn.message import InputError, Tag, Waitall
 from mpiattn.problem import Problem
 from mpiattn.softmax import accumulator, delta, merge
@@ -42,7 +43,7 @@ SHAPES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
 )
-HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape) for dtype, chosen, mask, shape in SHAPES]
+HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape)  # type: ignore[arg-type] for dtype, chosen, mask, shape in SHAPES]
 LARGE = [
     Case(tokens=3000, head_dim=32, v_head_dim=32, layout=chosen, mask="causal", dtype="float32")
     for chosen in layout.LAYOUTS
@@ -98,6 +99,28 @@ def test_kernel(name: str, case: Case) -> None:
     for label, result in results.items():
         wrong += compare(label, arrays.on_host(result), right[label], right[label], case.dtype)
     assert not wrong
+
+
+@pytest.mark.parametrize("chosen", layout.LAYOUTS)
+@pytest.mark.parametrize(
+    "mask", ["full", "causal", "window=11", "window=7,4", "documents=20,0,30,14", "documents=20,0,30,14+causal"]
+)
+def test_pieces_cover_what_the_mask_allows_once(chosen: str, mask: str) -> None:
+    from mpiattn.kernels.cudnn import pieces
+
+    for ranks in range(1, 5):
+        whole = posed(Case(layout=chosen, mask=mask, tokens=64), ranks)
+        for queries, keys in itertools.product(whole.q_positions, whole.kv_positions):
+            lo, hi = whole.mask.bounds(queries)
+            start, stop = (np.searchsorted(keys, bound).astype(np.int32) for bound in (lo, hi))
+            covered = np.zeros((len(queries), len(keys)), np.int64)
+            for piece in pieces(start, stop, queries, keys) or []:
+                part = covered[piece.queries, piece.keys]
+                i, j = np.indices(part.shape)
+                shift = part.shape[1] - part.shape[0] if piece.causal else 0
+                assert shift >= 0
+                part += (j <= i + shift if piece.causal else True) & (piece.left is None or j > i + shift - piece.left)
+            np.testing.assert_array_equal(covered, allowed(whole.mask, queries, keys))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
