@@ -8,12 +8,12 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from . import bench, compare, conformance, env, run, schedule, trace
+from . import bench, calibrate, compare, conformance, documents, env, machine, planner, run, schedule, trace, virtual
 from .message import InputError
 
 USAGE_ERROR = 2
 
-COMMANDS: dict[str, tuple[Any, bool, str]] = {
+COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
     "compare": (compare, True, "run algorithms side by side on the same input and check them"),
     "run": (run, True, "run one algorithm on a file and write the output to a file"),
     "conformance": (conformance, True, "check an implementation, yours too, against the oracle and the formulas"),
@@ -21,8 +21,14 @@ COMMANDS: dict[str, tuple[Any, bool, str]] = {
     "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
     "schedule": (schedule, False, "print the order of messages and blocks of a mesh tile"),
     "trace": (trace, False, "show what a file written with --trace recorded"),
+    "calibrate": (calibrate, True, "measure this machine and write its description for plan"),
+    "plan": (planner, False, "say which algorithm and grid suit a cluster, and why, in virtual time"),
+    "documents": (documents, None, "make the tables and figures of the documents on Mesh- and Ring Attention"),
 }
-"""Module, whether it needs MPI, and summary of each command."""
+"""Module, whether it needs MPI (None: takes it where it is), and summary of each command."""
+
+VIRTUAL = ("compare", "conformance")
+"""Commands that also run on virtual ranks in one process."""
 
 EPILOG = """\
 examples:
@@ -30,6 +36,8 @@ examples:
   mpiexec -n 6 mpiattn compare --algorithms mesh --grid 2x3 --tokens 1001 --layout striped
   mpiexec -n 4 mpiattn run --algorithm ring --qkv in.npz --output out.npz
   mpiattn schedule 4x4                                  the order of messages and blocks of a mesh tile
+  mpiattn compare --virtual 16                          the same on 16 virtual ranks, without MPI
+  mpiattn plan --tokens 1M --ranks 256 --machine h200-ib
   mpiattn bench kernel                                  the NumPy kernel against its own matrix products
   mpiexec -n 4 mpiattn env                              what each rank really got
 
@@ -48,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, _, summary) in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw))
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
+        module.add_arguments(command)
+        if name in VIRTUAL:
+            group = command.add_argument_group("without MPI")
+            group.add_argument("--virtual", type=int, metavar="N", help="on N virtual ranks, in virtual time")
+            names = ", ".join(machine.presets())
+            group.add_argument("--machine", default="laptop", metavar="NAME", help=f"of one host: {names}, or a file")
     return top
 
 
@@ -81,9 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(args, int):
             return args
         module, needs_mpi, _ = COMMANDS[args.command]
-        if not needs_mpi:
-            return int(module.main(args)) if comm is None or comm.Get_rank() == 0 else 0
-        if comm is None:
+        alone = needs_mpi is False or getattr(args, "virtual", None) is not None
+        if alone and comm is not None and comm.Get_rank() > 0:
+            return 0
+        if alone:
+            return int(module.main(args)) if needs_mpi is False else virtual.command(module.main, args)
+        if comm is None and needs_mpi:
             print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
             return 1
         return int(module.main(args, comm))

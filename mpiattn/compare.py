@@ -27,7 +27,7 @@ from .algorithms import ALGORITHMS, Attention
 from .inputs import Array, Inputs
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .mask import Positions
-from .message import Communicator, InputError
+from .message import Communicator, InputError, clock
 from .progress import bar
 from .trace import Trace, TracedComm, watch, write
 
@@ -97,13 +97,13 @@ class Case:
         (*qkv, d_out), saved, trace = self.inputs, None, self.comm.trace
         for name in PASSES:
             self.comm.comm.Barrier()
-            start = time.perf_counter()
+            start = clock()
             with trace.phase(f"{self.algorithm} {self.grid} {self.attention.layout} {name}"):
                 if saved is None:
                     _, saved = self.attention.forward(*qkv, **self.features)
                 else:
                     self.attention.backward(d_out, saved)
-            self.seconds[name].append(time.perf_counter() - start)
+            self.seconds[name].append(clock() - start)
             self.waits[name].append(trace.waited())
             if kept is not None:
                 kept.events += trace.events

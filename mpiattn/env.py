@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,8 +55,22 @@ def environment(comm: Communicator) -> dict[str, Any]:
 
 
 def _software() -> dict[str, str]:
-    from mpi4py import MPI
+    return {
+        "mpiattn": _own_version(),
+        "numpy": np.__version__,
+        "mpi4py": version("mpi4py"),
+        "python": platform.python_version(),
+        **_library(),
+        "platform": platform.platform(),
+        "gpu_kernel": kernels.on_gpus(),
+    }
 
+
+def _library() -> dict[str, str]:
+    """Describe the MPI library; there is none where the ranks are virtual (`virtual.py`) and nothing has loaded one."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is None:
+        return dict.fromkeys(("mpi", "mpi_standard", "thread_level"), "none, virtual ranks")
     levels = {
         MPI.THREAD_SINGLE: "single",
         MPI.THREAD_FUNNELED: "funneled",
@@ -64,15 +79,9 @@ def _software() -> dict[str, str]:
     }
     first_line = MPI.Get_library_version().strip("\0\n").splitlines()[0]
     return {
-        "mpiattn": _own_version(),
-        "numpy": np.__version__,
-        "mpi4py": version("mpi4py"),
-        "python": platform.python_version(),
         "mpi": " ".join(first_line.split(", package")[0].split()),  # Open MPI goes on with who built it
         "mpi_standard": ".".join(map(str, MPI.Get_version())),
         "thread_level": levels[MPI.Query_thread()],
-        "platform": platform.platform(),
-        "gpu_kernel": kernels.on_gpus(),
     }
 
 

@@ -9,6 +9,7 @@ import enum
 import functools
 import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,18 @@ class Tag(enum.IntEnum):
     QKV = 9
     D_O = 10
     D_QKV = 11
+
+
+def virtual_time() -> float | None:
+    """Return the seconds on the clock of the virtual rank that runs, None outside of `virtual.py`."""
+    virtual = sys.modules.get(f"{__package__}.virtual")
+    return virtual.now() if virtual else None
+
+
+def clock() -> float:
+    """Return seconds from some moment on: on the virtual rank's clock, else as `time.perf_counter`."""
+    seconds = virtual_time()
+    return time.perf_counter() if seconds is None else seconds
 
 
 def constant(name: str) -> Any:

@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from .message import Communicator, Tag
 
 @dataclass
 class Event:
-    """One message, wait, block or phase of one rank; times in seconds of `time.perf_counter`.
+    """One message, wait, block or phase of one rank; times in seconds of `message.clock`.
 
     Attributes
     ----------
@@ -81,10 +80,10 @@ class Trace:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Give a name to the time of a with block, such as the forward pass of one algorithm."""
-        event = Event("phase", name, -1, 0, time.perf_counter())
+        event = Event("phase", name, -1, 0, message.clock())
         self.events.append(event)
         yield
-        event.end = time.perf_counter()
+        event.end = message.clock()
 
     def clear(self) -> None:
         """Forget all events."""
@@ -100,9 +99,9 @@ class TracedRequest:
     @staticmethod
     def Waitall(requests: Sequence[TracedRequest]) -> None:
         """Wait for all, and record how long that took."""
-        start = time.perf_counter()
+        start = message.clock()
         message.Waitall([request.request for request in requests])
-        end = time.perf_counter()
+        end = message.clock()
         _complete(requests, end)
         requests[0].trace.events.append(Event("wait", "", -1, 0, start, end))
 
@@ -111,7 +110,7 @@ class TracedRequest:
         """Let messages progress; record it if all are complete."""
         done = message.Testall([request.request for request in requests])
         if done:
-            _complete(requests, time.perf_counter())
+            _complete(requests, message.clock())
         return done
 
 
@@ -198,7 +197,7 @@ class TracedComm:
     def _post(self, kind: str, call: Any, buf: Any, peer: int, tag: int) -> TracedRequest:
         name = message.Tag(tag).name
         nbytes = (buf[0] if isinstance(buf, list) else buf).nbytes
-        event = Event(kind, name, self.ranks[peer], nbytes, time.perf_counter())
+        event = Event(kind, name, self.ranks[peer], nbytes, message.clock())
         self.trace.events.append(event)
         return TracedRequest(call(buf, peer, tag), [event], self.trace)
 
@@ -230,7 +229,7 @@ class TracedComm:
         return self._start(self.comm.Ireduce_scatter, pieces, sendbuf, recvbuf, recvcounts)
 
     def _start(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> TracedRequest:
-        start = time.perf_counter()
+        start = message.clock()
         events = [Event("receive", call.__name__, self.ranks[peer], nbytes, start) for peer, nbytes in pieces if nbytes]
         self.trace.events += events
         return TracedRequest(call(*arguments), events, self.trace)
@@ -244,9 +243,9 @@ class TracedComm:
         return [(peer, size) for peer, size in enumerate(sizes) if peer != self.Get_rank()]
 
     def _collective(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> None:
-        start = time.perf_counter()
+        start = message.clock()
         call(*arguments)
-        end = time.perf_counter()
+        end = message.clock()
         for peer, nbytes in pieces:
             if nbytes:
                 self.trace.events.append(Event("receive", call.__name__, self.ranks[peer], nbytes, start, end))
@@ -273,10 +272,10 @@ class TracedComm:
         self._agree(self.comm.Bcast, buf, root)
 
     def _agree(self, call: Any, *arguments: Any) -> Any:
-        event = Event("agree", call.__name__, -1, 0, time.perf_counter())
+        event = Event("agree", call.__name__, -1, 0, message.clock())
         self.trace.events.append(event)
         result = call(*arguments)
-        event.end = time.perf_counter()
+        event.end = message.clock()
         return result
 
 
@@ -292,9 +291,9 @@ class TracedWindow:
 
     def Fence(self) -> None:
         """Wait for the other ranks, and see what they wrote."""
-        start = time.perf_counter()
+        start = message.clock()
         self.window.Fence()
-        self.trace.events.append(Event("wait", "Fence", -1, 0, start, time.perf_counter()))
+        self.trace.events.append(Event("wait", "Fence", -1, 0, start, message.clock()))
 
     def Free(self) -> None:
         """Free the window."""
@@ -317,10 +316,10 @@ class TracedKernel:
 
     def _block(self, name: str, arguments: Sequence[Any], positions: int) -> None:
         first, second = (int(p[0]) if len(p) else -1 for p in arguments[positions : positions + 2])
-        event = Event("compute", name, -1, 0, time.perf_counter(), block=(first, second))
+        event = Event("compute", name, -1, 0, message.clock(), block=(first, second))
         self.trace.events.append(event)
         getattr(self.kernel, name)(*arguments)
-        event.end = time.perf_counter()
+        event.end = message.clock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
@@ -338,7 +337,7 @@ COMPUTE, FIRST_LANE = 0, 1  # tracks of a rank: blocks, waits and phases; messag
 
 
 def clock_offset(comm: Communicator) -> float:
-    """Return the seconds to add to this rank's `time.perf_counter` to get rank 0's; all ranks call it together.
+    """Return the seconds to add to this rank's `message.clock` to get rank 0's; all ranks call it together.
 
     Rank 0 asks each rank for its time. The fastest of several round trips bounds the error: half its time
     (Cristian 1989, Probabilistic clock synchronization).
@@ -349,17 +348,17 @@ def clock_offset(comm: Communicator) -> float:
         for rank in range(1, comm.Get_size()):
             best = math.inf
             for _ in range(ROUND_TRIPS):
-                start = time.perf_counter()
+                start = message.clock()
                 comm.Send(here, rank, Tag.CLOCK)
                 comm.Recv(there, rank, Tag.CLOCK)
-                end = time.perf_counter()
+                end = message.clock()
                 if end - start < best:
                     best, offset = end - start, (start + end) / 2 - float(there[0])
             comm.Send(np.array([offset]), rank, Tag.CLOCK)
         return 0.0
     for _ in range(ROUND_TRIPS):
         comm.Recv(here, 0, Tag.CLOCK)
-        there[0] = time.perf_counter()
+        there[0] = message.clock()
         comm.Send(there, 0, Tag.CLOCK)
     comm.Recv(here, 0, Tag.CLOCK)
     return float(here[0])

@@ -12,6 +12,7 @@ the same bits as under MPI; only messages and collectives then take virtual time
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import heapq
 import itertools
@@ -26,8 +27,8 @@ import greenlet
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .machine import LEVELS, Machine
-from .message import constant
+from .machine import LEVELS, Machine, load
+from .message import InputError, constant
 
 Index = Any
 
@@ -76,6 +77,11 @@ class Rank:
         self.held += nbytes
         if self.held > self.peak:
             self.peak = self.held
+
+
+def now() -> float | None:
+    """Return the seconds on the clock of the rank that runs; None where none does."""
+    return _running[-1].clock if _running else None
 
 
 def current() -> Rank:
@@ -628,6 +634,16 @@ class VirtualComm:
         """Return this rank."""
         return self.place
 
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self.group.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.place
+
     def _child(self, color: object, ranks: Sequence[int], **cart: Any) -> VirtualComm:
         """Return the next communicator made from this one, shared by the ranks of one color."""
         self.children += 1
@@ -917,3 +933,11 @@ def _combined(buffers: Sequence[Any], op: Any) -> Any:
 def run(ranks: int, machine: Machine, function: Callable[[VirtualComm], Any]) -> list[Any]:
     """Call a function with the communicator of each rank of a new cluster, and return what each returned."""
     return Cluster(ranks, machine).run(function)
+
+
+def command(main: Callable[[Any, VirtualComm], int], args: Any) -> int:
+    """Run a subcommand on `args.virtual` ranks of one host of the machine `args.machine`; return the exit status."""
+    if args.virtual < 1:
+        raise InputError(f"--virtual takes 1 rank or more, not {args.virtual}")
+    one_host = dataclasses.replace(load(args.machine), ranks_per_node=args.virtual)
+    return max(run(args.virtual, one_host, lambda comm: main(args, comm)))

@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays import gpus
 from ..dropout import Dropout
 from ..mask import Mask
-from ..message import InputError
+from ..message import InputError, virtual_time
 from ..problem import Problem
 
 KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual": ("virtual",)}
@@ -58,7 +58,12 @@ def choose(
     if kind == "numpy":
         from .numpy import NumpyKernel
 
-        return NumpyKernel(mask, scale, softcap)
+        kernel = NumpyKernel(mask, scale, softcap)
+        if virtual_time() is None:
+            return kernel
+        from .virtual import ClockedKernel, VirtualKernel
+
+        return ClockedKernel(kernel, VirtualKernel(mask, scale, problem))
     if kind == "mpiattn.virtual":
         from .virtual import VirtualKernel
 

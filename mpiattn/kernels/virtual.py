@@ -65,6 +65,26 @@ class VirtualKernel:
         return rates.call, q.shape[0] * q.shape[1] * work / rate
 
 
+class ClockedKernel:
+    """A kernel that computes, and then moves the virtual clock: for arrays with data on a virtual cluster."""
+
+    def __init__(self, real: Any, clock: VirtualKernel) -> None:
+        self.real, self.clock = real, clock
+
+    def forward(self, *arguments: Any) -> None:
+        """Compute; messages need no progress meanwhile."""
+        self.real.forward(*(None if callable(argument) else argument for argument in arguments))
+        self.clock.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> None:
+        """Compute; messages need no progress meanwhile."""
+        self.real.backward(*(None if callable(argument) else argument for argument in arguments))
+        self.clock.backward(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
 _COUNTS: dict[tuple[int, int, Mask], tuple[Positions, Positions, int]] = {}
 """Pairs of blocks that are no problem's, by the identity of their positions, which are kept."""
 
