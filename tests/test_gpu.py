@@ -43,7 +43,7 @@ SHAPES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
 )
-HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape)  # type: ignore[arg-type] for dtype, chosen, mask, shape in SHAPES]
+HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape) for dtype, chosen, mask, shape in SHAPES]
 LARGE = [
     Case(tokens=3000, head_dim=32, v_head_dim=32, layout=chosen, mask="causal", dtype="float32")
     for chosen in layout.LAYOUTS
