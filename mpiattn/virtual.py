@@ -940,4 +940,4 @@ def command(main: Callable[[Any, VirtualComm], int], args: Any) -> int:
     if args.virtual < 1:
         raise InputError(f"--virtual takes 1 rank or more, not {args.virtual}")
     one_host = dataclasses.replace(load(args.machine), ranks_per_node=args.virtual)
-    return max(run(args.virtual, one_host, lambda comm: main(args, comm)))
+    return int(max(run(args.virtual, one_host, lambda comm: main(args, comm))))
