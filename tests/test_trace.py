@@ -9,13 +9,12 @@ import time
 from collections import defaultdict
 from itertools import groupby, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, scatter, trace
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter, trace
 from mpiattn.figures import draw_trace
 from mpiattn.kernels.numpy import NumpyKernel
 from mpiattn.schedule import Op, Step
@@ -108,8 +107,7 @@ def test_all_that_is_received_is_in_the_matrix_and_the_file(comm: MPI.Intracomm,
 @pytest.mark.mpi(min_size=2, max_size=6)
 def test_clocks_are_aligned(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = 1000.0 * comm.rank
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead)
-    monkeypatch.setattr(trace, "time", clock)
+    monkeypatch.setattr(message, "clock", lambda: time.perf_counter() + ahead)
     _, record = run(comm, "ring")
     traces = trace.gather(comm, record)
     if traces is not None:
