@@ -296,8 +296,8 @@ def plan(
             tried[family] = tried.get(family, 0) + 1
             try:
                 # Ring Attention is run to its end: the others are compared with it.
-                limit = math.inf if family == "ring" else SLOWER * fastest
-                outcome = simulate(task, machine, ranks, candidate, limit)
+                patience = math.inf if family == "ring" else SLOWER * fastest
+                outcome = simulate(task, machine, ranks, candidate, patience)
             except TimeoutError:
                 left_out.append((candidate, f"takes more than {SLOWER} times as long as another"))
                 continue
