@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from . import bench, calibrate, compare, conformance, documents, env, machine, planner, run, schedule, trace, virtual
+from . import bench, calibrate, compare, conformance, documents, env, machine, planner, run, schedule, timeline, virtual
 from .message import InputError
 
 USAGE_ERROR = 2
@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
     "bench": (bench, True, "measure kernels and messages"),
     "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
     "schedule": (schedule, False, "print the order of messages and blocks of a mesh tile"),
-    "trace": (trace, False, "show what a file written with --trace recorded"),
+    "trace": (timeline, False, "show what a file written with --trace recorded"),
     "calibrate": (calibrate, True, "measure this machine and write its description for plan"),
     "plan": (planner, False, "say which algorithm and grid suit a cluster, and why, in virtual time"),
     "documents": (documents, None, "make the tables and figures of the documents on Mesh- and Ring Attention"),

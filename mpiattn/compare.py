@@ -29,7 +29,8 @@ from .layout import LAYOUTS, gather, owned_heads, scatter
 from .mask import Positions
 from .message import Communicator, InputError, clock
 from .progress import bar
-from .trace import Trace, TracedComm, watch, write
+from .timeline import write
+from .trace import Trace, TracedComm, watch
 
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""

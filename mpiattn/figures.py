@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .message import Tag
-from .trace import Event, Trace, flows
+from .timeline import flows
+from .trace import Event, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

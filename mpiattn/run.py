@@ -13,7 +13,8 @@ from . import grid, inputs
 from .algorithms import ALGORITHMS
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
-from .trace import TracedComm, watch, write
+from .timeline import write
+from .trace import TracedComm, watch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
