@@ -177,6 +177,8 @@ def print_results(results: Sequence[dict[str, Any]], args: argparse.Namespace) -
     headers = ["dtype", "algorithm", "ranks", "", *(f"rms {name}" for name in RESULTS), "rms\nratio", "largest\nratio"]
     print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
     print(f"{args.tokens} tokens, causal. Ratio: the largest of the four results', to that on one rank.")
+    ranks = max(result["ranks"] for result in results if not result.get("virtual"))
+    print(f"Made by: mpiexec -n {ranks} mpiattn {' '.join(sys.argv[1:])}")
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -185,6 +187,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(len(DTYPES), len(MEASURES), sharex=True, sharey=True)
+    top = max(MOST, *(ratio for result in results for key in MEASURES for ratio in result[f"{key}_ratio"]))
     colours = dict(zip(RESULTS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
     styles = dict(
         zip(dict.fromkeys(result["algorithm"] for result in results), ("-", "--", ":", "-.") * 4, strict=False)
@@ -202,7 +205,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
                             np.array(x)[some], np.array(y)[some], "o", color=colour, markerfacecolor=face, markersize=4
                         )
             axes.axhline(MOST, color="0.5", linewidth=0.8, linestyle=":")
-            axes.set(title=f"{dtype}, {measure} error", xscale="log", ylim=(0, None))
+            axes.set(title=f"{dtype}, {measure} error", xscale="log", ylim=(0, 1.05 * top))
             axes.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 64], ticks)
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
