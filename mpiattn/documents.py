@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -418,7 +419,7 @@ def lab(args: argparse.Namespace, comm: Communicator) -> Report | None:
 
             def standard(x: Any = x) -> Any:
                 q, k, v = (x @ weight for weight in weights)
-                scores = q @ k.transpose(0, 2, 1) / np.sqrt(dim)
+                scores = q @ k.transpose(0, 2, 1) / math.sqrt(dim)
                 scores = np.exp(scores - scores.max(-1, keepdims=True))
                 return scores / scores.sum(-1, keepdims=True) @ v
 

@@ -40,6 +40,7 @@ class Rank:
     """One virtual process: a clock in seconds, its ports, and what it holds of memory."""
 
     __slots__ = (
+        "bandwidth",
         "clock",
         "cluster",
         "computed",
@@ -57,6 +58,7 @@ class Rank:
 
     def __init__(self, cluster: Cluster, number: int) -> None:
         self.cluster, self.number = cluster, number
+        self.bandwidth = cluster.machine.memory_bandwidth
         self.clock = self.latest = self.computed = self.waiting = 0.0
         self.missing = self.held = self.peak = self.received = 0
         self.poll = POLL
@@ -70,7 +72,7 @@ class Rank:
 
     def touch(self, nbytes: float) -> None:
         """Spend the time that memory takes to move so many bytes."""
-        self.clock += nbytes / self.cluster.machine.memory_bandwidth
+        self.clock += nbytes / self.bandwidth
 
     def allocate(self, nbytes: int) -> None:
         """Count memory that this rank holds."""
@@ -181,14 +183,14 @@ class VirtualArray:
 
     def fill(self, value: float) -> None:
         """Write every element."""
-        current().touch(self.nbytes)
+        self.storage.rank.touch(self.nbytes)
 
     def all(self) -> bool:
         """Say true: an array without data is in whatever state costs least to ask for."""
         return True
 
     def _update(self, other: Any) -> VirtualArray:
-        current().touch(2 * self.nbytes + getattr(other, "nbytes", 0))
+        self.storage.rank.touch(2 * self.nbytes + getattr(other, "nbytes", 0))
         return self
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _update
@@ -533,7 +535,7 @@ class Cluster:
                 f"rank {receive.rank.number} receives {receive.nbytes} bytes from rank {send.rank.number}, "
                 f"which sends {send.nbytes}"
             )
-        if not isinstance(send.buffer, VirtualArray):
+        if type(send.buffer) is not VirtualArray:
             _copy(send.buffer, receive.buffer)
         receive.rank.received += send.nbytes
         receive.complete(send.arrived if send.arrived > receive.posted else receive.posted)
@@ -641,7 +643,7 @@ class VirtualComm:
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """The number of this rank."""
         return self.place
 
     def _child(self, color: object, ranks: Sequence[int], **cart: Any) -> VirtualComm:
@@ -706,11 +708,11 @@ class VirtualComm:
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
         """Start to send a buffer."""
-        return self._post(buf, dest, (self.group.number, self.place, dest, tag), True)
+        return self._post(buf, dest, (self.group.number, self.place, dest, int(tag)), True)
 
     def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
         """Start to receive into a buffer."""
-        return self._post(buf, source, (self.group.number, source, self.place, tag), False)
+        return self._post(buf, source, (self.group.number, source, self.place, int(tag)), False)
 
     def _post(self, buf: Any, peer: int, key: tuple[int, int, int, int], sends: bool) -> Request:
         buffer = buf[0] if isinstance(buf, list) else buf
