@@ -130,7 +130,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     environment = env.environment(comm)
     given = inputs.on_root(comm, lambda: load(args))
     with ExitStack() as stack:
-        cases = build(args, comm, stack)
+        cases, left_out = build(args, comm, stack)
         kept = Trace()
         if args.trace:
             for case in cases:
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         right = patiently(comm, lambda: expected(*given, args) if given else None)
         progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
         for number, case in itertools.product(range(1 + args.iterations), cases):
-            progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}")
+            progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}", refresh=False)
             if number == 0:
                 case.share(given[0] if given else None, args)
                 case.check(given[1] if given else None, right)
@@ -151,6 +151,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         write(comm, kept, args.trace)
     if given:
         print_results(results, *given, args)
+        print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
         if args.json:
             document = {"environment": environment, "input": given[0].describe(), "results": results}
             args.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -179,15 +180,19 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     return given, queries
 
 
-def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> list[Case]:
-    """Build each algorithm that is asked for, in each of its variants that fit and each layout."""
+def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> tuple[list[Case], list[str]]:
+    """Build each algorithm that is asked for, in each of its variants that fit and each layout.
+
+    Returns the cases and, where all algorithms are asked for, what was left out and why.
+    """
     names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
     if args.grid and args.grid not in grid.grids(comm.Get_size()):
         fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
         raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
-    cases = []
+    cases: list[Case] = []
+    left_out = []
     for name in names:
         for arguments in ALGORITHMS[name].variants(comm.Get_size()):
             if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
@@ -195,9 +200,19 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> lis
             for layout in [args.layout] if args.layout else LAYOUTS:
                 traced = TracedComm(comm)
                 options = {"layout": layout, "mask": args.mask, "scale": args.scale, "softcap": args.softcap}
-                attention = ALGORITHMS[name](traced, **options, **arguments)
-                cases.append(Case(name, arguments, traced, stack.enter_context(attention)))
-    return cases
+                try:
+                    attention = ALGORITHMS[name](traced, **options, **arguments)
+                except InputError as error:
+                    if args.algorithms != "all":
+                        raise
+                    left_out.append(f"{name}: {error}")
+                    break
+                case = Case(name, arguments, traced, stack.enter_context(attention))
+                if (name, case.grid, attention.layout) not in [
+                    (c.algorithm, c.grid, c.attention.layout) for c in cases
+                ]:
+                    cases.append(case)  # else the layout makes no difference to it
+    return cases, left_out
 
 
 def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
