@@ -45,7 +45,9 @@ MEASURES = "rms", "largest"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn bench error`."""
     parser.add_argument("--algorithms", default="ring,mesh", metavar="NAME,...", help="default ring,mesh, or all")
-    parser.add_argument("--virtual", type=_numbers, default=[16, 32, 64], metavar="N,...", help="default 16,32,64")
+    parser.add_argument(
+        "--virtual", dest="virtual_ranks", type=_numbers, default=[16, 32, 64], metavar="N,...", help="default 16,32,64"
+    )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="at most, and by default, 2048")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw errors against ranks (.png, .svg, .pdf)")
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
-    if not 0 < args.tokens <= 2048 or min(args.virtual, default=1) < 1:
+    if not 0 < args.tokens <= 2048 or min(args.virtual_ranks, default=1) < 1:
         raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
     for path in (args.json, args.plot):
         if path is not None and not path.parent.is_dir():
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     environment = env.environment(comm)
     rank, size = comm.Get_rank(), comm.Get_size()
     results: list[dict[str, Any]] = []
-    progress = bar(comm, total=len(DTYPES) * len(names) * (size + len(args.virtual)), unit="run")
+    progress = bar(comm, total=len(DTYPES) * len(names) * (size + len(args.virtual_ranks)), unit="run")
     for dtype in DTYPES:
         given = sample(args.tokens, dtype)
         right = patiently(comm, partial(reference, given))
@@ -82,7 +84,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 if wholes and right:
                     results.append({"dtype": dtype, "algorithm": name, "ranks": ranks, **errors(wholes, right)})
                 progress.update()
-            for ranks in args.virtual:
+            for ranks in args.virtual_ranks:
                 progress.set_postfix_str(f"{dtype} {name}, {ranks} virtual ranks")
                 wholes = patiently(comm, partial(attend_virtually, name, ranks, given))
                 if wholes and right:

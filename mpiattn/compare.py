@@ -212,6 +212,8 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> tup
                     (c.algorithm, c.grid, c.attention.layout) for c in cases
                 ]:
                     cases.append(case)  # else the layout makes no difference to it
+    if not cases:
+        raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
     return cases, left_out
 
 
