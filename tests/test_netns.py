@@ -119,7 +119,7 @@ def test_a_command_on_one_host() -> None:
 def test_nothing_is_left_after_a_signal(number: signal.Signals) -> None:
     with start("--hosts", 2, PYTHON, "-c", "import time; print('up', flush=True); time.sleep(50)") as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
+        assert process.stdout.readline().startswith("up")  # lines of two ranks can come as one
         assert len(left(process.pid)) == 3
         process.send_signal(number)
         process.communicate(timeout=20)
