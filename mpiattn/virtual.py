@@ -370,10 +370,11 @@ class Cluster:
         if ranks < 1:
             raise ValueError(f"a cluster has at least one rank, not {ranks}")
         self.machine, self.limit = machine, limit
+        self.overhead, self.eager, self.progress = machine.overhead, machine.eager, machine.progress
         self.ranks = [Rank(self, number) for number in range(ranks)]
         self.events: list[tuple[float, int, Rank | Request]] = []
         self.order = itertools.count()
-        self.mail: dict[tuple[int, int, int, int], deque[Request]] = {}
+        self.mail: dict[tuple[int, int, int, int], Request | deque[Request]] = {}
         self.groups: dict[Any, Group] = {}
         self.ports: dict[Any, Port] = {}
         self.routes: dict[tuple[int, int], Route] = {}
@@ -433,13 +434,17 @@ class Cluster:
             raise self.failed
         if reasons:
             raise RuntimeError(f"{len(stuck)} ranks wait for ever: " + "; ".join(reasons))
-        left = [key for key, queue in self.mail.items() if queue]
-        if left:
-            _, source, dest, tag = left[0]
+        if self.mail:
+            _, source, dest, tag = next(iter(self.mail))
             raise RuntimeError(f"a message from rank {source} to rank {dest} with tag {tag} has no partner")
 
     def _stuck(self, rank: Rank) -> str:
-        mine = [key for key, queue in self.mail.items() for request in queue if request.rank is rank]
+        mine = [
+            key
+            for key, waiting in self.mail.items()
+            for request in (waiting if isinstance(waiting, deque) else [waiting])
+            if request.rank is rank
+        ]
         told = [f"{s} -> {d} tag {t}" for _, s, d, t in mine[:2]] or ["a collective that not all have called"]
         return f"rank {rank.number} for {' and '.join(told)}"
 
@@ -455,11 +460,12 @@ class Cluster:
 
     def wait(self, rank: Rank, requests: Sequence[Request]) -> None:
         """Move a rank's clock to where all requests are complete."""
-        self._activate(rank)
+        if rank.pending:
+            self._activate(rank)
         start = latest = rank.clock
-        missing = 0
+        missing, unknown = 0, math.inf
         for request in requests:
-            if request.done == math.inf:
+            if request.done == unknown:
                 request.waited = True
                 missing += 1
             elif request.done > latest:
@@ -484,18 +490,19 @@ class Cluster:
 
     def match(self, request: Request, key: tuple[int, int, int, int]) -> None:
         """Bring a send and its receive together; the message is ready when both are posted."""
-        if request.sends and request.nbytes < self.machine.eager:
+        if request.sends and request.nbytes < self.eager:
             request.eager = True
             request.buffer = request.buffer.copy()
             request.complete(request.posted)
             self.schedule(request.posted, request)
-        queue = self.mail.get(key)
-        if queue is None:
-            queue = self.mail[key] = deque()
-        if not queue or queue[0].sends == request.sends:
-            queue.append(request)
+        other = self.mail.pop(key, None)
+        if other is None:
+            self.mail[key] = request
             return
-        other = queue.popleft()
+        if type(other) is not Request or other.sends == request.sends:
+            other = self._in_order(request, other, key)
+            if other is None:
+                return
         send, receive = (request, other) if request.sends else (other, request)
         send.other = receive
         if not send.eager:
@@ -506,6 +513,20 @@ class Cluster:
                 heapq.heappush(self.events, (ready, next(self.order), send))
         elif send.arrived < math.inf:
             self._deliver(send, receive)
+
+    def _in_order(
+        self, request: Request, waiting: Request | deque[Request], key: tuple[int, int, int, int]
+    ) -> Request | None:
+        """Return the partner of a request, or keep it, where several messages of one tag are under way."""
+        queue = waiting if isinstance(waiting, deque) else deque([waiting])
+        other = None
+        if queue[0].sends == request.sends:
+            queue.append(request)
+        else:
+            other = queue.popleft()
+        if queue:
+            self.mail[key] = queue
+        return other
 
     def _transfer(self, ready: float, send: Request) -> None:
         """Take the ports on a message's way, for as long as it takes."""
@@ -715,16 +736,16 @@ class VirtualComm:
         return self._post(buf, source, (self.group.number, source, self.place, int(tag)), False)
 
     def _post(self, buf: Any, peer: int, key: tuple[int, int, int, int], sends: bool) -> Request:
-        buffer = buf[0] if isinstance(buf, list) else buf
+        buffer = buf[0] if type(buf) is list else buf
         rank = self.me
         cluster = rank.cluster
-        rank.clock += cluster.machine.overhead
+        rank.clock += cluster.overhead
         if peer < 0:
             request = Request(rank, buffer, 0, peer, sends)
             request.done = rank.clock
             return request
         request = Request(rank, buffer, buffer.nbytes, self.group.ranks[peer], sends)
-        if cluster.machine.progress:
+        if cluster.progress:
             cluster.match(request, key)
         else:
             rank.pending.append((request, key))
