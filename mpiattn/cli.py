@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from . import bench, calibrate, compare, conformance, documents, env, machine, planner, run, schedule, timeline, virtual
 from .message import InputError
@@ -87,6 +90,14 @@ def parse(argv: Sequence[str] | None, comm: Any) -> argparse.Namespace | int:
     return result if comm is None else comm.bcast(result)  # type: ignore[return-value]
 
 
+def blas_threads(command: str) -> int | None:
+    """Return 1 unless the user has decided otherwise: threads of several ranks on the same cores only get in the way.
+
+    `env` shows what a program without this line gets.
+    """
+    return None if command == "env" or "OMP_NUM_THREADS" in os.environ else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     comm = world()
@@ -103,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if comm is None and needs_mpi:
             print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
             return 1
-        return int(module.main(args, comm))
+        with threadpool_limits(blas_threads(args.command), "blas"):
+            return int(module.main(args, comm))
     except InputError as error:
         if comm is None or comm.Get_rank() == 0:
             print(f"mpiattn: error: {error}", file=sys.stderr)

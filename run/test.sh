@@ -82,6 +82,10 @@ for mpi in $mpis; do
         tier "pytest, $mpi, $n ranks" \
             "$bin/mpiexec" -n "$n" "$bin/python" -m mpi4py -m pytest -m mpi "${pytest_args[@]}"
     done
+    if ((!selected)) && [[ -z $ranks ]]; then
+        tier "pytest, $mpi, a message beyond 2 GiB" \
+            "$bin/mpiexec" -n 2 "$bin/python" -m mpi4py -m pytest --slow "${pytest_args[@]}" tests/test_large_message.py
+    fi
 done
 
 printf '\n%s\ntiers: %d passed, %d failed\n' "$report" "$passed" "$failed"
