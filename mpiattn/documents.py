@@ -466,7 +466,7 @@ def lab(args: argparse.Namespace, comm: Communicator) -> Report | None:
                         "difference"))  # fmt: skip
     report.note(
         "Why it differs: the lab does not measure memory but prints batch n² 4 bytes, and for its ring batch (n/N)² 4: "
-        "the scores of one block. The standard form holds the scores twice (before and after the softmax). A block's "
+        "the scores of one block. The standard form holds them three times (before, in, after the softmax). A block's "
         "scores need not exist at all: the kernel works in tiles, so the ring's real memory grows with n/N, and what "
         "it holds are Q, the output and two buffers of K/V, which the lab leaves out. The lab's ring is slower "
         "than the standard form, as it computes the same blocks again each round on one device; on ranks with cores of "
