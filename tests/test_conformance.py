@@ -10,9 +10,15 @@ from mpiattn.conformance import Case, check, fast
 from mpiattn.costs import COSTS
 
 
+CASES = fast()
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", fast(), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_conformance(comm: Any, name: str, case: Case) -> None:
-    for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+    size = comm.Get_size()
+    if size > 4 and (CASES.index(case) + size) % 3:
+        pytest.skip("runs on one of three numbers of ranks, as ranks that share cores are slow")
+    for arguments in ALGORITHMS[name].variants(size):
         check(partial(ALGORITHMS[name], **arguments), comm, case, partial(COSTS[name], **arguments))
