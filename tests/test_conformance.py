@@ -9,7 +9,6 @@ from mpiattn import ALGORITHMS
 from mpiattn.conformance import Case, check, fast
 from mpiattn.costs import COSTS
 
-
 CASES = fast()
 
 
