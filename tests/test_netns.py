@@ -39,7 +39,14 @@ def start(*words: object) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER + SLOW)}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def heed() -> None:
+        # A job in the background, as of continuous integration, ignores it, and a shell can't undo that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed
+    )
 
 
 def run(*words: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
