@@ -48,7 +48,7 @@ class RingAttention(Attention):
         [state] = self.parcels("o", [problem.o(self.rank)])
         state.fill(0, -math.inf)
         out, lse = state.arrays
-        self.kernel.put_off(out, lse)
+        self.kernel.put_off(out, lse)  # a kernel may merge several blocks' results in one pass
         self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
             requests = self.pass_kv(step)
