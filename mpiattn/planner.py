@@ -335,21 +335,6 @@ def _impossible(
     )
 
 
-def auto(comm: Any, task: Task, machine: Machine) -> tuple[str, dict[str, Any]]:
-    """Return the algorithm and its arguments for the ranks of a communicator, the same on all of them."""
-    best = None
-    if comm.Get_rank() == 0:
-        in_order = [
-            c for c in candidates(comm.Get_size(), machine) if c.order(comm.Get_size()) == list(range(comm.Get_size()))
-        ]
-        names = sorted({c.algorithm for c in in_order}, key=list(ALGORITHMS).index)
-        chosen = plan(task, machine, comm.Get_size(), algorithms=names)
-        best = next(o.candidate for o in chosen.outcomes if o.candidate in in_order)
-    best = comm.bcast(best)
-    assert best is not None
-    return best.algorithm, dict(best.arguments)
-
-
 # Text
 
 
