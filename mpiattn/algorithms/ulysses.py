@@ -128,11 +128,14 @@ class UlyssesAttention(Attention):
         for parcel, arrays in zip(to, contents, strict=True):
             parcel.pack(*arrays)
         here[self.place].pack(*to[self.place].arrays)
-        # Step by step each rank sends to another one, so that they don't all send to the same one first.
-        steps, size = range(1, len(self.members)), len(self.members)
-        sources, dests = ([(self.place + sign * step) % size for step in steps] for sign in (-1, 1))
-        requests = [self.group.Irecv(here[s].message, s, tag) for s in sources if here[s].buffer.size]
-        Waitall(requests + [self.group.Isend(to[d].message, d, tag) for d in dests if to[d].buffer.size])
+        # Pairwise: in each step every rank receives from one other and sends to one other. Sends that all start at once
+        # meet at some ranks, whose links are busy long after the others are done.
+        for step in range(1, len(self.members)):
+            source, dest = ((self.place + sign * step) % len(self.members) for sign in (-1, 1))
+            requests = [self.group.Irecv(here[source].message, source, tag)] if here[source].buffer.size else []
+            if to[dest].buffer.size:
+                requests.append(self.group.Isend(to[dest].message, dest, tag))
+            Waitall(requests)
         return here
 
 
