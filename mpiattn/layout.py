@@ -103,25 +103,6 @@ def heads(count: int, kv_count: int, ranks: int, rank: int) -> tuple[slice, slic
     return slice(head * group + first, head * group + last), slice(head, head + (last > first))
 
 
-def union(chunks: Sequence[Positions]) -> tuple[Positions, list[Positions]]:
-    """Return the positions of all chunks, ascending, and where each chunk lies in them.
-
-    The same chunks give the same arrays: ranks of one process (`virtual.py`) share them.
-    """
-    key = tuple(map(id, chunks))
-    if key not in _UNIONS:
-        whole = np.sort(np.concatenate(chunks))
-        _UNIONS[key] = list(chunks), whole, [np.searchsorted(whole, chunk) for chunk in chunks]
-        if len(_UNIONS) > 64:
-            del _UNIONS[next(iter(_UNIONS))]
-    _, whole, places = _UNIONS[key]
-    return whole, places
-
-
-_UNIONS: dict[tuple[int, ...], tuple[list[Positions], Positions, list[Positions]]] = {}
-"""By the identity of the chunks, which are kept, so that nothing else takes it."""
-
-
 def join(parts: Sequence[NDArray[Any]], positions: Sequence[Positions]) -> NDArray[Any]:
     """Put chunks in the order of their positions; tokens are on axis 2."""
     shape = [*parts[0].shape]

@@ -38,6 +38,13 @@ def _positions(layout_name: str, tokens: int, ranks: int) -> list[Positions]:
     return [layout.positions(layout_name, tokens, ranks, rank) for rank in range(ranks)]
 
 
+@functools.lru_cache(maxsize=64)
+def _joined(layout_name: str, tokens: int, ranks: int, owners: tuple[int, ...]) -> tuple[Positions, list[Positions]]:
+    chunks = [_positions(layout_name, tokens, ranks)[owner] for owner in owners]
+    whole = np.sort(np.concatenate(chunks))
+    return whole, [np.searchsorted(whole, chunk) for chunk in chunks]
+
+
 @functools.lru_cache(maxsize=4)
 def _pairs(mask: Mask, layout_name: str, q_tokens: int, kv_tokens: int, ranks: int) -> NDArray[np.int64]:
     return counts(mask, _positions(layout_name, q_tokens, ranks), _positions(layout_name, kv_tokens, ranks))
@@ -84,6 +91,14 @@ class Problem:
     def kv_positions(self) -> list[Positions]:
         """Each rank's key positions."""
         return _positions(self.layout, self.kv_tokens, self.ranks)
+
+    def queries_of(self, owners: Sequence[int]) -> tuple[Positions, list[Positions]]:
+        """Return the positions of several ranks' queries together, ascending, and where each rank's lie among them."""
+        return _joined(self.layout, self.q_tokens, self.ranks, tuple(owners))
+
+    def keys_of(self, owners: Sequence[int]) -> tuple[Positions, list[Positions]]:
+        """Return the positions of several ranks' keys together, ascending, and where each rank's lie among them."""
+        return _joined(self.layout, self.kv_tokens, self.ranks, tuple(owners))
 
     @cached_property
     def needed(self) -> NDArray[np.bool_]:

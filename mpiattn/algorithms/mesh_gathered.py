@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import grid
 from ..arrays import Parcel, Spec, nbytes
-from ..layout import join, union
+from ..layout import join
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
 from ..problem import Problem
@@ -70,8 +70,8 @@ class GatheredMeshAttention(Attention):
         """Say whose queries and keys make this tile, and which ranks compute something for which."""
         self.q_owners = [self.r * self.cols + place for place in range(self.cols)]
         self.kv_owners = [place * self.cols + self.c for place in range(self.rows)]
-        self.queries, self.q_places = union([problem.q_positions[owner] for owner in self.q_owners])
-        self.keys, self.kv_places = union([problem.kv_positions[owner] for owner in self.kv_owners])
+        self.queries, self.q_places = problem.queries_of(self.q_owners)
+        self.keys, self.kv_places = problem.keys_of(self.kv_owners)
         tiles = problem.needed.reshape(self.rows, self.cols, self.rows, self.cols)
         self.q_users = tiles[self.r].any(axis=1)  # (owner in the row, rank in the row)
         self.kv_users = tiles[:, :, :, self.c].any(axis=1).T  # the same in the column

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..arrays import Parcel, Spec
-from ..layout import join, union
+from ..layout import join
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..softmax import delta
@@ -52,8 +52,8 @@ class UlyssesAttention(Attention):
         self.part = self.parts[self.place]
         self.first_head = self.heads[self.place][0].start
         self.partial = sum(part.kv_heads for part in self.parts) > problem.kv_heads
-        self.queries, self.q_places = union([problem.q_positions[member] for member in self.members])
-        self.keys, self.kv_places = union([problem.kv_positions[member] for member in self.members])
+        self.queries, self.q_places = problem.queries_of(self.members)
+        self.keys, self.kv_places = problem.keys_of(self.members)
 
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
