@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import math
 import socket
 import sys
@@ -167,7 +166,7 @@ class Parcel:
     Parameters
     ----------
     specs : sequence of (shape, dtype)
-        The widest dtype first, so that every view is aligned.
+        With the widest dtype first nothing is lost between them, where the next one must be aligned.
     buffer : uint8, at least the sum of the sizes, optional
         Storage to use; several parcels may take turns in it. A new NumPy array by default.
     uses : Uses, optional
@@ -177,14 +176,15 @@ class Parcel:
     def __init__(
         self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None, uses: Uses | None = None
     ) -> None:
-        sizes = [_size(*spec) for spec in specs]
+        *starts, end = _starts(specs)
         self.specs = list(specs)
-        self.buffer = (np.empty(sum(sizes), np.uint8) if buffer is None else buffer)[: sum(sizes)]
-        ends = itertools.accumulate(sizes)
+        self.buffer = (np.empty(end, np.uint8) if buffer is None else buffer)[:end]
         self.uses = uses
+        self.sent_as: Parcel | None = None
+        """The parcel in which this one's numbers travel, rounded, if they do."""
         self.views: list[Array] = [
-            self.buffer[end - size : end].view(dtype).reshape(shape)
-            for end, size, (shape, dtype) in zip(ends, sizes, specs, strict=True)
+            self.buffer[start : start + nbytes([spec])].view(spec[1]).reshape(spec[0])
+            for start, spec in zip(starts, specs, strict=True)
         ]
 
     @property
@@ -194,9 +194,16 @@ class Parcel:
             self.uses.open()
         return self.views
 
-    @functools.cached_property
+    @property
     def message(self) -> Any:
-        """The parcel as a buffer argument of a send or a receive."""
+        """The parcel as a buffer argument of a send or a receive; what travels rounded is rounded now."""
+        if self.sent_as is None:
+            return self._message
+        self.sent_as.pack(*self.arrays)
+        return self.sent_as.message
+
+    @functools.cached_property
+    def _message(self) -> Any:
         return Rows(self.buffer) if self.uses is None else Tracked(self.buffer, self.uses)
 
     def pack(self, *arrays: Array) -> None:
@@ -223,8 +230,14 @@ class Parcel:
 
 def nbytes(specs: Sequence[Spec]) -> int:
     """Return the bytes of arrays of these shapes and dtypes, one after the other."""
-    return sum(_size(*spec) for spec in specs)
+    return _starts(specs)[-1]
 
 
-def _size(shape: tuple[int, ...], dtype: Any) -> int:
-    return math.prod(shape) * int(np.dtype(dtype).itemsize)
+def _starts(specs: Sequence[Spec]) -> list[int]:
+    """Return where each array starts, a multiple of its numbers' size, and where the last one ends."""
+    starts, end = [], 0
+    for shape, dtype in specs:
+        size = int(np.dtype(dtype).itemsize)
+        starts.append(-(-end // size) * size)
+        end = starts[-1] + math.prod(shape) * size
+    return [*starts, end]

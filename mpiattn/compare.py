@@ -199,9 +199,8 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> tup
                 continue
             for layout in [args.layout] if args.layout else LAYOUTS:
                 traced = TracedComm(comm)
-                options = {"layout": layout, "mask": args.mask, "scale": args.scale, "softcap": args.softcap}
                 try:
-                    attention = ALGORITHMS[name](traced, **options, **arguments)
+                    attention = ALGORITHMS[name](traced, layout=layout, **inputs.options(args), **arguments)
                 except InputError as error:
                     if args.algorithms != "all":
                         raise

@@ -6,7 +6,7 @@ that is called with a communicator and the options layout, mask and scale, and r
   forward(q, k, v) -> out, saved        this rank's tokens; saved.lse is its log-sum-exp
   backward(d_out, saved) -> d_q, d_k, d_v
 
-Some cases have the option softcap, give `forward` sinks=ARRAY or dropout=mpiattn.Dropout(...), and ask for
+Some cases have the options softcap or partials, give `forward` sinks=ARRAY or dropout=mpiattn.Dropout(...), and ask for
 sink_gradient(d_out, saved) -> d_sinks. An implementation without such a feature raises TypeError, ValueError or
 NotImplementedError on all ranks before the first message; the case then counts as refused.
 
@@ -60,6 +60,7 @@ class Case:
     peak: float = 0
     """Magnitude of the logits, by one large component that queries and keys share."""
     softcap: float | None = None
+    partials: str = "wide"
     dropout: float = 0
     sinks: bool = False
     seed: int = 0
@@ -85,7 +86,10 @@ class Case:
     def options(self) -> dict[str, Any]:
         """What the algorithm is built with."""
         options = {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
-        return options if self.softcap is None else {**options, "softcap": self.softcap}
+        unusual = {
+            name: getattr(self, name) for name in ("softcap", "partials") if getattr(self, name) != getattr(Case, name)
+        }
+        return {**options, **unusual}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -95,7 +99,7 @@ class Case:
     @property
     def optional(self) -> bool:
         """Whether an implementation may refuse the case."""
-        return bool(self.softcap or self.dropout or self.sinks)
+        return bool(self.softcap or self.dropout or self.sinks or self.partials != "wide")
 
 
 MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
@@ -112,6 +116,8 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"dtype": "float32", "head_dim": 16, "v_head_dim": 16, "batch": 2},
     {"dtype": "float16"},
     {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "partials": "narrow", "head_dim": 5, "v_head_dim": 3},
+    {"dtype": "float16", "partials": "narrow", "kv_heads": 4},
     {"softcap": 2.0},
     {"sinks": True, "heads": 6, "kv_heads": 3},
     {"dropout": 0.3, "heads": 6, "kv_heads": 3, "batch": 2},

@@ -80,6 +80,11 @@ def passing(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: C
     return total([parcel(owners[o]) for o in range(size) if ways[o].first < (place - o) % size <= ways[o].last])
 
 
+def sent(problem: Problem, sums: Callable[[int], list[Spec]]) -> Callable[[int], list[Spec]]:
+    """Return what says of each rank how its partial sums travel."""
+    return lambda rank: problem.sent(sums(rank))
+
+
 def allreduce_parts(length: int, ranks: int, rank: int) -> list[int]:
     """Return what a rank receives in an all-reduce of a buffer of that length, round a ring.
 
@@ -112,7 +117,7 @@ def ring(problem: Problem, rank: int) -> Costs:
     """K/V once around; backward dK/dV behind them."""
     ways, owners = travels(problem.needed.T), range(problem.ranks)
     kv = spread(ways, rank, owners, problem.kv)
-    return Costs(kv, kv + collect(ways, rank, owners, problem.d_kv))
+    return Costs(kv, kv + collect(ways, rank, owners, sent(problem, problem.d_kv)))
 
 
 def double_ring(problem: Problem, rank: int, outer: int, order: Sequence[int] | None = None) -> Costs:
@@ -132,9 +137,9 @@ def double_ring(problem: Problem, rank: int, outer: int, order: Sequence[int] | 
         owners = rows[(r - window) % outer]
         ways = [in_row[window][owner] for owner in owners]
         kv += spread(ways, c, owners, problem.kv)
-        d_kv += passing(ways, c, owners, problem.d_kv)
+        d_kv += passing(ways, c, owners, sent(problem, problem.d_kv))
         if in_row[window][rank].first <= in_row[window][rank].last:
-            d_kv += total([problem.d_kv(rank)])
+            d_kv += total([problem.sent(problem.d_kv(rank))])
     return Costs(kv, kv + d_kv)
 
 
@@ -151,11 +156,11 @@ def mesh(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
     kv_ways, kv_owners = travels(tile[:, :, :, c].any(axis=1).T), [place * cols + c for place in range(rows)]
     kv = spread(kv_ways, r, kv_owners, problem.kv)
     return Costs(
-        spread(q_ways, c, q_owners, problem.q) + kv + collect(q_ways, c, q_owners, problem.o),
+        spread(q_ways, c, q_owners, problem.q) + kv + collect(q_ways, c, q_owners, sent(problem, problem.o)),
         spread(q_ways, c, q_owners, problem.q_backward)
         + kv
-        + collect(q_ways, c, q_owners, problem.d_q)
-        + collect(kv_ways, r, kv_owners, problem.d_kv),
+        + collect(q_ways, c, q_owners, sent(problem, problem.d_q))
+        + collect(kv_ways, r, kv_owners, sent(problem, problem.d_kv)),
     )
 
 
@@ -170,11 +175,11 @@ def mesh_gathered(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
     kv_shares = sum(bool(tile[place, :, r, c].any()) for place in range(rows) if place != r)
     kv = pieces([problem.kv(owner) for owner in kv_owners])
     return Costs(
-        pieces([problem.q(owner) for owner in q_owners]) + kv + pieces([problem.o(rank)] * q_shares),
+        pieces([problem.q(owner) for owner in q_owners]) + kv + pieces([problem.sent(problem.o(rank))] * q_shares),
         pieces([problem.q_backward(owner) for owner in q_owners])
         + kv
-        + pieces([problem.d_q(rank)] * q_shares)
-        + pieces([problem.d_kv(rank)] * kv_shares),
+        + pieces([problem.sent(problem.d_q(rank))] * q_shares)
+        + pieces([problem.sent(problem.d_kv(rank))] * kv_shares),
     )
 
 

@@ -19,6 +19,7 @@ from .arrays import dtype as dtype_of
 from .dropout import Dropout
 from .mask import Mask
 from .message import Communicator, InputError
+from .problem import PARTIALS
 
 Array = NDArray[Any]
 Result = TypeVar("Result")
@@ -62,9 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
     features = parser.add_argument_group("features (by default none)")
+    features.add_argument(
+        "--partials",
+        choices=PARTIALS,
+        default=PARTIALS[0],
+        help="narrow: partial sums travel rounded to the input's dtype (default %(default)s: as they are added up)",
+    )
     features.add_argument("--softcap", type=float, metavar="X", help="scores become X tanh(scores / X)")
     features.add_argument("--sinks", action="store_true", help="one more logit for each head, random, to attend to")
     features.add_argument("--dropout", type=float, metavar="RATE", help="of the probabilities, the same on any ranks")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every algorithm is built with, but for its layout."""
+    return {name: getattr(args, name) for name in ("mask", "scale", "softcap", "partials")}
 
 
 def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from .mask import Full, Mask, Positions, counts
 from .message import InputError
 from .softmax import accumulator
 
+PARTIALS = ("wide", "narrow")
+"""How partial sums travel: as they are added up, or rounded to the dtype of the input."""
+
 
 def _kept(method: Callable[[Problem, int], list[Spec]]) -> Callable[[Problem, int], list[Spec]]:
     """Keep what a method returns for each rank: in one process n virtual ranks ask n times each."""
@@ -67,6 +70,8 @@ class Problem:
     mask : Mask
     spread_heads : tuple of int
         How many query heads each rank has, where ranks have all tokens of some of the heads; else empty.
+    partials : {"wide", "narrow"}
+        Whether partial sums travel as they are added up, or rounded to `dtype` for each hop.
     """
 
     ranks: int
@@ -81,6 +86,7 @@ class Problem:
     layout: str
     mask: Mask
     spread_heads: tuple[int, ...] = field(default=(), kw_only=True)
+    partials: str = field(default="wide", kw_only=True)
 
     @cached_property
     def q_positions(self) -> list[Positions]:
@@ -171,6 +177,14 @@ class Problem:
         """Partial dK, dV of one rank's keys."""
         return [self._key(rank, self.head_dim, self.wide), self._key(rank, self.v_head_dim, self.wide)]
 
+    def sent(self, sums: list[Spec]) -> list[Spec]:
+        """Partial sums as they travel; rows, such as lse, are never rounded."""
+        if self.partials == "wide":
+            return sums
+        result = [(shape, self.dtype if len(shape) == 4 else dtype) for shape, dtype in sums]
+        kept: list[Spec] = self.__dict__.setdefault("_sent", {}).setdefault(tuple(result), result)
+        return kept
+
     def qkv(self, rank: int) -> list[Spec]:
         """Q, K, V of one rank."""
         return self.q(rank) + self.kv(rank)
@@ -185,7 +199,7 @@ class Problem:
 
     def d_qkv(self, rank: int, partial: bool) -> list[Spec]:
         """dK, dV of one rank's keys, complete or partial sums, and complete dQ of its queries."""
-        return [(shape, self.wide if partial else self.dtype) for shape, _ in self.kv(rank)] + self.q(rank)
+        return (self.sent(self.d_kv(rank)) if partial else self.kv(rank)) + self.q(rank)
 
     def _query(self, rank: int, dim: int, dtype: np.dtype[Any]) -> Spec:
         return (self.batch, self.heads, len(self.q_positions[rank]), dim), dtype

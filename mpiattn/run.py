@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from . import grid, inputs
 from .algorithms import ALGORITHMS
@@ -38,7 +37,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     inputs.on_root(comm, lambda: inputs.check_output(args.output))
     if args.trace and not args.trace.parent.is_dir():
         raise InputError(f"{args.trace.parent}: no such folder")
-    options: dict[str, Any] = {"layout": args.layout, "mask": args.mask, "scale": args.scale, "softcap": args.softcap}
+    options = {"layout": args.layout, **inputs.options(args)}
     if args.grid:
         if "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
             raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")

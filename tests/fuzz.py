@@ -42,6 +42,7 @@ def cases(draw: st.DrawFn, decodes: bool) -> Case:
         "dtype": draw(st.sampled_from([dtype.name for dtype in FLOATS])),
         "scale": draw(st.none() | st.sampled_from([0.0, 1e-3, 0.7, -1.0])),
         "softcap": draw(st.none() | st.floats(0.1, 100)),
+        "partials": draw(st.sampled_from(["wide", "narrow"])),
         "dropout": draw(st.just(0.0) | st.floats(0.01, 0.95)),
         "sinks": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32)),

@@ -94,7 +94,7 @@ def test_bench_error(tmp_path: Path) -> None:
     done = mpiattn(2, "bench", "error", "--tokens", "60", "--virtual", "2,5", *files)
     assert done.returncode in (0, 1), done.stderr  # so few tokens don't average out
     results = json.loads((tmp_path / "e.json").read_text())["results"]
-    assert [r["ranks"] for r in results] == [1, 2, 2, 5] * 4
+    assert [r["ranks"] for r in results] == [1, 2, 2, 5] * 6
     for _, real, virtual, _ in zip(*[iter(results)] * 4, strict=True):
         assert real["rms"] == virtual["rms"] and virtual["virtual"]
     assert (tmp_path / "e.png").read_bytes()[1:4] == b"PNG"

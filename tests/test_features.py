@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from mpiattn import layout as layouts
 from mpiattn.dropout import Dropout, philox
 from mpiattn.kernels.numpy import NumpyKernel
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
+from mpiattn.trace import TracedComm
 
 Array = NDArray[Any]
 NAMES = "out", "lse", "d_q", "d_k", "d_v", "d_sinks"
@@ -263,6 +265,28 @@ def test_backward_drops_what_its_forward_dropped(comm: Any) -> None:
     for dropout, d_q in zip((Dropout(0.5, 1), Dropout(0.5, 2), None), (g[0] for g in gradients), strict=True):
         right = oracle.gradients(q, k, v, d_out, Full(), dropout=dropout)[0][:, :, attention.positions(12)]
         assert oracle.error(d_q, right) <= 1e-10
+
+
+@pytest.mark.mpi(max_size=4)
+def test_bad_partials(comm: Any) -> None:
+    last = comm.Get_rank() == comm.Get_size() - 1
+    with pytest.raises(ValueError, match="unknown partials 'half': choose from wide, narrow"):
+        RingAttention(comm, partials="half" if last else "wide")
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+@pytest.mark.parametrize(("name", "gain"), [("ring", 2), ("double_ring", 2), ("allgather", 1)])
+def test_narrow_partial_sums_take_half_the_bytes(comm: Any, name: str, gain: int) -> None:
+    q, k, v, d_out = (np.ones((1, 2, 8, 4), ml_dtypes.bfloat16) for _ in range(4))
+    sums = []
+    for partials in ("wide", "narrow"):
+        traced = TracedComm(comm)
+        with ALGORITHMS[name](traced, partials=partials) as attention:
+            _, saved = attention.forward(q, k, v)
+            kv = traced.trace.received()[1]
+            attention.backward(d_out, saved)
+            sums.append(traced.trace.received()[1] - 2 * kv)
+    assert sums[0] == gain * sums[1] > 0
 
 
 @pytest.mark.mpi(max_size=4)

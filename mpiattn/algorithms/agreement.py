@@ -10,6 +10,7 @@ import functools
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..dropout import Dropout
 from ..layout import EVERYWHERE
 from ..mask import Mask
 from ..message import InputError
-from ..problem import Problem
+from ..problem import PARTIALS, Problem
 
 NONE, FITS, WRONG = 0, 1, 2
 
@@ -80,13 +81,19 @@ def check_softcap(softcap: object) -> None:
         raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
 
 
+def check_partials(partials: object) -> None:
+    """Raise ValueError where that is no way for partial sums to travel."""
+    if partials not in PARTIALS:
+        raise ValueError(f"unknown partials {partials!r}: choose from {', '.join(PARTIALS)}")
+
+
 # The same descriptions give the same objects: ranks of one process (`virtual.py`) share what they work out.
 
 
 @functools.lru_cache(maxsize=16)
-def posed(descriptions: bytes, ranks: int, layout_name: str, mask: Mask) -> Problem:
+def posed(descriptions: bytes, ranks: int, layout_name: str, mask: Mask, partials: str) -> Problem:
     """Return the problem that all ranks' q, k, v pose; errors as `agreed`."""
-    return agreed(described(descriptions, ranks, 3), layout_name, mask)
+    return replace(agreed(described(descriptions, ranks, 3), layout_name, mask), partials=partials)
 
 
 @functools.lru_cache(maxsize=16)

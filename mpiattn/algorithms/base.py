@@ -18,7 +18,7 @@ from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem
 from ..softmax import delta, sink_gradient, with_sinks
-from .agreement import agreed_given, check_softcap, described, drawn, numbered, posed, show
+from .agreement import agreed_given, check_partials, check_softcap, described, drawn, numbered, posed, show
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     mask: Mask | None
     scale: float | None
     softcap: float | None
+    partials: str
     kernel: str | None
     gpu_messages: str
 
@@ -78,6 +79,10 @@ class Attention:
         Of the scores; 1/sqrt(head_dim) by default.
     softcap : float, optional
         Scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv 2408.00118).
+    partials : {"wide", "narrow"}
+        How partial sums (out, dQ, dK, dV) travel: as they are added up, in float32 or wider, or rounded to the dtype
+        of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. Where
+        the MPI library adds them up (allgather, decode, tensor_parallel), they are always wide.
     kernel : {"numpy", "cupy", "cudnn"}, optional
         What computes a block. By default the fastest that can do the problem at hand.
     gpu_messages : {"auto", "device", "host"}
@@ -106,13 +111,15 @@ class Attention:
         mask: Mask | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        partials: str = "wide",
         kernel: str | None = None,
         gpu_messages: str = "auto",
     ) -> None:
         self.mask = Full() if mask is None else mask
         self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
         self.comm = comm
-        self.scale, self.softcap, self.kernel_name, self.gpu_messages = scale, softcap, kernel, gpu_messages
+        self.scale, self.softcap, self.partials = scale, softcap, partials
+        self.kernel_name, self.gpu_messages = kernel, gpu_messages
         self.problem: Problem | None = None
         self.xp: Any = np
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
@@ -127,6 +134,7 @@ class Attention:
         self.agree(kernels.check, kernel)
         self.agree(device.check, gpu_messages)
         self.agree(check_softcap, softcap)
+        self.agree(check_partials, partials)
         self.agree(None, type(self).__name__, self.mask, scale)
         self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
 
@@ -269,9 +277,24 @@ class Attention:
                     made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]]), group
         return [made[key][0] for key in keys]
 
-    def arriving(self, name: str, specs: Sequence[Sequence[arrays.Spec]]) -> list[Parcel]:
+    def sums(self, name: str, specs: Sequence[list[arrays.Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
+        """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""
+        sums = self.parcels(name, specs, buffers, anew)
+        travelling = self.travelling(specs)
+        if travelling != list(specs):
+            for own, rounded in zip(sums, self.parcels(f"rounded {name}", travelling, buffers, anew), strict=True):
+                own.sent_as = rounded
+        return sums
+
+    def arriving(self, name: str, specs: Sequence[list[arrays.Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
+        specs = self.travelling(specs)
         return self.parcels(f"home {name}", specs[:1]) + self.parcels(f"arriving {name}", specs, buffers=1)[1:]
+
+    def travelling(self, specs: Sequence[list[arrays.Spec]]) -> list[list[arrays.Spec]]:
+        """Return partial sums as they travel; see `Problem.sent`."""
+        assert self.problem is not None
+        return [self.problem.sent(sums) for sums in specs]
 
     def free(self) -> None:
         """Free the communicators that this object made."""
@@ -288,7 +311,7 @@ class Attention:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         table = self._gather(q, k, v, numbers=numbered(q, **given))
         descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
-        problem = posed(descriptions.tobytes(), self.comm.Get_size(), self.layout, self.mask)
+        problem = posed(descriptions.tobytes(), self.comm.Get_size(), self.layout, self.mask, self.partials)
         return self.accept(others, problem, q, **given)
 
     def accept(

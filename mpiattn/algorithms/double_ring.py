@@ -16,7 +16,7 @@ each rank of the row adds; the last one that adds sends them home, and that mess
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +77,20 @@ class DoubleRingAttention(Attention):
         self.rank = at[self.r][self.c]
         self.owners = [[at[self.r - w][self.c - step] for step in range(self.inner)] for w in range(self.outer)]
         self.in_col, self.in_row = windows(problem.needed, at)
-        self.kv = self.slots("kv", [[problem.kv(owner) for owner in owners] for owners in self.owners], far=0)
+        self.kv = self.slots(
+            self.parcels, "kv", [[problem.kv(owner) for owner in owners] for owners in self.owners], far=0
+        )
 
-    def slots(self, name: str, specs: Sequence[Sequence[Sequence[Spec]]], far: int) -> list[list[Parcel]]:
+    def slots(
+        self, make: Callable[..., list[Parcel]], name: str, specs: Sequence[Sequence[list[Spec]]], far: int
+    ) -> list[list[Parcel]]:
         """Return parcels for each window and step: two buffers take turns, two others at step `far` of the windows.
 
         What step `far` leaves there is still on its way to another row while the next steps go on.
         """
-        fars = self.parcels(f"far {name}", [window[far] for window in specs], buffers=2)
+        fars = make(f"far {name}", [window[far] for window in specs], buffers=2)
         rest = [spec for window in specs for step, spec in enumerate(window) if step != far]
-        near = iter(self.parcels(f"near {name}", rest, buffers=2))
+        near = iter(make(f"near {name}", rest, buffers=2))
         return [[fars[w] if step == far else next(near) for step in range(self.inner)] for w in range(self.outer)]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -134,10 +138,11 @@ class DoubleRingAttention(Attention):
         """Add to one owner's dK/dV a step."""
         d_q = self.xp.zeros(q.shape, problem.wide)
         specs = [[problem.d_kv(owner) for owner in owners] for owners in self.owners]
-        [own], self.home = self.parcels("own d_kv", specs[0][:1]), self.parcels("home d_kv", specs[0][:1] * 2)
-        self.shares = self.parcels("arriving d_kv", [spec for window in specs for spec in window], buffers=1)
-        self.sums = self.slots("d_kv", specs, far=self.inner - 1)
-        self.sums[0][0] = own
+        arriving = self.travelling([spec for window in specs for spec in window])
+        [own], self.home = self.parcels("own d_kv", specs[0][:1]), self.parcels("home d_kv", arriving[:1] * 2)
+        self.shares = self.parcels("arriving d_kv", arriving, buffers=1)
+        self.d_kv = self.slots(self.sums, "d_kv", specs, far=self.inner - 1)
+        self.d_kv[0][0] = own
         self.kv[0][0].pack(k, v)
         far: list[Any] = []
         returned: list[tuple[Parcel, Parcel]] = []
@@ -146,10 +151,10 @@ class DoubleRingAttention(Attention):
             for step, owner in enumerate(owners):
                 near, arrived = self.pass_sums(window, step)
                 near += self.pass_along(window, step)
-                self.sums[window][step].fill(0, 0)
+                self.d_kv[window][step].fill(0, 0)
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    (near_k, near_v), (d_k, d_v) = self.kv[window][step].arrays, self.sums[window][step].arrays
+                    (near_k, near_v), (d_k, d_v) = self.kv[window][step].arrays, self.d_kv[window][step].arrays
                     rows, totals, progress = (d_out, lse, row_delta), (d_q, d_k, d_v), partial(Testall, far + near)
                     self.kernel.backward(q, near_k, near_v, *rows, *where, *totals, progress)
                 Waitall(near)
@@ -167,7 +172,7 @@ class DoubleRingAttention(Attention):
         if step == 0:
             return [], []
         source, dest = self.row.Shift(0, 1)
-        ways, owners, sums = self.in_row[window], self.owners[window], self.sums[window]
+        ways, owners, sums = self.in_row[window], self.owners[window], self.d_kv[window]
         requests, arrived = self.send_home(window, step - 1)
         if ways[owners[step]].first < step <= ways[owners[step]].last:
             arriving = self.shares[window * self.inner + step]
@@ -185,10 +190,10 @@ class DoubleRingAttention(Attention):
             source = self.grid.Get_cart_rank([self.r + window, self.c + step])
             share = self.home[window % 2]
             requests.append(self.grid.Irecv(share.message, source, Tag.D_KV))
-            arrived.append((self.sums[0][0], share))
+            arrived.append((self.d_kv[0][0], share))
         if ways[owner].first <= ways[owner].last == step:
             dest = self.grid.Get_cart_rank([self.r - window, self.c - step])
-            requests.append(self.grid.Isend(self.sums[window][step].message, dest, Tag.D_KV))
+            requests.append(self.grid.Isend(self.d_kv[window][step].message, dest, Tag.D_KV))
         return requests, arrived
 
     def free(self) -> None:

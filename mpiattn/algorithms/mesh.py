@@ -73,7 +73,7 @@ class MeshAttention(Attention):
         tile = problem.needed.reshape(b, a, b, a)  # row and column of the queries, then of the keys
         costs = {
             "heads": problem.heads, "kv_heads": problem.kv_heads, "head_dim": problem.head_dim,
-            "itemsize": problem.dtype.itemsize, "partial_itemsize": problem.wide.itemsize,
+            "itemsize": problem.dtype.itemsize, "partial_itemsize": problem.sent(problem.d_q(0))[0][1].itemsize,
         }  # fmt: skip
         self.forward_steps, self.backward_steps = (
             order(b, a, schedule.relative(backward=backward, **costs).balanced(b, a))
@@ -87,7 +87,7 @@ class MeshAttention(Attention):
         qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners], anew=True)
         kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
         specs = [problem.o(owner) for owner in self.q_owners]
-        outs, shares = self.parcels("o", specs, anew=True), self.arriving("o", specs)
+        outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
             state.fill(0, -math.inf)
         qs[0].pack(q)
@@ -119,9 +119,9 @@ class MeshAttention(Attention):
         qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners], anew=True)
         kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
         specs = [problem.d_q(owner) for owner in self.q_owners]
-        d_qs, q_shares = self.parcels("d_q", specs), self.arriving("d_q", specs)
+        d_qs, q_shares = self.sums("d_q", specs), self.arriving("d_q", specs)
         specs = [problem.d_kv(owner) for owner in self.kv_owners]
-        d_kvs, kv_shares = self.parcels("d_kv", specs), self.arriving("d_kv", specs)
+        d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             total.buffer.fill(0)
         qs[0].pack(lse, row_delta, q, d_out)

@@ -122,18 +122,19 @@ class GatheredMeshAttention(Attention):
         return [join(arrays, places) for arrays in zip(*(part.arrays for part in parts), strict=True)]
 
     def exchange(
-        self, line: Communicator, name: str, specs: Sequence[Sequence[Spec]], places: Sequence[Positions], users: Array,
+        self, line: Communicator, name: str, specs: Sequence[list[Spec]], places: Sequence[Positions], users: Array,
         *sums: Array,
     ) -> tuple[Parcel, list[Parcel]]:  # fmt: skip
         """Send each owner of a row or a column its part of the sums; return the own part, and those that arrived."""
         rank, size = line.Get_rank(), line.Get_size()
         others = np.arange(size) != rank
+        [own], specs = self.parcels(f"own {name}", specs[rank : rank + 1]), self.travelling(specs)
         leaving, sent = self.pieces(name, specs, users[:, rank] & others)
-        for part, where in zip(leaving, places, strict=True):
+        for part, where in zip([*leaving[:rank], own, *leaving[rank + 1 :]], places, strict=True):
             part.pack(*(array[:, :, where] for array in sums))
         arriving, received = self.pieces(f"arriving {name}", [specs[rank]] * size, users[rank] & others)
         line.Alltoallv(sent, received)
-        return leaving[rank], [arriving[place] for place in np.flatnonzero(users[rank] & others)]
+        return own, [arriving[place] for place in np.flatnonzero(users[rank] & others)]
 
     def pieces(self, name: str, specs: Sequence[Sequence[Spec]], moved: Sequence[bool]) -> tuple[list[Parcel], Any]:
         """Return a parcel for each rank in one aligned buffer, and the buffer as collectives take it."""

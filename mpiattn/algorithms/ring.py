@@ -76,7 +76,7 @@ class RingAttention(Attention):
         d_q = self.xp.zeros(q.shape, problem.wide)
         # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
         specs = [problem.d_kv(owner) for owner in self.owners]
-        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.parcels("d_kv", specs, buffers=2, anew=True)
+        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.sums("d_kv", specs, buffers=2, anew=True)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         users = self.travels[self.rank]
         self.kv[0].pack(k, v)
