@@ -33,7 +33,7 @@ DTYPES = tuple(
 FLOATS = DTYPES[:4]
 
 ELSEWHERE = "cupy (on another than the current device)"
-NAMESPACES = ("numpy", "cupy", "mpiattn.virtual", ELSEWHERE)
+NAMESPACES = ("numpy", "cupy", "mpiattn.virtual.arrays", ELSEWHERE)
 """The kinds of arrays, by the name of their namespace."""
 
 DESCRIPTION = 9

@@ -11,7 +11,7 @@ from ..mask import Mask
 from ..message import InputError, virtual_time
 from ..problem import Problem
 
-KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual": ("virtual",)}
+KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual.arrays": ("virtual",)}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
 LACKS = {"cudnn": {"softcap", "dropout"}}
@@ -64,7 +64,7 @@ def choose(
         from .virtual import ClockedKernel, VirtualKernel
 
         return ClockedKernel(kernel, VirtualKernel(mask, scale, problem))
-    if kind == "mpiattn.virtual":
+    if kind == "mpiattn.virtual.arrays":
         from .virtual import VirtualKernel
 
         return VirtualKernel(mask, scale, problem)

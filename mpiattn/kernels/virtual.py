@@ -60,7 +60,7 @@ class VirtualKernel:
 
     def _cost(self, q: Any, queries: int, keys: int, work: int, backward: bool) -> tuple[float, float]:
         """Return the seconds of a call, and of a pair, for blocks of this size."""
-        rates = current().cluster.machine.rates(q.dtype.name)
+        rates = current().machine.rates(q.dtype.name)
         rate = rates.at(math.sqrt(queries * keys), backward)
         return rates.call, q.shape[0] * q.shape[1] * work / rate
 

@@ -1,0 +1,208 @@
+"""Arrays without data: a shape and a dtype, and the storage that they keep alive.
+
+This module is their namespace (`array.__array_namespace__()`). Each function that would touch memory moves the
+clock of the rank that calls it instead, by the bytes it would read and write.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from types import EllipsisType, ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .clock import current
+
+Index = Any
+
+
+class Storage:
+    """Memory that a rank holds for as long as an array uses it."""
+
+    __slots__ = ("nbytes", "rank")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.rank = nbytes, current()
+        self.rank.allocate(nbytes)
+
+    def __del__(self) -> None:
+        self.rank.held -= self.nbytes
+
+
+class VirtualArray:
+    """Shape and dtype of an array, and the storage it keeps alive."""
+
+    __slots__ = ("dtype", "nbytes", "shape", "storage")
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: Storage) -> None:
+        self.shape, self.dtype, self.storage = shape, dtype, storage
+        self.nbytes = math.prod(shape) * dtype.itemsize
+
+    def __array_namespace__(self, api_version: str | None = None) -> ModuleType:
+        return sys.modules[__name__]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Index) -> VirtualArray:
+        shape, copied = _indexed(self.shape, index)
+        if not copied:
+            return VirtualArray(shape, self.dtype, self.storage)
+        result = empty(shape, self.dtype)
+        current().touch(2 * result.nbytes)
+        return result
+
+    def __setitem__(self, index: Index, value: Any) -> None:
+        shape, _ = _indexed(self.shape, index)
+        current().touch(2 * math.prod(shape) * self.dtype.itemsize)
+
+    def view(self, dtype: DTypeLike) -> VirtualArray:
+        """Return the same memory as another dtype, along the last axis."""
+        kind = np.dtype(dtype)
+        last = self.shape[-1] * self.dtype.itemsize // kind.itemsize
+        return VirtualArray((*self.shape[:-1], last), kind, self.storage)
+
+    def reshape(self, *shape: Any) -> VirtualArray:
+        """Return the same memory in another shape."""
+        lengths = tuple(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        if -1 in lengths:
+            rest = math.prod(length for length in lengths if length != -1)
+            lengths = tuple(self.size // rest if length == -1 else length for length in lengths)
+        if math.prod(lengths) != self.size:
+            raise ValueError(f"cannot reshape {self.shape} into {lengths}")
+        return VirtualArray(lengths, self.dtype, self.storage)
+
+    def transpose(self, *axes: Any) -> VirtualArray:
+        """Return the same memory with its axes in another order."""
+        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
+        return VirtualArray(
+            tuple(self.shape[axis] for axis in order or range(self.ndim)[::-1]), self.dtype, self.storage
+        )
+
+    def astype(self, dtype: DTypeLike, copy: bool = True) -> VirtualArray:
+        """Return a copy in another dtype."""
+        if not copy and np.dtype(dtype) == self.dtype:
+            return self
+        result = empty(self.shape, dtype)
+        current().touch(self.nbytes + result.nbytes)
+        return result
+
+    def copy(self) -> VirtualArray:
+        """Return a copy."""
+        return self.astype(self.dtype)
+
+    def fill(self, value: float) -> None:
+        """Write every element."""
+        self.storage.rank.touch(self.nbytes)
+
+    def all(self) -> bool:
+        """Say true: an array without data is in whatever state costs least to ask for."""
+        return True
+
+    def _update(self, other: Any) -> VirtualArray:
+        self.storage.rank.touch(2 * self.nbytes + getattr(other, "nbytes", 0))
+        return self
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _update
+
+    def _combine(self, other: Any) -> VirtualArray:
+        result = empty(np.broadcast_shapes(self.shape, getattr(other, "shape", ())), self.dtype)
+        current().touch(self.nbytes + getattr(other, "nbytes", 0) + result.nbytes)
+        return result
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _combine
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Stand in for the few NumPy functions that the algorithms call on arrays."""
+        own = getattr(sys.modules[__name__], function.__name__, None)
+        return NotImplemented if own is None else own(*args, **kwargs)
+
+
+def _indexed(shape: tuple[int, ...], index: Index) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of array[index], and whether it is a copy (an index array) and no view."""
+    entries = index if isinstance(index, tuple) else (index,)
+    given = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    result: list[int] = []
+    axis, copied = 0, False
+    for entry in entries:
+        if entry is None:
+            result.append(1)
+        elif isinstance(entry, EllipsisType):
+            skip = len(shape) - given
+            result += shape[axis : axis + skip]
+            axis += skip
+        elif isinstance(entry, slice):
+            result.append(len(range(*entry.indices(shape[axis]))))
+            axis += 1
+        elif isinstance(entry, (int, np.integer)):
+            axis += 1
+        else:
+            result.append(int(np.count_nonzero(entry)) if np.asarray(entry).dtype == bool else len(entry))
+            axis, copied = axis + 1, True
+    return (*result, *shape[axis:]), copied
+
+
+def empty(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype."""
+    kind = np.dtype(dtype)
+    lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
+    return VirtualArray(lengths, kind, Storage(math.prod(lengths) * kind.itemsize))
+
+
+def full(shape: Any, value: float, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype; writing it takes time."""
+    result = empty(shape, dtype)
+    result.fill(value)
+    return result
+
+
+def zeros(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+    """Return an array of that shape and dtype; writing it takes time."""
+    return full(shape, 0, dtype)
+
+
+def ascontiguousarray(array: VirtualArray) -> VirtualArray:
+    """Return the array."""
+    return array
+
+
+def isneginf(array: VirtualArray) -> VirtualArray:
+    """Return an array of booleans."""
+    return empty(array.shape, np.bool_)
+
+
+def concatenate(arrays: Sequence[VirtualArray], axis: int = 0) -> VirtualArray:
+    """Return the arrays one after the other."""
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(array.shape[axis] for array in arrays)
+    result = empty(shape, arrays[0].dtype)
+    current().touch(2 * result.nbytes)
+    return result
+
+
+def einsum(subscripts: str, *operands: VirtualArray) -> VirtualArray:
+    """Return an array of the shape that the subscripts say."""
+    inputs, output = subscripts.split("->")
+    lengths: dict[str, int] = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        named = letters.replace("...", "")
+        lengths.update(zip(named, operand.shape[operand.ndim - len(named) :], strict=True))
+    letters, operand = inputs.split(",")[0], operands[0]
+    batch = operand.shape[: operand.ndim - len(letters) + 3] if "..." in letters else ()
+    result = empty((*batch, *(lengths[letter] for letter in output.replace("...", ""))), operand.dtype)
+    current().touch(sum(array.nbytes for array in operands) + result.nbytes)
+    return result

@@ -1,0 +1,182 @@
+"""Virtual time: ranks that are greenlets with a clock, and the events that make them go on.
+
+A rank runs until it has to wait. What it does on its way puts events on the agenda, each at a time; the earliest
+is always next, and those of one time come in the order in which they were put there. So the outcome is the same
+in every run.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import greenlet
+
+from ..machine import Machine
+
+_running: list[Rank] = []
+"""The rank that runs now, last; empty outside of a virtual cluster."""
+
+POLL = 1e-7
+"""Seconds that a first look at the state of messages takes."""
+
+
+def now() -> float | None:
+    """Return the seconds on the clock of the rank that runs; None where none does."""
+    return _running[-1].clock if _running else None
+
+
+def current() -> Rank:
+    """Return the rank whose text is running."""
+    if not _running:
+        raise RuntimeError("arrays without data live on a virtual cluster: call this from a function given to run()")
+    return _running[-1]
+
+
+class Rank:
+    """One virtual process: a clock, what it holds of memory, and what it waits for.
+
+    Attributes
+    ----------
+    number : int
+    clock : float
+        Seconds.
+    computed, waiting : float
+        Seconds that it has spent in the kernel, and in waits for messages.
+    received : int
+        Bytes from other ranks.
+    held, peak : int
+        Bytes of the arrays without data that it holds now, and the most that it has held.
+    """
+
+    __slots__ = (
+        "agenda",
+        "bandwidth",
+        "clock",
+        "computed",
+        "greenlet",
+        "held",
+        "latest",
+        "machine",
+        "missing",
+        "number",
+        "peak",
+        "pending",
+        "poll",
+        "received",
+        "waiting",
+    )
+
+    def __init__(self, number: int, machine: Machine, agenda: Agenda) -> None:
+        self.number, self.machine, self.agenda = number, machine, agenda
+        self.bandwidth = machine.memory_bandwidth
+        self.clock = self.computed = self.waiting = 0.0
+        self.held = self.peak = self.received = 0
+        # Of the wait it is in: how many messages aren't complete, and when the last of the others was.
+        self.missing, self.latest = 0, 0.0
+        self.poll = POLL
+        self.pending: list[Any] = []  # messages that an MPI library will only see when it is called
+        self.greenlet: Any = None
+
+    def compute(self, seconds: float) -> None:
+        """Spend time at work."""
+        self.clock += seconds
+        self.computed += seconds
+
+    def touch(self, nbytes: float) -> None:
+        """Spend the time that memory takes to move so many bytes."""
+        self.clock += nbytes / self.bandwidth
+
+    def allocate(self, nbytes: int) -> None:
+        """Count memory that this rank holds."""
+        self.held += nbytes
+        if self.held > self.peak:
+            self.peak = self.held
+
+    def pause(self) -> None:
+        """Let everything happen that comes before this rank's clock."""
+        self.agenda.put(self.clock, self)
+        self.agenda.hub.switch()
+
+    def happen(self, time: float) -> None:
+        """Go on at that time."""
+        self.clock = time
+        _running[-1] = self
+        self.greenlet.switch()
+
+
+class Event(Protocol):
+    """What can be on the agenda."""
+
+    def happen(self, time: float) -> None:
+        """Do what is due at that time, in seconds."""
+
+
+class Agenda:
+    """Events in the order of time.
+
+    Parameters
+    ----------
+    limit : float
+        Seconds after which a run ends with TimeoutError.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit
+        self.events: list[tuple[float, int, Event]] = []
+        self.order = itertools.count()
+        self.hub: Any = None
+        """The greenlet that takes the events: a rank that has to wait switches to it."""
+
+    def put(self, time: float, event: Event) -> None:
+        """Put an event in its place."""
+        heapq.heappush(self.events, (time, next(self.order), event))
+
+    def run(self, ranks: Sequence[Rank], function: Callable[[Rank], Any]) -> tuple[list[Any], list[Rank]]:
+        """Call a function with each rank; return what each returned, and the ranks that wait for ever.
+
+        Raises
+        ------
+        Whatever a rank raises first; TimeoutError.
+        """
+        results: list[Any] = [None] * len(ranks)
+        failed: list[BaseException] = []
+
+        def start(rank: Rank) -> None:
+            try:
+                results[rank.number] = function(rank)
+            except greenlet.GreenletExit:
+                pass  # another rank has failed
+            except BaseException as error:  # whoever called run gets it
+                failed.append(error)
+
+        self.hub = greenlet.getcurrent()
+        for rank in ranks:
+            rank.greenlet = greenlet.greenlet(functools.partial(start, rank))
+            self.put(rank.clock, rank)
+        _running.append(ranks[0])
+        try:
+            self._take(failed)
+            stuck = [rank for rank in ranks if not rank.greenlet.dead]
+            for rank in stuck:
+                _running[-1] = rank
+                rank.greenlet.throw(greenlet.GreenletExit)
+        finally:
+            _running.pop()
+            self.events.clear()
+        if failed:
+            raise failed[0]
+        return results, stuck
+
+    def _take(self, failed: Sequence[BaseException]) -> None:
+        """Take the earliest event, until none is left or a rank has failed."""
+        events, pop, limit = self.events, heapq.heappop, self.limit
+        while events and not failed:
+            time, _, event = pop(events)
+            if time > limit:
+                raise TimeoutError(f"not done after {limit:g} s")
+            event.happen(time)

@@ -1,0 +1,116 @@
+"""The communicator of a virtual rank, with mpi4py's methods: its messages, its grids, and those made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .clock import Rank
+from .collectives import Collectives
+from .group import Group
+from .messages import Channel, Request
+
+NOBODY = -1
+"""The rank beyond the edge of a grid that does not wrap around: messages to it and from it are done at once."""
+
+
+class VirtualComm(Collectives):
+    """A communicator of virtual ranks; made by `Cluster.run` and by its own methods."""
+
+    def __init__(self, group: Group, rank: Rank, dims: Sequence[int] = (), periods: Sequence[bool] = ()) -> None:
+        super().__init__(group, rank)
+        self.dims, self.periods = list(dims), list(periods)
+        self.children = 0
+        self.outgoing: dict[int, Channel] = {}
+        self.incoming: dict[int, Channel] = {}
+
+    # Messages
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+        """Start to send a buffer."""
+        channel = self.outgoing.get((dest << 32) + tag)
+        if channel is None and dest != NOBODY:
+            channel = self.outgoing[(dest << 32) + tag] = self.group.channel(self.place, dest, int(tag))
+        return self._post(buf, channel, True)
+
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
+        """Start to receive into a buffer."""
+        channel = self.incoming.get((source << 32) + tag)
+        if channel is None and source != NOBODY:
+            channel = self.incoming[(source << 32) + tag] = self.group.channel(source, self.place, int(tag))
+        return self._post(buf, channel, False)
+
+    def _post(self, buf: Any, channel: Channel | None, sends: bool) -> Request:
+        rank = self.me
+        machine = rank.machine
+        rank.clock += machine.overhead
+        request = Request(rank, channel, buf[0] if type(buf) is list else buf, sends)
+        if channel is None:
+            request.done = rank.clock
+        elif machine.progress:
+            channel.post(request)
+        else:
+            rank.pending.append(request)
+        return request
+
+    # Topology
+
+    def _child(self, color: object, places: Sequence[int], **cart: Any) -> VirtualComm:
+        """Return the next communicator made from this one, shared by the ranks of one color."""
+        self.children += 1
+        return VirtualComm(self.group.child((self.children, color), places), self.me, **cart)
+
+    def Dup(self) -> VirtualComm:
+        """Return a communicator of the same ranks."""
+        return self._child("dup", range(self.Get_size()), dims=self.dims, periods=self.periods)
+
+    def Create_cart(self, dims: Sequence[int], periods: Sequence[bool], reorder: bool = False) -> VirtualComm:
+        """Make a Cartesian communicator of all ranks; they keep their order."""
+        if math.prod(dims) != self.Get_size():
+            raise ValueError(f"a grid of {list(dims)} does not hold {self.Get_size()} ranks")
+        return self._child("cart", range(self.Get_size()), dims=dims, periods=periods)
+
+    def Sub(self, remain_dims: Sequence[bool]) -> VirtualComm:
+        """Make the communicator of a row or a column of a grid."""
+        coords = self.Get_coords(self.place)
+        places = np.arange(self.Get_size()).reshape(self.dims)
+        where = tuple(slice(None) if remain else coord for remain, coord in zip(remain_dims, coords, strict=True))
+        kept = [axis for axis, remain in enumerate(remain_dims) if remain]
+        color = tuple(coord for coord, remain in zip(coords, remain_dims, strict=True) if not remain)
+        cart = {"dims": [self.dims[axis] for axis in kept], "periods": [self.periods[axis] for axis in kept]}
+        return self._child(color, places[where].reshape(-1).tolist(), **cart)
+
+    def Get_coords(self, rank: int) -> list[int]:
+        """Return a rank's coordinates in a grid."""
+        return [int(coord) for coord in np.unravel_index(rank, self.dims)]
+
+    def Get_cart_rank(self, coords: Sequence[int]) -> int:
+        """Return the rank at coordinates of a grid, which wrap around."""
+        return int(np.ravel_multi_index(tuple(coords), self.dims, mode="wrap"))
+
+    def Shift(self, direction: int, disp: int) -> tuple[int, int]:
+        """Return (source, dest) along a dimension of a grid."""
+        coords, size = self.Get_coords(self.place), self.dims[direction]
+        found = []
+        for step in (-disp, disp):
+            coord = coords[direction] + step
+            inside = self.periods[direction] or 0 <= coord < size
+            moved = [*coords[:direction], coord % size, *coords[direction + 1 :]]
+            found.append(self.Get_cart_rank(moved) if inside else NOBODY)
+        return found[0], found[1]
+
+    def Split(self, color: int = 0, key: int = 0) -> VirtualComm:
+        """Make a communicator of the ranks of the same color, in the order of their keys."""
+        brought = self.allgather((color, key))
+        members = sorted((theirs, place) for place, (other, theirs) in enumerate(brought) if other == color)
+        return self._child(color, [place for _, place in members])
+
+    def Split_type(self, split_type: int = 0, key: int = 0) -> VirtualComm:
+        """Make a communicator of the ranks of this rank's node."""
+        return self.Split(self.me.number // self.me.machine.ranks_per_node, key)
+
+    def Free(self) -> None:
+        """Do nothing: a virtual communicator holds nothing."""

@@ -1,0 +1,181 @@
+"""Point-to-point messages in virtual time: from post to completion.
+
+A message leaves when both its send and its receive are posted; a small one leaves at once. Where the machine's
+MPI makes no progress while a rank computes, a post only counts from the rank's next wait or test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .clock import POLL, Rank
+from .network import Route
+
+LONGEST_POLL = 1e-3
+"""Seconds: each look in vain at the state of messages takes twice as long as the one before, so that polling ends."""
+
+UNKNOWN = math.inf
+"""When something is done that nobody can tell yet."""
+
+
+class Request:
+    """A message that a rank has posted, a send or a receive, or its part in a collective.
+
+    Attributes
+    ----------
+    rank : Rank
+    channel : Channel or None
+    buffer : array or None
+    sends : bool
+    posted, done : float
+        Seconds.
+    waited : bool
+        Whether its rank waits for it.
+    partner : Request or None
+        Of a send: the receive that takes it.
+    arrived : float
+        Of a send: when its last byte is there.
+    """
+
+    __slots__ = ("arrived", "buffer", "channel", "done", "partner", "posted", "rank", "sends", "waited")
+
+    def __init__(self, rank: Rank, channel: Channel | None = None, buffer: Any = None, sends: bool = False) -> None:
+        self.rank, self.channel, self.buffer, self.sends = rank, channel, buffer, sends
+        self.posted = rank.clock
+        self.done = self.arrived = UNKNOWN
+        self.waited = False
+        self.partner: Request | None = None
+
+    @staticmethod
+    def Waitall(requests: Sequence[Request]) -> None:
+        """Move the rank's clock to where every request is complete."""
+        rank = requests[0].rank
+        if rank.pending:
+            hand_over(rank)
+        start = latest = rank.clock
+        missing, unknown = 0, UNKNOWN
+        for request in requests:
+            if request.done == unknown:
+                request.waited = True
+                missing += 1
+            elif request.done > latest:
+                latest = request.done
+        rank.poll = POLL
+        if missing:
+            rank.missing, rank.latest = missing, latest
+            rank.agenda.hub.switch()
+        else:
+            rank.clock = latest
+        rank.waiting += rank.clock - start
+
+    @staticmethod
+    def Testall(requests: Sequence[Request]) -> bool:
+        """Let messages travel up to now, and say if all requests are complete."""
+        rank = requests[0].rank
+        rank.clock += rank.poll
+        hand_over(rank)
+        rank.pause()
+        done = all(request.done <= rank.clock for request in requests)
+        rank.poll = POLL if done else min(2 * rank.poll, LONGEST_POLL)
+        return done
+
+    def Wait(self) -> None:
+        """Wait until this request is complete."""
+        self.Waitall([self])
+
+    def Test(self) -> bool:
+        """Say if this request is complete."""
+        return self.Testall([self])
+
+    def complete(self, time: float) -> None:
+        """Set when it is complete; the rank that waits for it, and for nothing else, goes on then."""
+        self.done = time
+        if self.waited:
+            rank = self.rank
+            self.waited = False
+            rank.missing -= 1
+            if time > rank.latest:
+                rank.latest = time
+            if not rank.missing:
+                rank.agenda.put(rank.latest, rank)
+
+    def happen(self, time: float) -> None:
+        """Leave, as a send that is ready at that time."""
+        assert self.channel is not None
+        left, self.arrived = self.channel.route.carry(self.buffer.nbytes, time)
+        if self.partner is not None:
+            self.deliver(self.partner)
+        if self.done == UNKNOWN:
+            self.complete(left)
+
+    def deliver(self, receive: Request) -> None:
+        """Complete the receive of a send."""
+        nbytes = self.buffer.nbytes
+        if receive.buffer.nbytes < nbytes:
+            raise ValueError(
+                f"rank {receive.rank.number} receives {receive.buffer.nbytes} bytes from rank {self.rank.number}, "
+                f"which sends {nbytes}"
+            )
+        copy(self.buffer, receive.buffer)
+        receive.rank.received += nbytes
+        receive.complete(self.arrived if self.arrived > receive.posted else receive.posted)
+
+
+class Channel:
+    """The messages of one tag from one rank to another, which arrive in the order in which they are sent.
+
+    Parameters
+    ----------
+    name : (int, int, int)
+        Source, destination and tag, as their communicator numbers them.
+    route : Route
+    sender : Rank
+    """
+
+    __slots__ = ("agenda", "eager", "name", "route", "waiting")
+
+    def __init__(self, name: tuple[int, int, int], route: Route, sender: Rank) -> None:
+        self.name, self.route = name, route
+        self.agenda, self.eager = sender.agenda, sender.machine.eager
+        self.waiting: list[Request] = []  # those without a partner: sends or receives, never both
+
+    def __str__(self) -> str:
+        source, dest, tag = self.name
+        return f"from rank {source} to rank {dest} with tag {tag}"
+
+    def post(self, request: Request) -> None:
+        """Bring a send and its receive together; the message is ready when both are posted."""
+        if request.sends and request.buffer.nbytes < self.eager:
+            request.buffer = request.buffer.copy()
+            request.complete(request.posted)
+            self.agenda.put(request.posted, request)
+        waiting = self.waiting
+        if not waiting or waiting[0].sends == request.sends:
+            waiting.append(request)
+            return
+        other = waiting.pop(0)
+        send, receive = (request, other) if request.sends else (other, request)
+        send.partner = receive
+        if send.done == UNKNOWN:
+            self.agenda.put(send.posted if send.posted > receive.posted else receive.posted, send)
+        elif send.arrived != UNKNOWN:
+            send.deliver(receive)
+
+
+def hand_over(rank: Rank) -> None:
+    """Hand a rank's messages to an MPI library that works only while it is called."""
+    for request in rank.pending:
+        request.posted = rank.clock
+        request.channel.post(request)
+    rank.pending.clear()
+
+
+def copy(source: Any, target: Any) -> None:
+    """Move the bytes of a message, if it has any."""
+    if isinstance(source, np.ndarray):
+        data = source.reshape(-1).view(np.uint8)
+        target.reshape(-1).view(np.uint8)[: len(data)] = data
