@@ -34,7 +34,7 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
     ----------
     out, other_out : float32 or float64, (..., tokens, head_dim)
         Normalised partial outputs.
-    lse, other_lse : the same dtype, (..., tokens)
+    lse, other_lse : as wide or wider, (..., tokens)
         Natural logarithms of their sums; -inf where a query has attended to nothing.
     """
     if namespace(out).__name__ == "cupy":
@@ -50,7 +50,7 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
         odds = np.exp(other_lse - lse)
         odds[np.isneginf(other_lse)] = 0  # where both are empty, -inf - -inf made NaN
         # Not exp(lse_i - lse): these sum to 1 whatever lse was rounded to, merge after merge.
-        weight, other_weight = 1 / (1 + odds), 1 / (1 + 1 / odds)
+        weight, other_weight = ((1 / (1 + x)).astype(out.dtype) for x in (odds, 1 / odds))
         total = np.logaddexp(lse, other_lse)
     # Head by head, so that the passes over (tokens, head_dim) stay in the cache.
     for head in np.ndindex(lse.shape[:-1]):

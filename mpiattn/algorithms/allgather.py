@@ -12,7 +12,6 @@ dK/dV of the group before leave, and only two groups' K/V are held.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +63,7 @@ class AllGatherAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all K/V, some heads at a time."""
-        [o] = self.parcels("o", [problem.o(self.rank)])
-        o.fill(0, -math.inf)
-        out, lse = o.arrays
+        out, lse = self.state(problem, q)
         Waitall(self.gather(0, k, v))
         for step, (heads, *_) in enumerate(self.groups):
             requests = self.gather(step + 1, k, v)

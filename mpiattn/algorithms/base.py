@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -230,7 +231,7 @@ class Attention:
             out, lse = with_sinks(out, lse, self.sinks)
         result = arrays.cast(out, q.dtype)
         assert self.problem is not None
-        return result, Saved(q, k, v, result, lse.copy(), self.problem, self.sinks, self.dropout)
+        return result, Saved(q, k, v, result, lse.astype(self.problem.wide), self.problem, self.sinks, self.dropout)
 
     def plan(self, problem: Problem) -> None:
         """Make what depends on the problem only: called when it differs from the last one."""
@@ -276,6 +277,15 @@ class Attention:
                 if key not in made:  # with the group, so that its number is not given to another
                     made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]]), group
         return [made[key][0] for key in keys]
+
+    def state(self, problem: Problem, q: Array) -> tuple[Array, Array]:
+        """Return the (out, lse) of some queries that have attended to nothing.
+
+        On CPUs lse, one number a row, is float64: rounded to float32 in each merge, it would make errors grow
+        with the number of blocks, 1.4 times by 64.
+        """
+        out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
+        return out, self.xp.full(q.shape[:3], -math.inf, np.float64 if self.xp is np else problem.wide)
 
     def sums(self, name: str, specs: Sequence[list[arrays.Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
         """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""

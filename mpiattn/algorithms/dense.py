@@ -5,7 +5,6 @@ It is what the other algorithms are compared with: one rank computes, and holds 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,8 +40,7 @@ class DenseAttention(Attention):
             whole_q, whole_k, whole_v = (
                 join([part.arrays[i] for part in arrived], where) for i, where in enumerate((queries, keys, keys))
             )
-            out = self.xp.zeros((*whole_q.shape[:3], problem.v_head_dim), problem.wide)
-            lse = self.xp.full(whole_q.shape[:3], -math.inf, problem.wide)
+            out, lse = self.state(problem, whole_q)
             self.kernel.forward(whole_q, whole_k, whole_v, *self.whole, out, lse)
             for rank, result in enumerate(results):
                 result.pack(out[:, :, queries[rank]], lse[:, :, queries[rank]])

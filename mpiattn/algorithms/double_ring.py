@@ -95,9 +95,7 @@ class DoubleRingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        [state] = self.parcels("o", [problem.o(self.rank)])
-        state.fill(0, -math.inf)
-        out, lse = state.arrays
+        out, lse = self.state(problem, q)
         self.kv[0][0].pack(k, v)
         for window, owners in enumerate(self.owners):
             far = self.pass_down(window)

@@ -16,7 +16,6 @@ reduce-scatter can't merge (out, lse), so all partials go to the owner of the qu
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +79,7 @@ class GatheredMeshAttention(Attention):
         """Attend all queries of the row to all keys of the column, and merge what the row has for the own ones."""
         [all_q] = self.all_gather(self.row, "q", [problem.q(o) for o in self.q_owners], self.q_places, q)
         all_k, all_v = self.all_gather(self.col, "kv", [problem.kv(o) for o in self.kv_owners], self.kv_places, k, v)
-        out = self.xp.zeros((*all_q.shape[:3], problem.v_head_dim), problem.wide)
-        lse = self.xp.full(all_q.shape[:3], -math.inf, problem.wide)
+        out, lse = self.state(problem, all_q)
         self.kernel.forward(all_q, all_k, all_v, self.queries, self.keys, out, lse)
         specs = [problem.o(owner) for owner in self.q_owners]
         own, shares = self.exchange(self.row, "o", specs, self.q_places, self.q_users, out, lse)

@@ -11,7 +11,6 @@ to; the last one that adds sends them home.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,7 @@ class RingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        [state] = self.parcels("o", [problem.o(self.rank)])
-        state.fill(0, -math.inf)
-        out, lse = state.arrays
+        out, lse = self.state(problem, q)
         self.kernel.put_off(out, lse)  # a kernel may merge several blocks' results in one pass
         self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):

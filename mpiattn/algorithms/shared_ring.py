@@ -16,7 +16,6 @@ next call's input, and so have read all of this one's.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,9 +66,7 @@ class SharedRingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        [state] = self.parcels("o", [problem.o(self.rank)])
-        state.fill(0, -math.inf)
-        out, lse = state.arrays
+        out, lse = self.state(problem, q)
         self.kvs[self.rank].pack(k, v)
         self.window.Fence()
         for owner in self.owners:

@@ -14,7 +14,6 @@ other all-reduce, `all_reduce`. `layout.heads` says which heads a rank has, for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -56,8 +55,7 @@ class TensorParallelAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all tokens."""
-        out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
-        lse = self.xp.full(q.shape[:3], -math.inf, problem.wide)
+        out, lse = self.state(problem, q)
         if q.shape[1]:
             self.kernel.forward(q, k, v, *self.whole, out, lse)
         return out, lse

@@ -14,7 +14,6 @@ those that share one are sent the same, and the owner of the tokens adds up thei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -74,8 +73,7 @@ class UlyssesAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Return out and lse of all the group's tokens, of this rank's heads."""
-        out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
-        lse = self.xp.full(q.shape[:3], -math.inf, problem.wide)
+        out, lse = self.state(problem, q)
         if problem.heads:
             self.kernel.forward(q, k, v, self.queries, self.keys, out, lse)
         return out, lse

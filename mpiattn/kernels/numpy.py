@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ..dropout import Dropout
 from ..mask import Mask, Positions
 from ..softmax import accumulator, merge
+from .sums import Sums
 
 Array = NDArray[Any]
 Progress = Callable[[], object]
@@ -102,7 +103,7 @@ def _cut(begin: int, end: int, size: int) -> list[slice]:
     return [slice(begin + a, begin + b) for a, b in pairwise([0, *ends])]
 
 
-class NumpyKernel:
+class NumpyKernel(Sums):
     """Attention of one rank's block: merged into a running (out, lse), or added to running gradients.
 
     Arrays are (batch, heads, tokens, head_dim) of float64, float32, float16 or bfloat16, contiguous or
@@ -132,12 +133,6 @@ class NumpyKernel:
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
         self.dropout, self.first_head = dropout, first_head
-
-    def put_off(self, out: Array, lse: Array) -> None:
-        """Let merges into (out, lse) wait until `settle`, where that is faster: here it isn't."""
-
-    def settle(self) -> None:
-        """Do what was put off."""
 
     def forward(
         self,
@@ -198,7 +193,7 @@ class NumpyKernel:
                             sums[:-1] += self._product("part", values[tile.keys, :-1].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
-                        part_lse = LN2 * (np.log2(weight) - query[-1])
+                        part_lse = LN2 * (np.log2(weight, dtype=np.float64) - query[-1])
                     total[:-1] /= np.where(weight == 0, 1, weight)
                     merge(out[b, h, rows], lse[b, h, rows], total[:-1].T, part_lse)
 
