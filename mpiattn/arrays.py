@@ -53,13 +53,23 @@ def on_host(array: Any) -> Array:
     return result
 
 
-def cast(array: Any, dtype: Any) -> Any:
-    """Return rows of numbers, an array of four axes, rounded to a dtype."""
+def cast(array: Any, dtype: Any, result: Any = None) -> Any:
+    """Return rows of numbers, an array of four axes, rounded to a dtype: a new array, or on a GPU one that is given."""
     if type(array).__module__ != "cupy":
         return array.astype(dtype)
     from .kernels import cupy
 
-    return cupy.cast(array, dtype)
+    return cupy.cast(array, dtype, result)
+
+
+def add(total: Any, share: Any) -> None:
+    """Add rows of numbers, an array of four axes, to a sum of a dtype as wide or wider."""
+    if type(share).__module__ == "cupy" and share.dtype != total.dtype:
+        from .kernels import cupy
+
+        cupy.accumulate(total, share)
+    else:
+        total += share
 
 
 def gpus() -> list[str]:
@@ -182,6 +192,8 @@ class Parcel:
         self.uses = uses
         self.sent_as: Parcel | None = None
         """The parcel in which this one's numbers travel, rounded, if they do."""
+        self.rounded = False
+        """Whether they are there already: a kernel may have put them nowhere else."""
         self.views: list[Array] = [
             self.buffer[start : start + nbytes([spec])].view(spec[1]).reshape(spec[0])
             for start, spec in zip(starts, specs, strict=True)
@@ -199,7 +211,9 @@ class Parcel:
         """The parcel as a buffer argument of a send or a receive; what travels rounded is rounded now."""
         if self.sent_as is None:
             return self._message
-        self.sent_as.pack(*self.arrays)
+        if not self.rounded:
+            self.sent_as.pack(*self.arrays)
+        self.rounded = False
         return self.sent_as.message
 
     @functools.cached_property
@@ -211,16 +225,19 @@ class Parcel:
         place: Any
         for place, array in zip(self.arrays, arrays, strict=True):
             alike = array.shape == place.shape and array.dtype == place.dtype
-            if type(array).__module__ == "cupy" and alike and array.flags.c_contiguous:
+            on_gpu = type(array).__module__ == "cupy"
+            if on_gpu and alike and array.flags.c_contiguous:
                 # Four times as fast as CuPy's own copy of numbers of two bytes.
                 place.data.copy_from_device_async(array.data, place.nbytes)
+            elif on_gpu and array.dtype != place.dtype:
+                cast(array, place.dtype, place)
             else:
                 place[...] = array
 
     def add(self, other: Parcel) -> None:
         """Add the arrays of another parcel to this one's."""
         for place, array in zip(self.arrays, other.arrays, strict=True):
-            place += array
+            add(place, array)
 
     def fill(self, *values: float) -> None:
         """Set each array to one value."""

@@ -176,8 +176,7 @@ class Attention:
         problem = self.agree_backward(d_out, saved)
         rows = saved.lse, delta(d_out, saved.out)
         d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, *rows)
-        d_q, d_k, d_v = (arrays.cast(total, d_out.dtype) for total in (d_q, d_k, d_v))
-        return d_q, d_k, d_v
+        return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def sink_gradient(self, d_out: Array, saved: Saved) -> Array:
         """Return the gradient of the sinks: (heads,), in the dtype of partial sums, complete on every rank.
@@ -227,11 +226,18 @@ class Attention:
 
     def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
         """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
-        if self.sinks is not None:
-            out, lse = with_sinks(out, lse, self.sinks)
-        result = arrays.cast(out, q.dtype)
         assert self.problem is not None
+        if self.sinks is not None:
+            out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
+        result = self.rounded(out)
         return result, Saved(q, k, v, result, lse.astype(self.problem.wide), self.problem, self.sinks, self.dropout)
+
+    def rounded(self, total: Array) -> Array:
+        """Return complete sums in the dtype of the problem, in memory that nothing else uses."""
+        assert self.problem is not None
+        dtype = self.problem.dtype
+        result: Array = total if total.dtype == dtype != self.problem.wide else arrays.cast(total, dtype)
+        return result
 
     def plan(self, problem: Problem) -> None:
         """Make what depends on the problem only: called when it differs from the last one."""

@@ -6,11 +6,13 @@
   2: kv 2     2: kv 1     2: kv 0
 
 Backward, K/V go around again, and behind them, one step later, the partial dK/dV that each rank adds
-to; the last one that adds sends them home.
+to; the last one that adds sends them home. A rank's own block is computed in two parts: while the first
+K/V arrive, and while its own dK/dV come home.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,9 @@ from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
+
+
+GRAIN = 16  # queries: a part of a block begins at a multiple
 
 
 class RingAttention(Attention):
@@ -41,20 +46,25 @@ class RingAttention(Attention):
         self.travels = travels(problem.needed.T)
         # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
         self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
+        # Backward, half of the own block's work is left for the last step, while the own sum comes home.
+        queries = problem.q_positions[self.rank]
+        half = int(len(queries) * (math.sqrt(0.5) if self.mask.causal else 0.5)) // GRAIN * GRAIN
+        cut = half if self.travels[self.rank].last == self.size - 1 > 0 else len(queries)
+        self.parts = {step: (part, queries[part]) for step, part in ((0, slice(cut)), (self.size, slice(cut, None)))}
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
         out, lse = self.state(problem, q)
-        self.kernel.put_off(out, lse)  # a kernel may merge several blocks' results in one pass
+        self.kernel.begin(out, lse)
         self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
             requests = self.pass_kv(step)
             if problem.needed[self.rank, owner]:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                near_k, near_v = self.kv[step].arrays
+                near_k, near_v = self.kv[step].arrays if step else (k, v)
                 self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
-        self.kernel.settle()
+        out, lse = self.kernel.complete((out, lse))
         return out, lse
 
     def pass_kv(self, step: int) -> list[Any]:
@@ -70,43 +80,41 @@ class RingAttention(Attention):
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
     ) -> tuple[Array, Array, Array]:
         """Add to one owner's dK/dV a step."""
-        d_q = self.xp.zeros(q.shape, problem.wide)
-        # A step's own share is computed while the sum of the ranks before arrives, then the two are added.
+        [d_q] = self.parcels("d_q", [problem.d_q(self.rank)])
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.sums("d_kv", specs, buffers=2, anew=True)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         users = self.travels[self.rank]
+        self.kernel.begin(*d_q.arrays)
         self.kv[0].pack(k, v)
         for step in range(self.size + 1):
-            requests, arrived = [], []
+            requests = self.pass_kv(step) if step < self.size else []
+            owner, sent = self.owners[step % self.size], self.owners[step - 1]
+            travel = self.travels[sent]
+            if travel.first <= step - 1 <= travel.last:
+                # A step's share was computed while the sum of the ranks before arrived: now they are added.
+                self.kernel.settle(
+                    d_kv[step - 1], *[p.arrays for p in arriving[step - 1 : step] if travel.first < step - 1]
+                )
+                dest = self.dest if step - 1 < travel.last else sent
+                requests.append(self.ring.Isend(d_kv[step - 1].message, dest, Tag.D_KV))
             if step < self.size:
-                requests += self.pass_kv(step)
-                travel = self.travels[self.owners[step]]
-                if travel.first <= step - 1 < travel.last:
+                if self.travels[owner].first <= step - 1 < self.travels[owner].last:
                     requests.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
-                    arrived.append((d_kv[step], arriving[step]))
+                self.kernel.begin(*d_kv[step].arrays)
             if users.last == step - 1 > 0:
                 last = (self.rank + users.last) % self.size
                 requests.append(self.ring.Irecv(arriving[0].message, last, Tag.D_KV))
-                arrived.append((own, arriving[0]))
-            owner = self.owners[step - 1]
-            travel = self.travels[owner]
-            if travel.first <= step - 1 <= travel.last:
-                dest = self.dest if step - 1 < travel.last else owner
-                requests.append(self.ring.Isend(d_kv[step - 1].message, dest, Tag.D_KV))
-            if step < self.size:
-                d_kv[step].fill(0, 0)
-                owner = self.owners[step]
-                if problem.needed[self.rank, owner]:
-                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    (near_k, near_v), (d_k, d_v) = self.kv[step].arrays, d_kv[step].arrays
-                    rows, totals, progress = (d_out, lse, row_delta), (d_q, d_k, d_v), partial(Testall, requests)
-                    self.kernel.backward(q, near_k, near_v, *rows, *where, *totals, progress)
+            part, positions = self.parts.get(step, (slice(None), problem.q_positions[self.rank]))
+            if problem.needed[self.rank, owner] and len(positions):
+                near = self.kv[step].arrays if owner != self.rank else [k, v]
+                rows = [array[:, :, part] for array in (d_out, lse, row_delta)]
+                where, totals = (positions, problem.kv_positions[owner]), d_kv[step % self.size].arrays
+                progress = partial(Testall, requests)
+                self.kernel.backward(q[:, :, part], *near, *rows, *where, d_q.arrays[0][:, :, part], *totals, progress)
             Waitall(requests)
-            for total, share in arrived:
-                total.add(share)
-        d_k, d_v = own.arrays
-        return d_q, d_k, d_v
+        d_k, d_v = self.kernel.complete(own.arrays, *[home.arrays for home in arriving[:1] if users.last > 0])
+        return self.kernel.complete(d_q.arrays)[0], d_k, d_v
 
     def free(self) -> None:
         """Free the ring's communicator."""

@@ -75,7 +75,11 @@ def choose(
         reason = reason or "it has no softcap and no dropout"
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
-    return cupy.CupyKernel(mask, scale, softcap) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale)
+    return (
+        cupy.CupyKernel(mask, scale, softcap)
+        if name == "cupy" or reason
+        else cudnn.CudnnKernel(mask, scale, problem.dtype)
+    )
 
 
 def on_gpus() -> str:

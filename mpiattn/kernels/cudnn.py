@@ -12,17 +12,20 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiattn.arrays import Parcel
 from mpiattn.dropout import Dropout
 from mpiattn.mask import Mask, Positions
 from mpiattn.problem import Problem
 
-from .cupy import BoundsOf, CupyKernel, Progress, RowPass
+from .cupy import BoundsOf, CupyKernel, Progress, RowPass, packed_pass
+from .sums import Sums
 
 Array = Any
 
@@ -203,57 +206,124 @@ def build(device: int, dtype: str, scale: float, causal: bool, left: int | None,
 
 Call = Callable[..., None]
 
-TOGETHER = 4  # partial results that one pass merges
+TOGETHER = 4  # shares that one pass adds up
 
 
-class Waiting(NamedTuple):
-    """A running (out, lse), and the partial results that wait to be merged into it.
+class Share(NamedTuple):
+    """What a call computed: rows of tokens first, first + 1, ..., and the lse of each where they are of an output."""
 
-    A part is pointers to its out and lse, the first of its queries and their number.
-    """
-
-    out: Array
-    lse: Array
-    parts: list[tuple[int, int, int, int]]
+    rows: Array
+    lse: Array | None
+    first: int
 
 
-class CudnnKernel:
+@dataclass
+class Waiting:
+    """A sum that began as nothing, and the shares that wait to be added to it."""
+
+    total: Array  # while it is kept, its address is given to no other array
+    lse: Array | None
+    shares: list[Share] = field(default_factory=list)
+    written: bool = False
+    """Whether the sum's own memory already holds a part of it."""
+
+    def first(self, array: Array) -> int | None:
+        """Return which token of the sum an array of some of its rows begins with; None where it is another one's."""
+        offset = int(array.data.ptr - self.total.data.ptr)
+        if not 0 <= offset < self.total.nbytes:
+            return None
+        return offset // int(self.total.strides[2]) % int(self.total.shape[2])
+
+
+class CudnnKernel(Sums):
     """Attention of one rank's block by cuDNN. Parameters, arrays and results: as `NumpyKernel`'s.
 
     Work is queued on the current stream; nothing waits for the device. Partial results are rounded to the
-    inputs' dtype before they are merged or added up in float32. Backward, the order in which cuDNN adds up
-    a row of d_q differs from run to run, and with it its last bits.
+    inputs' dtype before they are merged or added up in float32; those of sums that were begun (see `sums.py`)
+    wait until there are some, or the sum settles. Backward, the order in which cuDNN adds up a row of d_q
+    differs from run to run, and with it its last bits.
     """
 
     name = "cudnn"
 
-    def __init__(self, mask: Mask, scale: float | None = None) -> None:
-        self.scale = scale
+    def __init__(self, mask: Mask, scale: float | None, dtype: Any) -> None:
+        self.scale, self.dtype = scale, dtype
         self.plain = CupyKernel(mask, scale)
         self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[Call]]] = {}
         self.work: dict[str, Array] = {}
-        self.waiting: Waiting | None = None
+        self.waiting: dict[int, Waiting] = {}
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
         assert dropout is None
 
-    def put_off(self, out: Array, lse: Array) -> None:
-        """Let merges into (out, lse) wait until `settle`: several partial results are then merged in one pass."""
-        self.waiting = Waiting(out, lse, [])
+    def begin(self, *sums: Array) -> None:
+        """Let sums hold nothing; their memory is written when they settle."""
+        lse = next((array for array in sums if array.ndim == 3), None)
+        for total in (array for array in sums if array.ndim == 4 and array.size):
+            self.waiting[total.data.ptr] = Waiting(total, lse)
 
-    def settle(self) -> None:
-        """Do the merges that were put off."""
-        if self.waiting is not None:
-            self._merge(self.waiting)
-            self.waiting = None
+    def settle(self, sums: Parcel, *arrived: Sequence[Array]) -> None:
+        """Add up what waits and what arrived, rounded where the parcel is to be sent so."""
+        if sums.sent_as is not None and self._begun(sums.views):
+            self._end(sums.views, arrived, sums.sent_as.arrays)
+            sums.rounded = True
+        else:
+            self._end(sums.arrays, arrived, sums.views)
 
-    def _merge(self, waiting: Waiting) -> None:
-        out, lse, parts = waiting
-        if parts:
-            numbers = [number for part in parts for number in part] + [0] * 4 * (TOGETHER - len(parts))
-            RowPass("merge_parts", lse.dtype, self.dtype, out, lse)(out.data.ptr, lse.data.ptr, more=numbers)
-            parts.clear()
+    def complete(self, sums: Sequence[Array], *arrived: Sequence[Array]) -> Sequence[Array]:
+        """Add up what waits and what arrived; return it rounded, in new memory, if the sum has not yet settled."""
+        results = sums
+        if self._begun(sums):
+            results = [cupy.empty(array.shape, self.dtype if array.ndim == 4 else array.dtype) for array in sums]
+        self._end(sums, arrived, results)
+        return results
+
+    def _begun(self, sums: Sequence[Array]) -> bool:
+        return any(array.data.ptr in self.waiting for array in sums)
+
+    def _end(self, sums: Sequence[Array], arrived: Sequence[Sequence[Array]], results: Sequence[Array]) -> None:
+        for i, total in enumerate(sums):
+            waiting = self.waiting.pop(total.data.ptr, None) if total.ndim == 4 else None
+            if waiting is not None:
+                self._add_up(waiting, results[i], results[i + 1 :], [shares[i:] for shares in arrived])
+            elif i == 0:
+                super().complete(sums, *arrived)
+                return
+
+    def _add_up(
+        self, waiting: Waiting, result: Array, result_lse: Sequence[Array] = (), arrived: Sequence[Sequence[Array]] = ()
+    ) -> None:
+        """Write a sum, of what it held, what waits and what arrived, to a result of its dtype or the inputs'."""
+        shares, (there, *there_lse) = waiting.shares, arrived[0] if arrived else (None,)
+        pointers = [result, waiting.total if waiting.written else None, there]
+        parts = [number for share in shares for number in (share.rows.data.ptr, share.first, share.rows.shape[2])]
+        parts += [0] * 3 * (TOGETHER - len(shares))
+        name = "sum_parts"
+        if waiting.lse is not None:
+            name = "merge_parts"
+            pointers += [result_lse[0], waiting.lse, *(there_lse or [None])]
+            parts += [share.lse.data.ptr for share in shares if share.lse is not None]
+            parts += [0] * (TOGETHER - len(shares))
+        pass_ = packed_pass(name, self.dtype, waiting.total.dtype if there is None else there.dtype, result)
+        pass_(*(0 if array is None else array.data.ptr for array in pointers), more=parts)
+        shares.clear()
+
+    def _share(self, array: Array, rows: Array, first: int, lse: Array | None = None) -> bool:
+        """Let a share wait for its sum, if that was begun; the share is of the array's rows from `first` on."""
+        for waiting in self.waiting.values():
+            start = waiting.first(array)
+            if start is not None:
+                if len(waiting.shares) == TOGETHER:
+                    self._flush(waiting)
+                waiting.shares.append(Share(rows, lse, start + first))
+                return True
+        return False
+
+    def _flush(self, waiting: Waiting) -> None:
+        """Write what a sum holds so far to its own memory."""
+        self._add_up(waiting, waiting.total, [] if waiting.lse is None else [waiting.lse])
+        waiting.written = True
 
     def forward(
         self,
@@ -296,7 +366,6 @@ class CudnnKernel:
     ) -> None:
         """Queue the calls of a block; what depends on shapes and positions only is prepared once."""
         arrays = [*map(_aligned, halves), *others]
-        self.dtype = arrays[0].dtype
         shapes = [(array.shape, array.strides, array.data.ptr % ALIGNMENT) for array in arrays]
         key = (prepare, id(q_positions), id(k_positions), arrays[0].dtype, *shapes)
         if key not in self.prepared:
@@ -321,24 +390,16 @@ class CudnnKernel:
         if plan is None:
             return None
         q, _, v, out, lse = views
-        rows, dtype = q.shape[:3], q.dtype
-        part, part_lse = cupy.empty((*rows, v.shape[3]), dtype), cupy.empty(rows, lse.dtype)
-        merge = RowPass("merge", lse.dtype, dtype, out, lse, part, part_lse)
-        sizes, offsets = [part.nbytes, part_lse.nbytes], _offsets(views, arrays)
+        rows, dtype, first = q.shape[:3], q.dtype, piece.queries.start
+        shape, wide, offsets = (*rows, v.shape[3]), lse.dtype, _offsets(views, arrays)
+        merge = RowPass("merge", wide, dtype, out, lse, cupy.empty(shape, dtype), cupy.empty(rows, wide))
 
         def call(*arrays: Array) -> None:
-            waiting = self.waiting
-            late = waiting is not None and waiting.out.data.ptr == arrays[3].data.ptr
-            number = len(waiting.parts) if waiting is not None and late else 0
             q, k, v, out, lse = (array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True))
-            part, part_lse = self._buffers(sizes, f"part {number} ")
-            self._execute(plan, q, k, v, part, part_lse)
-            if waiting is None or not late:
-                merge(out, lse, part, part_lse)
-                return
-            waiting.parts.append((part, part_lse, piece.queries.start, rows[2]))
-            if len(waiting.parts) == TOGETHER:
-                self._merge(waiting)
+            part, part_lse = cupy.empty(shape, dtype), cupy.empty(rows, wide)
+            self._execute(plan, q, k, v, part.data.ptr, part_lse.data.ptr)
+            if not self._share(arrays[3], part, first, part_lse):
+                merge(out, lse, part.data.ptr, part_lse.data.ptr)
 
         return call
 
@@ -351,20 +412,26 @@ class CudnnKernel:
         q, k, v, d_out, lse, delta, d_q, d_k, d_v = views
         rows, dtype = q.shape[:3], q.dtype
         near = cupy.empty(d_out.shape, dtype), cupy.empty(rows, lse.dtype)
-        shares = [cupy.empty(array.shape, dtype) for array in (q, k, v)]
+        shapes = [array.shape for array in (q, k, v)]
         stand_in = RowPass("stand_in", lse.dtype, dtype, *near, d_out, lse, delta)
-        adds = [RowPass("accumulate", lse.dtype, dtype, *pair) for pair in zip((d_q, d_k, d_v), shares, strict=True)]
-        sizes, offsets = [array.nbytes for array in (*near, *shares)], _offsets(views, arrays)
+        adds = [
+            RowPass("accumulate", lse.dtype, dtype, total, cupy.empty(shape, dtype))
+            for total, shape in zip((d_q, d_k, d_v), shapes, strict=True)
+        ]
+        sizes, offsets = [array.nbytes for array in near], _offsets(views, arrays)
+        firsts = piece.queries.start, piece.keys.start, piece.keys.start
 
         def call(*arrays: Array) -> None:
             q, k, v, d_out, lse, delta, *totals = (
                 array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True)
             )
-            out, near_lse, *shares = self._buffers(sizes)
+            out, near_lse = self._buffers(sizes)
+            shares = [cupy.empty(shape, dtype) for shape in shapes]
             stand_in(out, near_lse, d_out, lse, delta)
-            self._execute(plan, q, k, v, out, d_out, near_lse, *shares)
-            for add, total, share in zip(adds, totals, shares, strict=True):
-                add(total, share)
+            self._execute(plan, q, k, v, out, d_out, near_lse, *(share.data.ptr for share in shares))
+            for add, array, total, share, first in zip(adds, arrays[6:], totals, shares, firsts, strict=True):
+                if not self._share(array, share, first):
+                    add(total, share.data.ptr)
 
         return call
 
@@ -374,6 +441,9 @@ class CudnnKernel:
         inputs, compute = (3, self.plain.forward) if count == 5 else (6, self.plain.backward)
 
         def call(*arrays: Array) -> None:
+            for waiting in self.waiting.values():  # the plain kernel adds at once
+                if not waiting.written and any(waiting.first(array) is not None for array in arrays):
+                    self._flush(waiting)
             views = _cut(piece, arrays)
             compute(*views[:inputs], piece.q_positions, piece.k_positions, *views[inputs:])
 

@@ -24,13 +24,15 @@ from mpiattn.dropout import Dropout
 from mpiattn.mask import Mask, Positions
 from mpiattn.softmax import accumulator
 
+from .sums import Sums
+
 Array = Any
 Progress = Callable[[], object]
 
 QUERIES, KEYS = 2048, 4096  # the largest tile of one head
 TILE_BYTES = 2**28  # of the scores of all heads of a tile
 THREADS = 256
-PASSES = "merge", "merge_parts", "accumulate", "cast", "delta", "stand_in"
+PASSES = "merge", "accumulate", "cast", "delta", "stand_in"
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
@@ -42,14 +44,23 @@ def _module(wide: str, dtype: str) -> Any:
     """Return the compiled passes for arrays of a dtype, with sums of another."""
     names = [f"{name}<{wide}, {dtype}, {v}>" for name in PASSES for v in (1, 2, 4)]
     names += [f"{name}<{wide}, {dtype}>" for name in ("softmax", "softmax_backward")]
+    if wide != dtype:
+        names += [
+            f"{name}<{wide}, {dtype}, {v}, {arrived}, {result}>"
+            for name in ("sum_parts", "merge_parts")
+            for v in (1, 2, 4)
+            for arrived in (wide, dtype)
+            for result in (wide, dtype)
+        ]
     source = files("mpiattn.kernels").joinpath("fused.cu").read_text()
     return cupy.RawModule(code=source, options=("-std=c++17",), name_expressions=names)
 
 
 @functools.cache
-def _pass(name: str, wide: Any, dtype: Any, *vector: int) -> Any:
-    a, t = TYPES[np.dtype(wide).name], TYPES[np.dtype(dtype).name]
-    return _module(a, t).get_function(f"{name}<{', '.join(map(str, (a, t, *vector)))}>")
+def _pass(name: str, wide: Any, dtype: Any, *more: Any) -> Any:
+    """Return a pass; `more` are its numbers at a time, and further types."""
+    a, t, *others = (str(x) if isinstance(x, int) else TYPES[np.dtype(x).name] for x in (wide, dtype, *more))
+    return _module(a, t).get_function(f"{name}<{', '.join((a, t, *others))}>")
 
 
 class RowPass:
@@ -89,6 +100,26 @@ class RowPass:
             self.function(self.grid, (THREADS,), (*arguments, *self.numbers, *more))
 
 
+def packed_pass(name: str, dtype: Any, arrived: Any, result: Array) -> Callable[..., None]:
+    """Return a pass over sums of shares of a dtype, with one warp a row; all its arrays are without gaps.
+
+    Parameters
+    ----------
+    name : {"sum_parts", "merge_parts"}
+    dtype, arrived : numpy dtype
+        Of the shares, and of the sum that arrived.
+    result : of four axes
+    """
+    batch, heads, tokens, dim = result.shape
+    rows, vector = batch * heads * tokens, 1 if dim % 4 else 4
+    function = _pass(name, accumulator(dtype), dtype, vector, arrived, result.dtype)
+
+    def queue(*pointers: int, more: Sequence[int]) -> None:
+        function((-(-rows * 32 // THREADS),), (THREADS,), (*pointers, rows, heads, tokens, dim, *more))
+
+    return queue
+
+
 def _rows(name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
     RowPass(name, wide, dtype, *arrays)(*(array.data.ptr for array in arrays))
 
@@ -103,11 +134,12 @@ def accumulate(total: Array, part: Array) -> None:
     _rows("accumulate", total.dtype, part.dtype, total, part)
 
 
-def cast(total: Array, dtype: Any) -> Array:
+def cast(total: Array, dtype: Any, result: Array | None = None) -> Array:
     """Round a sum of rows to a dtype."""
     if total.dtype == dtype:
         return total.copy()
-    result = cupy.empty(total.shape, dtype)
+    if result is None:
+        result = cupy.empty(total.shape, dtype)
     _rows("cast", total.dtype, dtype, result, total)
     return result
 
@@ -239,7 +271,7 @@ def _cut(begin: int, end: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-class CupyKernel:
+class CupyKernel(Sums):
     """Attention of one rank's block on a GPU. Parameters, arrays and results: as `NumpyKernel`'s.
 
     Work is queued on the current stream; nothing waits for the device.
@@ -257,12 +289,6 @@ class CupyKernel:
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop probabilities from now on, or none: see `NumpyKernel.drop`."""
         self.dropout, self.first_head = dropout, first_head
-
-    def put_off(self, out: Array, lse: Array) -> None:
-        """Let merges into (out, lse) wait until `settle`: here none does."""
-
-    def settle(self) -> None:
-        """Do what was put off."""
 
     def forward(
         self,

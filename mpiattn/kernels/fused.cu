@@ -90,57 +90,83 @@ __global__ void merge(A* out, STRIDES(so), A* lse, STRIDES(sl), const T* part, S
     }
 }
 
-// softmax.merge of up to four partial results at once: of tokens first .. first + count - 1, without gaps.
-#define PART(n) const T* part##n, const A* lse##n, Index first##n, Index count##n
-template <typename A, typename T, int V>
-__global__ void merge_parts(A* out, STRIDES(so), A* lse, STRIDES(sl), Index rows, Index heads, Index tokens, Index dim,
-                            PART(0), PART(1), PART(2), PART(3))
+// What is added up of one row: a sum so far, another that arrived, and up to four shares, each of tokens first ..
+// first + count - 1; pointers are 0 where there is none. None of these arrays has gaps.
+#define PART(n) const T* part##n, Index first##n, Index count##n
+#define PARTS PART(0), PART(1), PART(2), PART(3)
+#define ROWS_OF_PARTS \
+    const T* parts[] = {part0, part1, part2, part3}; \
+    const Index firsts[] = {first0, first1, first2, first3}, counts[] = {count0, count1, count2, count3}; \
+    Index places[4]; /* of the row in each share; -1 where it has none */ \
+    for (int i = 0; i < 4; ++i) { \
+        const Index t = r.t - firsts[i]; \
+        places[i] = t >= 0 && t < counts[i] ? (r.b * heads + r.h) * counts[i] + t : -1; \
+    }
+
+template <typename A, int V, typename T> __device__ inline void add_scaled(Pack<A, V>& y, A factor, const T* from)
+{
+    const Pack<T, V> x = *(const Pack<T, V>*)from;
+    for (int j = 0; j < V; ++j) y.x[j] += factor * wide<A>(x.x[j]);
+}
+
+template <typename R, typename A, int V> __device__ inline void write(R* to, const Pack<A, V>& y)
+{
+    Pack<R, V> z;
+    for (int j = 0; j < V; ++j) z.x[j] = narrow<R>(y.x[j]);
+    *(Pack<R, V>*)to = z;
+}
+
+// result = sum + arrived + shares.
+template <typename A, typename T, int V, typename S, typename R>
+__global__ void sum_parts(R* result, const A* sum, const S* arrived, Index rows, Index heads, Index tokens, Index dim, PARTS)
 {
     FOR_EACH_ROW
-    const T* parts[] = {part0, part1, part2, part3};
-    const A* lses[] = {lse0, lse1, lse2, lse3};
-    const Index firsts[] = {first0, first1, first2, first3}, counts[] = {count0, count1, count2, count3};
-    const A none = -Number<A>::infinity();
-    A* total = lse + AT(sl);
-    const A before = *total;
-    A weights[4], top = before, sum;
-    const T* from[4];
-    __syncwarp();
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const Index t = r.t - firsts[i];
-        const bool covers = t >= 0 && t < counts[i];
-        const Index at = (r.b * heads + r.h) * counts[i] + t;
-        weights[i] = covers ? lses[i][at] : none;
-        from[i] = parts[i] + at * dim;
-        top = weights[i] > top ? weights[i] : top;
-    }
-    if (top == none) return;
-    A keep = power2((before - top) * (A)LOG2E);
-    sum = keep;
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        weights[i] = power2((weights[i] - top) * (A)LOG2E);
-        sum += weights[i];
-    }
-    keep /= sum;
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] /= sum;
-    if (lane == 0) *total = top + natural_log(sum);
-    A* to = out + AT(so);
+    ROWS_OF_PARTS
     for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Index at = row * dim + d;
         Pack<A, V> y = {};
-        if (keep > 0) {
-            y = *(const Pack<A, V>*)(to + d);
-            for (int j = 0; j < V; ++j) y.x[j] *= keep;
-        }
+        if (sum) add_scaled(y, (A)1, sum + at);
+        if (arrived) add_scaled(y, (A)1, arrived + at);
         #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (weights[i] > 0) {
-                const Pack<T, V> x = *(const Pack<T, V>*)(from[i] + d);
-                for (int j = 0; j < V; ++j) y.x[j] += weights[i] * wide<A>(x.x[j]);
-            }
-        *(Pack<A, V>*)(to + d) = y;
+            if (places[i] >= 0) add_scaled(y, (A)1, parts[i] + places[i] * dim + d);
+        write(result + at, y);
+    }
+}
+
+// softmax.merge of all that there is. The result may be the sum.
+template <typename A, typename T, int V, typename S, typename R>
+__global__ void merge_parts(R* result, const A* sum, const S* arrived, A* lse, const A* lse_of_sum, const A* lse_arrived,
+                            Index rows, Index heads, Index tokens, Index dim, PARTS, const A* lse0, const A* lse1,
+                            const A* lse2, const A* lse3)
+{
+    FOR_EACH_ROW
+    ROWS_OF_PARTS
+    const A* lses[] = {lse0, lse1, lse2, lse3};
+    const A none = -Number<A>::infinity();
+    A weights[6] = {sum ? lse_of_sum[row] : none, arrived ? lse_arrived[row] : none}, top = none, total = 0;
+    __syncwarp();
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) weights[2 + i] = places[i] >= 0 ? lses[i][places[i]] : none;
+    #pragma unroll
+    for (int i = 0; i < 6; ++i) top = !(weights[i] <= top) ? weights[i] : top; // not a number: stays so
+    #pragma unroll
+    for (int i = 0; i < 6; ++i) {
+        weights[i] = top == none ? (A)0 : power2((weights[i] - top) * (A)LOG2E);
+        total += weights[i];
+    }
+    if (lane == 0) lse[row] = top == none ? none : top + natural_log(total);
+    #pragma unroll
+    for (int i = 0; i < 6; ++i) weights[i] = total == 0 ? (A)0 : weights[i] / total;
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Index at = row * dim + d;
+        Pack<A, V> y = {};
+        if (sum && weights[0] != 0) add_scaled(y, weights[0], sum + at);
+        if (arrived && weights[1] != 0) add_scaled(y, weights[1], arrived + at);
+        #pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (places[i] >= 0 && weights[2 + i] != 0) add_scaled(y, weights[2 + i], parts[i] + places[i] * dim + d);
+        write(result + at, y);
     }
 }
 

@@ -10,8 +10,10 @@ from mpiattn.mask import Mask, Positions, pairs
 from mpiattn.problem import Problem
 from mpiattn.virtual import current
 
+from .sums import Sums
 
-class VirtualKernel:
+
+class VirtualKernel(Sums):
     """Attention of one rank's block in virtual time; parameters and methods as those of `NumpyKernel`."""
 
     def __init__(self, mask: Mask, scale: float | None = None, problem: Problem | None = None) -> None:
@@ -22,12 +24,6 @@ class VirtualKernel:
 
     def drop(self, dropout: Any, first_head: int = 0) -> None:
         """Do nothing: the time that it takes isn't part of the machine description."""
-
-    def put_off(self, out: Any, lse: Any) -> None:
-        """Put nothing off."""
-
-    def settle(self) -> None:
-        """Do what was put off."""
 
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
         """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
