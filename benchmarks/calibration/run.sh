@@ -13,7 +13,7 @@ for hosts in 4 9 16; do
     "$here/../../run/netns.sh" --hosts "$hosts" --rate 10mbit --mpiexec "$(dirname "$python")/mpiexec" -- \
         "$python" -m mpiattn calibrate --output "$here/netns-$hosts.toml" --bytes 131072 --rounds 5 \
         --tokens 32,128 --heads "$heads" --head-dim 128
-    for kind in mha gqa; do
+    for kind in mha gqa others; do
         pairs+=("$here/netns-$hosts.toml=$here/../network/$hosts-$kind.json")
     done
 done

@@ -25,12 +25,12 @@ from mpiattn.grid import grids
 from mpiattn.trace import TracedComm
 
 PASSES = ("forward", "backward")
-NAMES = ("ring", "mesh", "ulysses", "allgather")
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", default="ring,mesh,ulysses,allgather", help="ring, and what to compare with it")
     parser.add_argument("--tokens", type=int, default=32, help="of each rank")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=16)
@@ -48,7 +48,7 @@ def main() -> None:
     q, k, v, d_out = normal(args.heads), normal(args.kv_heads), normal(args.kv_heads), normal(args.heads)
 
     cases: dict[str, Any] = {}
-    for name in NAMES:
+    for name in args.algorithms.split(","):
         for grid in grids(comm.Get_size()) if name == "mesh" else [None]:
             if grid and 1 in grid:  # the ring, or its like for queries
                 continue
@@ -95,7 +95,7 @@ def main() -> None:
     surroundings = environment(comm)
     if comm.Get_rank() > 0:
         return
-    print(f"{'':12}{'':10}{'seconds':>9}{'MB':>8}{'Mbit/s':>8}{'speed-up':>10}{'by bytes':>10}{'difference':>12}")
+    print(f"{'':14}{'':10}{'seconds':>9}{'MB':>8}{'Mbit/s':>8}{'speed-up':>10}{'by bytes':>10}{'difference':>12}")
     for direction, (name, result) in itertools.product(PASSES, results.items()):
         one, ring = result[direction], results["ring"][direction]
         seconds = statistics.median(one["seconds"])
@@ -103,7 +103,7 @@ def main() -> None:
         one["speedup"] = statistics.median(r / s for r, s in zip(ring["seconds"], one["seconds"], strict=True))
         one["speedup_by_bytes"] = ring["bytes"] / one["bytes"]
         print(
-            f"{name:12}{direction:10}{seconds:9.3f}{one['bytes'] / 1e6:8.2f}{one['bytes'] * 8e-6 / seconds:8.1f}"
+            f"{name:14}{direction:10}{seconds:9.3f}{one['bytes'] / 1e6:8.2f}{one['bytes'] * 8e-6 / seconds:8.1f}"
             f"{one['speedup']:10.2f}{one['speedup_by_bytes']:10.2f}{result['difference']:12.1e}"
         )
     if args.json:

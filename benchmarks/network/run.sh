@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure ring, mesh, Ulysses and all-gather on 4, 9 and 16 hosts with slow links, and draw the speed-ups.
-# Some 20 minutes; needs root. Results and pictures go into this folder.
+# Measure the algorithms on 4, 9 and 16 hosts with slow links, and draw the speed-ups.
+# Some 30 minutes; needs root. Results and pictures go into this folder.
 #
 # usage: sudo benchmarks/network/run.sh [PYTHON]        PYTHON with mpiattn, MPICH and matplotlib; .venv's if not given
 set -euo pipefail
@@ -22,4 +22,8 @@ measure 9-mha 9 5 --heads 18 --kv-heads 18 --head-dim 128
 measure 9-gqa 9 5 --heads 36 --kv-heads 9 --head-dim 64
 measure 16-mha 16 3 --heads 16 --kv-heads 16 --head-dim 128
 measure 16-gqa 16 3 --heads 16 --kv-heads 4 --head-dim 128
+others=(--algorithms "ring,double_ring,mesh_gathered,hybrid,dense")
+measure 4-others 4 3 --heads 16 --kv-heads 16 --head-dim 128 "${others[@]}"
+measure 9-others 9 3 --heads 18 --kv-heads 18 --head-dim 128 "${others[@]}"
+measure 16-others 16 3 --heads 16 --kv-heads 16 --head-dim 128 "${others[@]}"
 "$python" "$here/plot.py"
