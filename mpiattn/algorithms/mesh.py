@@ -16,7 +16,6 @@ One column is Ring Attention; one row passes queries only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from ..arrays import Parcel
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
 from ..schedule import Op, Step
-from ..softmax import merge
 from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
@@ -89,27 +87,24 @@ class MeshAttention(Attention):
         specs = [problem.o(owner) for owner in self.q_owners]
         outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
-            state.fill(0, -math.inf)
+            self.kernel.begin(*state.arrays)
         qs[0].pack(q)
         kvs[0].pack(k, v)
         for step in self.forward_steps:
             requests: list[Any] = []
-            arrived: list[int] = []
             match step.message:
                 case Op.Q:
                     requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
                 case Op.KV:
                     requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
                 case Op.O:
-                    requests, arrived = collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
+                    requests = self.collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
             for i, j in self.blocks(step, problem):
                 where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
                 (near_q,), (near_k, near_v), (out, lse) = qs[j].arrays, kvs[i].arrays, outs[j].arrays
                 self.kernel.forward(near_q, near_k, near_v, *where, out, lse, partial(Testall, requests))
             Waitall(requests)
-            for slot in arrived:
-                merge(*outs[slot].arrays, *shares[slot].arrays)
-        out, lse = outs[0].arrays
+        out, lse = self.kernel.complete(outs[0].arrays, *home(self.row, shares, self.q_travels))
         return out, lse
 
     def gradients(
@@ -123,23 +118,20 @@ class MeshAttention(Attention):
         specs = [problem.d_kv(owner) for owner in self.kv_owners]
         d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
-            total.buffer.fill(0)
+            self.kernel.begin(*total.arrays)
         qs[0].pack(lse, row_delta, q, d_out)
         kvs[0].pack(k, v)
         for step in self.backward_steps:
             requests: list[Any] = []
-            arrived: list[int] = []
-            totals, shares = d_qs, q_shares
             match step.message:
                 case Op.Q:
                     requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
                 case Op.KV:
                     requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
                 case Op.DQ:
-                    requests, arrived = collect(self.row, d_qs, q_shares, step.hop, self.q_travels, Tag.D_Q)
+                    requests = self.collect(self.row, d_qs, q_shares, step.hop, self.q_travels, Tag.D_Q)
                 case Op.DKV:
-                    totals, shares = d_kvs, kv_shares
-                    requests, arrived = collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
+                    requests = self.collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
             for i, j in self.blocks(step, problem):
                 where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
                 (near_lse, near_delta, near_q, gradient), (near_k, near_v) = qs[j].arrays, kvs[i].arrays
@@ -147,14 +139,42 @@ class MeshAttention(Attention):
                 near = near_q, near_k, near_v, gradient, near_lse, near_delta
                 self.kernel.backward(*near, *where, d_q, d_k, d_v, progress)
             Waitall(requests)
-            for slot in arrived:
-                totals[slot].add(shares[slot])
-        d_q, d_k, d_v = d_qs[0].arrays + d_kvs[0].arrays
+        [d_q] = self.kernel.complete(d_qs[0].arrays, *home(self.row, q_shares, self.q_travels))
+        d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(self.col, kv_shares, self.kv_travels))
         return d_q, d_k, d_v
 
     def blocks(self, step: Step, problem: Problem) -> list[tuple[int, int]]:
         """Return the blocks (KV slot, Q slot) of a step that the mask leaves something of."""
         return [(i, j) for i, j in step.blocks if problem.needed[self.q_owners[j], self.kv_owners[i]]]
+
+    def collect(
+        self,
+        ring: Communicator,
+        slots: Sequence[Parcel],
+        shares: Sequence[Parcel],
+        hop: int,
+        ways: Sequence[Travel],
+        tag: Tag,
+    ) -> list[Any]:
+        """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
+
+        The sum for an owner starts at the first user of its chunk and passes the others, who add what they have
+        in this slot; the last user sends it to the owner, to slot 0.
+        """
+        size, rank = ring.Get_size(), ring.Get_rank()
+        source, dest = ring.Shift(0, 1)
+        requests = []
+        owner = (rank - hop) % size
+        way = ways[owner]
+        if way.first <= hop <= way.last:
+            self.kernel.settle(slots[hop], *([shares[hop].arrays] if way.first < hop else []))
+            requests.append(ring.Isend(slots[hop].message, dest if hop < way.last else owner, tag))
+        way = ways[(rank - hop - 1) % size]
+        if way.first <= hop < way.last:
+            requests.append(ring.Irecv(shares[hop + 1].message, source, tag))
+        if ways[rank].last == hop:
+            requests.append(ring.Irecv(shares[0].message, (rank + hop) % size, tag))
+        return requests
 
     def free(self) -> None:
         """Free the communicators of the grid, its row and its column."""
@@ -174,26 +194,6 @@ def spread(ring: Communicator, slots: Sequence[Parcel], hop: int, ways: Sequence
     return requests
 
 
-def collect(
-    ring: Communicator, slots: Sequence[Parcel], shares: Sequence[Parcel], hop: int, ways: Sequence[Travel], tag: Tag
-) -> tuple[list[Any], list[int]]:
-    """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
-
-    The sum for an owner starts at the first user of its chunk and passes the others; the last user sends
-    it to the owner, to slot 0. Returns the requests, and the slots whose share will have arrived.
-    """
-    size, rank = ring.Get_size(), ring.Get_rank()
-    source, dest = ring.Shift(0, 1)
-    requests, arrived = [], []
-    way = ways[(rank - hop - 1) % size]
-    if way.first <= hop < way.last:
-        requests.append(ring.Irecv(shares[hop + 1].message, source, tag))
-        arrived.append(hop + 1)
-    if ways[rank].last == hop:
-        requests.append(ring.Irecv(shares[0].message, (rank + hop) % size, tag))
-        arrived.append(0)
-    owner = (rank - hop) % size
-    way = ways[owner]
-    if way.first <= hop <= way.last:
-        requests.append(ring.Isend(slots[hop].message, dest if hop < way.last else owner, tag))
-    return requests, arrived
+def home(ring: Communicator, shares: Sequence[Parcel], ways: Sequence[Travel]) -> list[Sequence[Array]]:
+    """Return the sum for this rank that has come home, if its chunk has travelled."""
+    return [shares[0].arrays] if ways[ring.Get_rank()].last > 0 else []
