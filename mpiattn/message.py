@@ -92,6 +92,13 @@ def Rows(buffer: NDArray[np.uint8]) -> Any:
     return [buffer, 1, _rows(buffer.nbytes)] if _large(buffer) else buffer
 
 
+def Memory(address: int, nbytes: int) -> Any:
+    """Describe memory, which may be a device's, to a send or a receive; at most 2**31-1 bytes."""
+    from mpi4py import MPI
+
+    return MPI.buffer.fromaddress(address, nbytes)
+
+
 def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int] | None = None) -> Any:
     """Describe a buffer of bytes to a collective: a piece of each rank, one after the other where not said otherwise.
 

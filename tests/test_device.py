@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpiattn import device
-from mpiattn.device import Channel, DeviceComm, Transfer
+from mpiattn.device import Channel, DeviceComm, Segment, Transfer
 from mpiattn.message import Tag, Testall, Waitall, constant
 
 
@@ -80,16 +80,20 @@ XP = SimpleNamespace(
         Event=Event,
         Stream=lambda non_blocking: SimpleNamespace(ptr=0, wait_event=lambda event: None),
         alloc_pinned_memory=bytearray,
-        runtime=SimpleNamespace(memcpyAsync=memcpy),
+        runtime=SimpleNamespace(memcpyAsync=memcpy, hostRegister=lambda address, size, flags: None),
     ),
 )
 
 
-@pytest.fixture(params=["device", "host"])
+@pytest.fixture(params=["device", "shared", "network"])
 def around(request: pytest.FixtureRequest, comm: Any, monkeypatch: pytest.MonkeyPatch) -> DeviceComm:
     monkeypatch.setattr(device, "PIECE", 1000)
     monkeypatch.setattr(device, "LARGEST", 2500)
-    return DeviceComm(comm, Channel(comm, XP, request.param))
+    monkeypatch.setattr(Segment, "known", {})
+    channel = Channel(comm, XP, "device" if request.param == "device" else "host")
+    if request.param == "network":
+        channel.segment = None
+    return DeviceComm(comm, channel)
 
 
 @pytest.mark.mpi
