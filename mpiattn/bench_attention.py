@@ -35,10 +35,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from . import arrays, device, grid, inputs, kernels
+from . import arrays, device, gpu, grid, inputs, kernels
 from .algorithms import ALGORITHMS, Attention
 from .mask import Causal, Full, Mask, pairs
 from .message import Communicator, InputError
+from .problem import PARTIALS
 from .softmax import accumulator
 
 PASSES = ("forward", "forward+backward")
@@ -145,8 +146,7 @@ class Setting:
 
     def wait(self) -> None:
         """Wait until the device has nothing more to do."""
-        if self.xp is not np:
-            self.xp.cuda.Device().synchronize()
+        gpu.wait(self.xp)
 
     @property
     def operations(self) -> float:
@@ -310,30 +310,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="default bfloat16 on GPUs, else float32")
     parser.add_argument("--mask", type=inputs.mask, default=Causal(), help=inputs.MASK_HELP)
     parser.add_argument("--layout", help="default zigzag with a causal mask, else contiguous")
-    parser.add_argument(
-        "--arrays", choices=["auto", "numpy", "cupy"], default="auto", help="default cupy if there is a GPU"
-    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
     parser.add_argument("--no-torch", action="store_true", help="leave out torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing")
-    add_gpu_arguments(parser)
-
-
-def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how blocks are computed and messages go on GPUs."""
-    parser.add_argument("--kernel", choices=sorted({name for names in kernels.KERNELS.values() for name in names}))
-    parser.add_argument(
-        "--gpu-messages", choices=device.MODES, default="auto", help="of device memory, or through the host"
-    )
+    parser.add_argument("--partials", choices=PARTIALS, default="wide", help="how partial sums travel (default wide)")
+    gpu.add_arguments(parser, "cupy if there is a GPU")
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure, and print on rank 0."""
-    xp = np if args.arrays == "numpy" or (args.arrays == "auto" and not _gpu()) else arrays.use_gpu(comm)
+    xp = gpu.namespace(args, comm, "cupy" if arrays.gpus() else "numpy")
     on_gpu = xp is not np
     dtype = arrays.dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
     lengths = [int(text) for text in (args.tokens or ("16384,65536" if on_gpu else "2048")).split(",")]
-    options = {"layout": args.layout, "kernel": args.kernel, "gpu_messages": args.gpu_messages}
+    options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 
     def say(*lines: str, sep: str = " ") -> None:
         if comm.Get_rank() == 0:
@@ -369,14 +359,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.json and comm.Get_rank() == 0:
         args.json.write_text(json.dumps(report, indent=1))
     return 0
-
-
-def _gpu() -> bool:
-    if importlib.util.find_spec("cupy") is None:
-        return False
-    import cupy
-
-    return bool(cupy.is_available())
 
 
 def describe(comm: Communicator, xp: Any) -> list[str]:

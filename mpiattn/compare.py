@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from . import env, grid, inputs, oracle
+from . import env, gpu, grid, inputs, oracle
 from .algorithms import ALGORITHMS, Attention
+from .arrays import on_host
 from .inputs import Array, Inputs
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .mask import Positions
@@ -56,22 +57,25 @@ class Case:
     inputs: list[Array] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
+    xp: Any = np
 
     @property
     def grid(self) -> str:
         """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
 
-    def share(self, given: Inputs | None, args: argparse.Namespace) -> None:
-        """Receive this rank's share of the input."""
+    def share(self, given: Inputs | None, args: argparse.Namespace, xp: Any) -> None:
+        """Receive this rank's share of the input, as arrays of a namespace."""
+        self.xp = xp
         comm = self.comm.comm
         wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
         self.shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
-        self.inputs = [scatter(wholes.get(name), comm, self.attention.owned(name, self.shapes)) for name in self.shapes]
+        places = {name: self.attention.owned(name, self.shapes) for name in self.shapes}
+        self.inputs = [xp.asarray(scatter(wholes.get(name), comm, place)) for name, place in places.items()]
         self.features = inputs.features(args, self.shapes["q"][1])
         if "sinks" in self.features:
-            place = self.attention.owned("out", self.shapes)(self.shapes["out"], comm.Get_rank())
-            self.features["sinks"] = self.features["sinks"][owned_heads(place)]
+            place = places["out"](self.shapes["out"], comm.Get_rank())
+            self.features["sinks"] = xp.asarray(self.features["sinks"][owned_heads(place)])
 
     def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
@@ -85,10 +89,14 @@ class Case:
         trace.clear()
         self.peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        if self.xp is not np:
+            pool = self.xp.get_default_memory_pool()
+            self.peak = pool.total_bytes()
+            pool.free_all_blocks()
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")
             where, copies = self.attention.owned(name, self.shapes), name in self.attention.copied
-            whole = gather(array, comm, where, shape=self.shapes[name], copies=copies)
+            whole = gather(on_host(array), comm, where, shape=self.shapes[name], copies=copies)
             if whole is not None and reference is not None:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
                 self.errors.append(oracle.error(rows, reference))
@@ -104,6 +112,7 @@ class Case:
                     _, saved = self.attention.forward(*qkv, **self.features)
                 else:
                     self.attention.backward(d_out, saved)
+                gpu.wait(self.xp)
             self.seconds[name].append(clock() - start)
             self.waits[name].append(trace.waited())
             if kept is not None:
@@ -123,10 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and bytes (.png, .svg, .pdf)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
     inputs.add_arguments(parser)
+    gpu.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
+    xp = gpu.namespace(args, comm)
     environment = env.environment(comm)
     given = inputs.on_root(comm, lambda: load(args))
     with ExitStack() as stack:
@@ -140,7 +151,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         for number, case in itertools.product(range(1 + args.iterations), cases):
             progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}", refresh=False)
             if number == 0:
-                case.share(given[0] if given else None, args)
+                case.share(given[0] if given else None, args, xp)
                 case.check(given[1] if given else None, right)
             else:
                 case.measure(kept if args.trace else None)
@@ -200,7 +211,8 @@ def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> tup
             for layout in [args.layout] if args.layout else LAYOUTS:
                 traced = TracedComm(comm)
                 try:
-                    attention = ALGORITHMS[name](traced, layout=layout, **inputs.options(args), **arguments)
+                    options = {"layout": layout, **inputs.options(args), **gpu.options(args)}
+                    attention = ALGORITHMS[name](traced, **options, **arguments)
                 except InputError as error:
                     if args.algorithms != "all":
                         raise

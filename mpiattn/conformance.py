@@ -29,7 +29,7 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from . import arrays, costs, layout, oracle
+from . import arrays, costs, gpu, layout, oracle
 from .algorithms import ALGORITHMS
 from .dropout import Dropout
 from .layout import LAYOUTS
@@ -325,10 +325,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--module", metavar="PACKAGE:FACTORY", help="an implementation of your own")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not the part that has one of everything")
     parser.add_argument("--case", type=Case.parse, metavar="'NAME=VALUE ...'", help="this case alone")
+    gpu.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check every case of every implementation; print what is wrong on rank 0."""
+    xp = gpu.namespace(args, comm)
     implementations = find(args, comm)
     chosen = [args.case] if args.case else matrix() if args.full else fast()
     wrong, refused = [], []
@@ -336,11 +338,15 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     for (name, factory, traffic), case in itertools.product(implementations, chosen):
         progress.set_postfix_str(name)
         try:
-            check(factory, comm, case, traffic)
+            check(factory, comm, case, traffic, xp)
         except AssertionError as error:
             wrong.append(f"{error}\n  alone: {reproducer(comm, name, case)}")
         except Refused as error:
             refused.append(f"{name} refused {error}")
+        except InputError as error:
+            if args.kernel is None:
+                raise
+            refused.append(f"{name} refused {case}: {error}")
         progress.update()
     progress.close()
     if comm.Get_rank() == 0:
@@ -359,15 +365,17 @@ def reproducer(comm: Communicator, name: str, case: Case) -> str:
 
 def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factory, Callable[..., costs.Costs] | None]]:
     """Return name, factory and formula of each implementation that is asked for."""
+    given = {key: value for key, value in gpu.options(args).items() if value not in (None, "auto")}
     if args.module:
         package, _, name = args.module.partition(":")
         try:
-            return [(args.module, getattr(importlib.import_module(package), name), None)]
+            factory = getattr(importlib.import_module(package), name)
+            return [(args.module, partial(factory, **given) if given else factory, None)]
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--module {args.module}: {error}") from None
     known = {
         (name, *(f"{key}={value}" for key, value in arguments.items())): (
-            partial(ALGORITHMS[name], **arguments),
+            partial(ALGORITHMS[name], **arguments, **given),
             partial(costs.COSTS[name], **arguments),
         )
         for name in ALGORITHMS

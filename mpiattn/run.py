@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import grid, inputs
+from . import gpu, grid, inputs
 from .algorithms import ALGORITHMS
+from .arrays import on_host
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
 from .timeline import write
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
     inputs.add_arguments(parser)
+    gpu.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
@@ -37,7 +39,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     inputs.on_root(comm, lambda: inputs.check_output(args.output))
     if args.trace and not args.trace.parent.is_dir():
         raise InputError(f"{args.trace.parent}: no such folder")
-    options = {"layout": args.layout, **inputs.options(args)}
+    xp = gpu.namespace(args, comm)
+    options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
     if args.grid:
         if "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
             raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
@@ -49,11 +52,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
         shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
         places = {name: attention.owned(name, shapes) for name in shapes}
-        q, k, v, d_out = (scatter(wholes.get(name), comm, where) for name, where in places.items())
+        q, k, v, d_out = (xp.asarray(scatter(wholes.get(name), comm, where)) for name, where in places.items())
         features = inputs.features(args, shapes["q"][1])
         if "sinks" in features:
             place = places["out"](shapes["out"], comm.Get_rank())
-            features["sinks"] = features["sinks"][owned_heads(place)]
+            features["sinks"] = xp.asarray(features["sinks"][owned_heads(place)])
         with traced.trace.phase("forward"):
             out, saved = attention.forward(q, k, v, **features)
         results = {"out": out, "lse": saved.lse}
@@ -64,7 +67,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         for name, array in results.items():
             like = "out" if name == "lse" else name.removeprefix("d_")
             shape = shapes[like][: array.ndim]
-            whole[name] = gather(array, comm, places[like], shape=shape, copies=like in attention.copied)
+            whole[name] = gather(on_host(array), comm, places[like], shape=shape, copies=like in attention.copied)
     if args.trace:
         write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:
