@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -64,15 +63,18 @@ class Rank:
         "machine",
         "missing",
         "number",
+        "overhead",
         "peak",
         "pending",
         "poll",
+        "progress",
         "received",
         "waiting",
     )
 
     def __init__(self, number: int, machine: Machine, agenda: Agenda) -> None:
         self.number, self.machine, self.agenda = number, machine, agenda
+        self.overhead, self.progress = machine.overhead, machine.progress
         self.bandwidth = machine.memory_bandwidth
         self.clock = self.computed = self.waiting = 0.0
         self.held = self.peak = self.received = 0
@@ -127,14 +129,19 @@ class Agenda:
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
-        self.events: list[tuple[float, int, Event]] = []
-        self.order = itertools.count()
+        self.times: list[float] = []  # a heap of those at which something is due
+        self.due: dict[float, list[Event]] = {}
         self.hub: Any = None
         """The greenlet that takes the events: a rank that has to wait switches to it."""
 
     def put(self, time: float, event: Event) -> None:
         """Put an event in its place."""
-        heapq.heappush(self.events, (time, next(self.order), event))
+        due = self.due.get(time)
+        if due is None:
+            self.due[time] = [event]
+            heapq.heappush(self.times, time)
+        else:
+            due.append(event)
 
     def run(self, ranks: Sequence[Rank], function: Callable[[Rank], Any]) -> tuple[list[Any], list[Rank]]:
         """Call a function with each rank; return what each returned, and the ranks that wait for ever.
@@ -167,16 +174,20 @@ class Agenda:
                 rank.greenlet.throw(greenlet.GreenletExit)
         finally:
             _running.pop()
-            self.events.clear()
+            self.times.clear()
+            self.due.clear()
         if failed:
             raise failed[0]
         return results, stuck
 
     def _take(self, failed: Sequence[BaseException]) -> None:
         """Take the earliest event, until none is left or a rank has failed."""
-        events, pop, limit = self.events, heapq.heappop, self.limit
-        while events and not failed:
-            time, _, event = pop(events)
-            if time > limit:
-                raise TimeoutError(f"not done after {limit:g} s")
-            event.happen(time)
+        while self.times and not failed:
+            time = heapq.heappop(self.times)
+            if time > self.limit:
+                raise TimeoutError(f"not done after {self.limit:g} s")
+            for event in self.due[time]:  # among them those that are put there meanwhile
+                event.happen(time)
+                if failed:
+                    break
+            del self.due[time]

@@ -31,29 +31,40 @@ class VirtualComm(Collectives):
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
         """Start to send a buffer."""
+        if dest == NOBODY:
+            return self._nothing()
         channel = self.outgoing.get((dest << 32) + tag)
-        if channel is None and dest != NOBODY:
+        if channel is None:
             channel = self.outgoing[(dest << 32) + tag] = self.group.channel(self.place, dest, int(tag))
-        return self._post(buf, channel, True)
+        rank = self.me
+        rank.clock += rank.overhead
+        request = Request(rank, channel, buf[0] if type(buf) is list else buf)
+        if rank.progress:
+            channel.send(request)
+        else:
+            rank.pending.append((request, channel.send))
+        return request
 
     def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
         """Start to receive into a buffer."""
+        if source == NOBODY:
+            return self._nothing()
         channel = self.incoming.get((source << 32) + tag)
-        if channel is None and source != NOBODY:
-            channel = self.incoming[(source << 32) + tag] = self.group.channel(source, self.place, int(tag))
-        return self._post(buf, channel, False)
-
-    def _post(self, buf: Any, channel: Channel | None, sends: bool) -> Request:
-        rank = self.me
-        machine = rank.machine
-        rank.clock += machine.overhead
-        request = Request(rank, channel, buf[0] if type(buf) is list else buf, sends)
         if channel is None:
-            request.done = rank.clock
-        elif machine.progress:
-            channel.post(request)
+            channel = self.incoming[(source << 32) + tag] = self.group.channel(source, self.place, int(tag))
+        rank = self.me
+        rank.clock += rank.overhead
+        request = Request(rank, channel, buf[0] if type(buf) is list else buf)
+        if rank.progress:
+            channel.receive(request)
         else:
-            rank.pending.append(request)
+            rank.pending.append((request, channel.receive))
+        return request
+
+    def _nothing(self) -> Request:
+        self.me.clock += self.me.overhead
+        request = Request(self.me)
+        request.done = request.posted
         return request
 
     # Topology

@@ -48,7 +48,7 @@ class Group:
     def waiting(self) -> Iterator[Request]:
         """Return the messages without a partner, those of the groups made from this one included."""
         for channel in self.channels.values():
-            yield from channel.waiting
+            yield from channel.sent + channel.received
         for child in self.children.values():
             yield from child.waiting()
 

@@ -30,7 +30,6 @@ class Request:
     rank : Rank
     channel : Channel or None
     buffer : array or None
-    sends : bool
     posted, done : float
         Seconds.
     waited : bool
@@ -41,10 +40,12 @@ class Request:
         Of a send: when its last byte is there.
     """
 
-    __slots__ = ("arrived", "buffer", "channel", "done", "partner", "posted", "rank", "sends", "waited")
+    __slots__ = ("arrived", "buffer", "channel", "done", "partner", "posted", "rank", "waited")
 
-    def __init__(self, rank: Rank, channel: Channel | None = None, buffer: Any = None, sends: bool = False) -> None:
-        self.rank, self.channel, self.buffer, self.sends = rank, channel, buffer, sends
+    def __init__(self, rank: Rank, channel: Channel | None = None, buffer: Any = None) -> None:
+        self.rank = rank
+        self.channel = channel
+        self.buffer = buffer
         self.posted = rank.clock
         self.done = self.arrived = UNKNOWN
         self.waited = False
@@ -106,7 +107,9 @@ class Request:
     def happen(self, time: float) -> None:
         """Leave, as a send that is ready at that time."""
         assert self.channel is not None
-        left, self.arrived = self.channel.route.carry(self.buffer.nbytes, time)
+        route = self.channel.route
+        left = route.carry(self.buffer.nbytes, time)
+        self.arrived = left + route.latency
         if self.partner is not None:
             self.deliver(self.partner)
         if self.done == UNKNOWN:
@@ -136,29 +139,39 @@ class Channel:
     sender : Rank
     """
 
-    __slots__ = ("agenda", "eager", "name", "route", "waiting")
+    __slots__ = ("agenda", "eager", "name", "received", "route", "sent")
 
     def __init__(self, name: tuple[int, int, int], route: Route, sender: Rank) -> None:
         self.name, self.route = name, route
         self.agenda, self.eager = sender.agenda, sender.machine.eager
-        self.waiting: list[Request] = []  # those without a partner: sends or receives, never both
+        # Without a partner: there are never both.
+        self.sent: list[Request] = []
+        self.received: list[Request] = []
 
     def __str__(self) -> str:
         source, dest, tag = self.name
         return f"from rank {source} to rank {dest} with tag {tag}"
 
-    def post(self, request: Request) -> None:
-        """Bring a send and its receive together; the message is ready when both are posted."""
-        if request.sends and request.buffer.nbytes < self.eager:
+    def send(self, request: Request) -> None:
+        """Take a send; it is on its way as soon as its receive is posted, or now."""
+        if request.buffer.nbytes < self.eager:
             request.buffer = request.buffer.copy()
             request.complete(request.posted)
             self.agenda.put(request.posted, request)
-        waiting = self.waiting
-        if not waiting or waiting[0].sends == request.sends:
-            waiting.append(request)
-            return
-        other = waiting.pop(0)
-        send, receive = (request, other) if request.sends else (other, request)
+        if self.received:
+            self.pair(request, self.received.pop(0))
+        else:
+            self.sent.append(request)
+
+    def receive(self, request: Request) -> None:
+        """Take a receive."""
+        if self.sent:
+            self.pair(self.sent.pop(0), request)
+        else:
+            self.received.append(request)
+
+    def pair(self, send: Request, receive: Request) -> None:
+        """Bring a send and its receive together; the message is ready when both are posted."""
         send.partner = receive
         if send.done == UNKNOWN:
             self.agenda.put(send.posted if send.posted > receive.posted else receive.posted, send)
@@ -168,9 +181,9 @@ class Channel:
 
 def hand_over(rank: Rank) -> None:
     """Hand a rank's messages to an MPI library that works only while it is called."""
-    for request in rank.pending:
+    for request, take in rank.pending:
         request.posted = rank.clock
-        request.channel.post(request)
+        take(request)
     rank.pending.clear()
 
 

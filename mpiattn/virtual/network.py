@@ -7,39 +7,61 @@ ready, and as long as the machine description says; the port that is done last c
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from ..machine import LEVELS, Machine
 
 INSIDE = LEVELS[:2]
 """The levels of links inside a node."""
 
-Port = list[float]
-"""When a port is free again, one number in a list."""
+
+class Port:
+    """One end of a link: a rank's, or a network card's."""
+
+    __slots__ = ("free",)
+
+    def __init__(self) -> None:
+        self.free = 0.0
+        """When it has served all messages so far, in seconds."""
+
+    def serve(self, ready: float, seconds: float) -> float:
+        """Serve a message that is ready at that time; return when that is done."""
+        self.free = (self.free if self.free > ready else ready) + seconds
+        return self.free
 
 
-class Route(NamedTuple):
-    """Latency, seconds per byte, the two ends, and what else is on the way with the seconds per byte it takes."""
+class Route:
+    """The way of messages from one rank to another.
 
-    latency: float
-    per_byte: float
-    out: Port
-    into: Port
-    others: list[tuple[Port, float]]
+    Attributes
+    ----------
+    latency, per_byte : float
+        Seconds, and seconds a byte.
+    out, into : Port
+        The two ends.
+    others : list of (Port, float)
+        What else is on the way, with the seconds per byte it takes.
+    """
 
-    def carry(self, nbytes: int, ready: float) -> tuple[float, float]:
-        """Take the ports for a message that is ready at that time; return when it has left, and when it is there."""
-        latency, per_byte, out, into, others = self
+    __slots__ = ("into", "latency", "others", "out", "per_byte")
+
+    def __init__(
+        self, latency: float, per_byte: float, out: Port, into: Port, others: Sequence[tuple[Port, float]]
+    ) -> None:
+        self.latency, self.per_byte, self.out, self.into, self.others = latency, per_byte, out, into, others
+
+    def carry(self, nbytes: int, ready: float) -> float:
+        """Take the ports for a message that is ready at that time; return when it has left."""
         # Each port serves the messages as they become ready; one that is held up elsewhere holds up no other.
-        taken = nbytes * per_byte
-        end = out[0] = (out[0] if out[0] > ready else ready) + taken
-        into[0] = (into[0] if into[0] > ready else ready) + taken
-        if into[0] > end:
-            end = into[0]
-        for port, share in others:
-            port[0] = max(port[0], ready) + nbytes * share
-            end = max(end, port[0])
-        return end, end + latency
+        taken = nbytes * self.per_byte
+        out, into = self.out, self.into
+        end = out.free = (out.free if out.free > ready else ready) + taken
+        into.free = (into.free if into.free > ready else ready) + taken
+        if into.free > end:
+            end = into.free
+        for port, per_byte in self.others:
+            end = max(end, port.serve(ready, nbytes * per_byte))
+        return end
 
 
 class Network:
@@ -68,4 +90,4 @@ class Network:
         return Route(link.latency, 1 / link.bandwidth, own[0], own[1], others)
 
     def _port(self, *key: object) -> Port:
-        return self.ports.setdefault(key, [0.0])
+        return self.ports.setdefault(key, Port())
