@@ -111,6 +111,27 @@ print(comm.allreduce(seconds, MPI.MAX), flush=True)
     assert 0.17 < seconds < 2
 
 
+def test_messages_take_the_latency() -> None:
+    text = """
+import time, numpy
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+byte = numpy.zeros(1, numpy.uint8)
+for _ in range(5):
+    comm.Barrier()
+    start = time.perf_counter()
+    for sender in (0, 1):
+        comm.Send(byte, 1 - sender) if comm.rank == sender else comm.Recv(byte, sender)
+    seconds = time.perf_counter() - start
+print(comm.allreduce(seconds / 2, MPI.MAX), flush=True)
+"""
+    done = run("--hosts", 2, "--latency", "100ms", PYTHON, "-c", text)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    assert 0.09 < float(done.stdout.split()[0]) < 1
+
+
 def test_the_status_of_the_command_is_the_script_s() -> None:
     done = run("--hosts", 2, PYTHON, "-c", "raise SystemExit(7)")
     assert done.returncode == 7
