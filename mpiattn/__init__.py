@@ -17,6 +17,7 @@ from .algorithms import (
 from .dropout import Dropout
 from .layout import gather, scatter
 from .mask import Causal, Documents, Full, SlidingWindow
+from .planner import auto, choose
 
 __all__ = [
     "ALGORITHMS",
@@ -36,6 +37,8 @@ __all__ = [
     "SlidingWindow",
     "TensorParallelAttention",
     "UlyssesAttention",
+    "auto",
+    "choose",
     "gather",
     "scatter",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .message import InputError
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Of Okabe and Ito (2008): told apart with any kind of colour vision; markers differ as well."""
@@ -63,6 +65,16 @@ def lines(
     axes.legend(frameon=False, fontsize=9)
 
 
+def check(path: Path) -> None:
+    """Raise InputError, before any work, where no figure can be written there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures are drawn with matplotlib: pip install 'mpiattn[plot]'")
+    if path.suffix not in ("", ".png", ".svg", ".pdf"):
+        raise InputError(f"{path}: the name must end in .png, .svg or .pdf, or have no suffix, for the first two")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+
+
 def save(drawing: Any, path: Path) -> None:
     """Write a figure; without a suffix, as both PNG and SVG."""
     from matplotlib import rc_context
@@ -73,48 +85,3 @@ def save(drawing: Any, path: Path) -> None:
         drawing.savefig(path.with_suffix(".png"), dpi=150)
         with rc_context({"svg.hashsalt": "mpiattn"}):  # the same picture is the same file
             drawing.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-
-
-def tile_curve(task: Any, machine: Any, ranks: int, path: Path) -> list[dict[str, Any]]:
-    """Draw compute, communication and total time of every mesh grid: the best tile is where the first two meet."""
-    from .grid import grids
-    from .planner import Candidate, simulate, tile
-
-    instant = {
-        name: dataclasses.replace(rates, forward=(1e30,), backward=(1e30,), tokens=(1,), call=0.0)
-        for name, rates in machine.compute.items()
-    }
-    silent = dataclasses.replace(machine, compute=instant)
-    rows = []
-    for b, a in reversed(grids(ranks)):
-        candidate = Candidate("mesh", (("rows", b), ("cols", a)))
-        outcome, alone = simulate(task, machine, ranks, candidate), simulate(task, silent, ranks, candidate)
-        q, kv = tile(task, ranks, candidate)
-        rows.append(
-            {"rows": b, "cols": a, "queries": q, "keys": kv, "total": outcome.seconds, "compute": outcome.computed,
-             "communication": alone.seconds, "exposed": outcome.exposed}
-        )  # fmt: skip
-    drawing, [axes] = figure(8.5, 5)
-    labels = {
-        "total": "total",
-        "compute": "compute",
-        "communication": "communication alone",
-        "exposed": "communication not hidden",
-    }
-    series = {text: [1e3 * row[key] for row in rows] for key, text in labels.items()}
-    title = f"{task.tokens} tokens on {ranks} ranks of {machine.name}: the tile's shape"
-    lines(axes, [row["cols"] for row in rows], series, xlabel="", ylabel="time (ms)", title=title)
-    axes.set_xticks(
-        [row["cols"] for row in rows],
-        [f"{row['rows']}x{row['cols']}\n{_short(row['queries'])} x\n{_short(row['keys'])}" for row in rows],
-        fontsize=8,
-    )
-    axes.set_xlabel("grid, rows x columns; below, the tile: queries x keys (tokens)")
-    best = min(rows, key=lambda row: row["total"])
-    axes.axvline(best["cols"], color="0.5", linewidth=1, zorder=0)
-    save(drawing, path)
-    return rows
-
-
-def _short(tokens: float) -> str:
-    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"

@@ -11,8 +11,9 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import bench, calibrate, compare, conformance, documents, env, machine, planner, run, schedule, timeline, virtual
+from . import bench, calibrate, compare, conformance, documents, env, machine, run, schedule, timeline, virtual
 from .message import InputError
+from .planner import command as planner
 
 USAGE_ERROR = 2
 
@@ -41,6 +42,7 @@ examples:
   mpiattn schedule 4x4                                  the order of messages and blocks of a mesh tile
   mpiattn compare --virtual 16                          the same on 16 virtual ranks, without MPI
   mpiattn plan --tokens 1M --ranks 256 --machine h200-ib
+  mpiexec -n 4 mpiattn compare --algorithms auto,ring   what the planner chooses here, and why, beside the ring
   mpiattn bench kernel                                  the NumPy kernel against its own matrix products
   mpiexec -n 4 mpiattn env                              what each rank really got
 
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
             group = command.add_argument_group("without MPI")
             group.add_argument("--virtual", type=int, metavar="N", help="on N virtual ranks, in virtual time")
             names = ", ".join(machine.presets())
-            group.add_argument("--machine", default="laptop", metavar="NAME", help=f"of one host: {names}, or a file")
+            group.add_argument("--machine", metavar="NAME", help=f"of one host (default laptop): {names}, or a file")
     return top
 
 
@@ -110,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if alone and comm is not None and comm.Get_rank() > 0:
             return 0
         if alone:
-            return int(module.main(args)) if needs_mpi is False else virtual.command(module.main, args)
+            if needs_mpi is False:
+                return int(module.main(args))
+            args.machine = args.machine or "laptop"
+            return virtual.command(module.main, args)
         if comm is None and needs_mpi:
             print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
             return 1

@@ -36,6 +36,7 @@ from .trace import Trace, TracedComm, watch
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
 
+AUTO = "auto"
 PASSES = ("forward", "backward")
 RESULTS = ("out", "d_q", "d_k", "d_v")
 Result = TypeVar("Result")
@@ -58,6 +59,7 @@ class Case:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
     xp: Any = np
+    why: list[str] = field(default_factory=list)
 
     @property
     def grid(self) -> str:
@@ -122,7 +124,7 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn compare`."""
-    parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}")
+    parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}, or auto")
     parser.add_argument("--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: every grid)")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: every layout")
     parser.add_argument("--mask", type=inputs.mask, default="causal", help=inputs.MASK_HELP)
@@ -141,7 +143,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     environment = env.environment(comm)
     given = inputs.on_root(comm, lambda: load(args))
     with ExitStack() as stack:
-        cases, left_out = build(args, comm, stack)
+        cases, left_out = build(args, comm, stack, given[0] if given else None)
         kept = Trace()
         if args.trace:
             for case in cases:
@@ -162,6 +164,9 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         write(comm, kept, args.trace)
     if given:
         print_results(results, *given, args)
+        for case in cases:
+            if case.why:
+                print(*case.why, sep="\n  ")
         print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
         if args.json:
             document = {"environment": environment, "input": given[0].describe(), "results": results}
@@ -191,20 +196,31 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     return given, queries
 
 
-def build(args: argparse.Namespace, comm: Communicator, stack: ExitStack) -> tuple[list[Case], list[str]]:
+def build(
+    args: argparse.Namespace, comm: Communicator, stack: ExitStack, given: Inputs | None
+) -> tuple[list[Case], list[str]]:
     """Build each algorithm that is asked for, in each of its variants that fit and each layout.
+
+    "auto" is one case: what the planner chooses for the input, which rank 0 has.
 
     Returns the cases and, where all algorithms are asked for, what was left out and why.
     """
     names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
-    if unknown := [name for name in names if name not in ALGORITHMS]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
+    if unknown := [name for name in names if name not in (*ALGORITHMS, AUTO)]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, {AUTO}, or all")
     if args.grid and args.grid not in grid.grids(comm.Get_size()):
         fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
         raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
     cases: list[Case] = []
     left_out = []
     for name in names:
+        if name == AUTO:
+            choice = inputs.choose(comm, given, args, backward=True)
+            options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
+            attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
+            title = f"{AUTO}: {choice.plan.best.candidate.algorithm}"
+            cases.append(Case(title, choice.arguments, attention.comm, attention, why=choice.explain()))
+            continue
         for arguments in ALGORITHMS[name].variants(comm.Get_size()):
             if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
                 continue

@@ -29,7 +29,7 @@ from .machine import Link, Machine
 from .mask import Causal, Full
 from .message import Communicator, InputError
 from .planner import Candidate, Outcome, Task, candidates, simulate
-from .planner import count as tokens_of
+from .planner.units import count as tokens_of
 from .progress import bar
 
 GB = 1e9

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import mask as masks
+from . import planner
 from .arrays import FLOATS
 from .arrays import dtype as dtype_of
 from .dropout import Dropout
 from .mask import Mask
 from .message import Communicator, InputError
+from .planner import Choice
 from .problem import PARTIALS
 
 Array = NDArray[Any]
@@ -100,6 +102,21 @@ def mask(text: str) -> Mask:
         return masks.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, backward: bool) -> Choice:
+    """Return what the planner chooses for the input, which rank 0 has, on the machine `args.machine`."""
+    sizes: Any = None
+    if given:
+        batch, heads, tokens, head_dim = given.q.shape
+        _, kv_heads, kv_tokens, v_head_dim = given.v.shape
+        sizes = {
+            "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch,
+            "dtype": given.q.dtype.name, "kv_tokens": kv_tokens, "v_head_dim": v_head_dim,
+        }  # fmt: skip
+    sizes = comm.bcast(sizes)
+    asked = {name: getattr(args, name) for name in ("mask", "layout", "partials", "machine")}
+    return planner.choose(comm, **sizes, **asked, backward=backward)
 
 
 def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:

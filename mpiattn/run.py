@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from . import gpu, grid, inputs
 from .algorithms import ALGORITHMS
@@ -16,10 +17,19 @@ from .message import Communicator, InputError
 from .timeline import write
 from .trace import TracedComm, watch
 
+AUTO = "auto"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn run`."""
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="mesh", help="default mesh")
+    parser.add_argument(
+        "--algorithm", choices=[*ALGORITHMS, AUTO], default="mesh", help="auto: what the planner chooses (default mesh)"
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="that auto plans for: a name or a file of `mpiattn calibrate` (default: a guess)",
+    )
     parser.add_argument(
         "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
     )
@@ -42,11 +52,20 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     xp = gpu.namespace(args, comm)
     options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
     if args.grid:
-        if "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
+        if args.algorithm == AUTO or "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
             raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
         options["rows"], options["cols"] = args.grid
     traced = TracedComm(comm)
-    with ALGORITHMS[args.algorithm](traced if args.trace else comm, **options) as attention:
+    over = traced if args.trace else comm
+    if args.algorithm == AUTO:
+        choice = inputs.choose(comm, given, args, args.backward)
+        if comm.Get_rank() == 0:
+            print(*choice.explain(), sep="\n  ")
+        built: Any = choice.attention(over, **options)
+    else:
+        built = ALGORITHMS[args.algorithm](over, **options)
+    with built as attention:
+        comm = attention.comm.comm if args.trace else attention.comm  # auto may have put the ranks in another order
         if args.trace:
             watch(attention)
         wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}

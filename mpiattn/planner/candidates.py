@@ -1,0 +1,113 @@
+"""What can be chosen: the algorithms' own variants, those on grids with each way to place them on nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..algorithms import ALGORITHMS
+from ..machine import Machine
+from ..message import InputError
+from .task import Task
+
+APART = {
+    "dense": "one rank does all the work",
+    "shared_ring": "works inside one host",
+    "tensor_parallel": "every rank holds the whole sequence",
+    "decode": "is for a few new tokens",
+}
+"""Algorithms that are no candidates, and why."""
+
+GATHERED = ("allgather", "mesh_gathered")
+"""Algorithms that compute nothing while their messages travel."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An algorithm with its arguments, and how its grid lies on the nodes.
+
+    Attributes
+    ----------
+    algorithm : str
+    arguments : pairs of name and value
+        Of the algorithm's constructor.
+    inside : (int, int), optional
+        Rows and columns of the grid that lie inside a node; None: ranks in the order of the nodes.
+    """
+
+    algorithm: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    inside: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The algorithm and its arguments, as text."""
+        return " ".join([self.algorithm, *(f"{key}={value}" for key, value in self.arguments)])
+
+    @property
+    def placement(self) -> str:
+        """How it lies on the nodes, as text."""
+        if self.inside is None:
+            return "in order"
+        return f"{self.inside[0]} x {self.inside[1]}"
+
+    @property
+    def title(self) -> str:
+        """Both in one line."""
+        return self.name + (f", {self.placement} of it inside a node" if self.inside else "")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        given = dict(self.arguments)
+        return given["rows"], given["cols"]
+
+    def shape(self, ranks: int) -> tuple[int, int, int]:
+        """Return ranks that exchange heads for tokens, and rows and columns of the grid of such groups.
+
+        A ring is a grid of one column, and so is an all-gather; Ulysses is a single group.
+        """
+        given = dict(self.arguments)
+        group = ranks if self.algorithm == "ulysses" else given.get("ulysses", 1)
+        return group, given.get("rows", ranks // group), given.get("cols", 1)
+
+    def order(self, ranks: int) -> list[int]:
+        """Return the place of each of the cluster's ranks in the communicator that the algorithm is given."""
+        if self.inside is None:
+            return list(range(ranks))
+        (group, rows, cols), (near_rows, near_cols) = self.shape(ranks), self.inside
+        places = np.arange(ranks).reshape(rows // near_rows, near_rows, cols // near_cols, near_cols, group)
+        return [int(place) for place in places.transpose(0, 2, 1, 3, 4).reshape(-1)]
+
+
+def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = None) -> list[Candidate]:
+    """Return every variant of every algorithm, those on grids with each way to place them on nodes."""
+    names = [name for name in ALGORITHMS if name not in APART] if algorithms is None else list(algorithms)
+    if unknown := [name for name in names if name not in ALGORITHMS]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}")
+    if apart := [f"{name}: {APART[name]}" for name in names if name in APART]:
+        raise InputError(f"nothing to plan for {'; '.join(apart)}")
+    result = []
+    for name in names:
+        for arguments in ALGORITHMS[name].variants(ranks):
+            plain = Candidate(name, tuple(arguments.items()))
+            group, rows, cols = plain.shape(ranks)
+            near = math.gcd(machine.ranks_per_node, ranks) // group
+            if "rows" in arguments and min(rows, cols) > 1 and 1 < near < rows * cols:
+                ways = [(r, near // r) for r in range(1, near + 1) if near % r == 0]
+                fits = [(r, c) for r, c in ways if rows % r == 0 and cols % c == 0]
+                result += [Candidate(name, plain.arguments, way) for way in fits] or [plain]
+            else:
+                result.append(plain)
+    return result
+
+
+def tile(task: Task, ranks: int, candidate: Candidate) -> tuple[int, int]:
+    """Return how many queries and keys a rank's tile has; a ring's has one chunk of queries, and all keys."""
+    group, rows, cols = candidate.shape(ranks)
+    chunk, kv_chunk = (-(-tokens * group // ranks) for tokens in (task.tokens, task.kv_tokens or task.tokens))
+    return chunk * cols, kv_chunk * rows

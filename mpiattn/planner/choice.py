@@ -1,0 +1,179 @@
+"""The planner's choice for a communicator, agreed on by its ranks: `algorithm="auto"`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .. import arrays, virtual
+from ..algorithms import ALGORITHMS, Attention
+from ..machine import Machine, load
+from ..mask import Full, Mask
+from ..message import Communicator, InputError, constant
+from .search import Plan, plan
+from .task import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..algorithms.base import Options
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a communicator, the same on every rank.
+
+    Attributes
+    ----------
+    plan : Plan
+        What was run in virtual time, the fastest first.
+    places : tuple of int
+        The place of each rank of the communicator in the one that the algorithm is given: host by host, and
+        within the hosts as the grid is to lie on them.
+    """
+
+    plan: Plan
+    places: tuple[int, ...]
+
+    @property
+    def algorithm(self) -> type[Attention]:
+        """The class of the algorithm."""
+        return ALGORITHMS[self.plan.best.candidate.algorithm]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Its own arguments, such as rows and cols."""
+        return dict(self.plan.best.candidate.arguments)
+
+    def explain(self) -> list[str]:
+        """Return what was chosen, and three lines why: bytes, exposed time, memory."""
+        return [f"auto: {self.plan.best.candidate.title} (machine: {self.plan.machine.name})", *self.plan.explain()]
+
+    @contextmanager
+    def attention(self, comm: Communicator, **options: Unpack[Options]) -> Iterator[Attention]:
+        """Build the algorithm; free it, and the communicator of ranks in another order, at the end.
+
+        Which tokens a rank owns goes by its place: ask `attention.positions`, and scatter and gather
+        over `attention.comm`. Rank 0 is rank 0 there, too.
+        """
+        moved = self.places != tuple(range(len(self.places)))
+        ordered = comm.Split(0, self.places[comm.Get_rank()]) if moved else comm
+        with self.algorithm(ordered, **options, **self.arguments) as attention:
+            yield attention
+        if moved:
+            ordered.Free()
+
+
+def choose(
+    comm: Communicator,
+    *,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    mask: Mask | None = None,
+    layout: str | None = None,
+    backward: bool = True,
+    kv_tokens: int | None = None,
+    v_head_dim: int | None = None,
+    partials: str = "wide",
+    machine: str | Machine | None = None,
+    memory: float | None = None,
+    algorithms: Sequence[str] | None = None,
+) -> Choice:
+    """Choose algorithm and grid for a problem on the ranks of a communicator.
+
+    Rank 0 runs the few candidates with the best estimates in virtual time (see `plan`) and tells the others.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        All its ranks call this, with the same arguments.
+    tokens, heads, head_dim, kv_heads, batch, dtype, mask, layout, backward, kv_tokens, v_head_dim, partials
+        Of the whole problem; see `Task`. kv_heads are as many as heads where not given.
+    machine : str or Machine, optional
+        A name or a file, as `mpiattn calibrate` writes one. By default a preset: where CuPy is loaded and
+        finds GPUs, a100-ib for A100s and h200-ib for others; else laptop on one host, ethernet on several. On a
+        virtual cluster, its own. How many ranks a host has is taken from the communicator.
+    memory : float, optional
+        Bytes that a rank may use; by default the machine's.
+    algorithms : names, optional
+        Only these.
+
+    Raises
+    ------
+    InputError
+        On every rank alike, where arguments differ or make no sense, or nothing fits: says what would.
+    """
+    asked: dict[str, Any] = {
+        "tokens": tokens, "heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim,
+        "batch": batch, "dtype": dtype, "mask": Full() if mask is None else mask, "backward": backward,
+        "layout": layout, "kv_tokens": kv_tokens, "v_head_dim": v_head_dim, "partials": partials,
+    }  # fmt: skip
+    texts = comm.allgather(repr((asked, machine, memory, algorithms)))
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            raise InputError(f"rank {rank} asks for a plan of {text}, rank 0 of {texts[0]}")
+    hosts, near = by_host(comm)
+    found, error = None, None
+    if comm.Get_rank() == 0:
+        try:
+            described = here(len(hosts) > near) if machine is None else machine
+            described = load(described) if isinstance(described, str) else described
+            described = replace(described, ranks_per_node=near)
+            found = plan(Task(**asked), described, len(hosts), memory, algorithms, quick=True)
+        except InputError as wrong:
+            error = str(wrong)
+    found, error = comm.bcast((found, error))
+    if found is None:
+        raise InputError(error)
+    order = found.best.candidate.order(len(hosts))
+    return Choice(found, tuple(order[hosts.index(rank)] for rank in range(len(hosts))))
+
+
+@contextmanager
+def auto(
+    comm: Communicator,
+    *,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    backward: bool = True,
+    machine: str | Machine | None = None,
+    memory: float | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Attention]:
+    """Build the algorithm that `choose` chooses, for a with block; arguments as there, options as of `Attention`."""
+    choice = choose(
+        comm, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype,
+        mask=options.get("mask"), layout=options.get("layout"), partials=options.get("partials", "wide"),
+        backward=backward, machine=machine, memory=memory,
+    )  # fmt: skip
+    with choice.attention(comm, **options) as attention:
+        yield attention
+
+
+def by_host(comm: Communicator) -> tuple[list[int], int]:
+    """Return the ranks host by host, and how many are on each: where these differ, their greatest common divisor."""
+    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+    hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
+    host.Free()
+    return sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank)), math.gcd(*map(len, hosts))
+
+
+def here(several: bool) -> Machine:
+    """Return the description of the virtual cluster that runs, or a preset that suits this host; see `choose`."""
+    if virtual.now() is not None:
+        return virtual.current().machine
+    if "cupy" in sys.modules and (gpus := arrays.gpus()):
+        return load("a100-ib" if "A100" in gpus[0] else "h200-ib")
+    return load("ethernet" if several else "laptop")

@@ -1,0 +1,96 @@
+"""How long a candidate roughly takes, in closed form: what decides which candidates are worth a run."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from ..arrays import nbytes
+from ..machine import Link, Machine
+from ..problem import Problem
+from .candidates import GATHERED, Candidate
+from .task import Task
+
+
+def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> float:
+    """Return roughly the seconds that a candidate takes: work or messages, whichever take longer.
+
+    Messages take the time of their bytes on the links they cross, the slowest rank's; where nothing is
+    computed meanwhile, as in an exchange of heads, both times add up. Latency isn't counted.
+    """
+    group, rows, cols = candidate.shape(ranks)
+    chunks = _problem(task, rows * cols)
+    share, kv_share = 1 / min(group, task.heads), 1 / min(group, task.kv_heads)  # of the heads
+    q, kv, o, rows_back, d_q, d_kv = _parcels(chunks)
+    along_row, along_col, exchange = q + o, kv, 2 * q + kv
+    if task.backward:
+        along_row, along_col, exchange = along_row + rows_back + d_q, along_col + kv + d_kv, 2 * exchange
+    node = math.gcd(machine.ranks_per_node, ranks)
+    near_rows, near_cols = candidate.inside or _in_order(max(node // group, 1), cols)
+    row = (cols - 1) * along_row * share * _per_byte(machine, node, near_cols < cols, near_rows * group)
+    col = (rows - 1) * along_col * kv_share * _per_byte(machine, node, near_rows < rows, near_cols * group)
+    if candidate.algorithm == "double_ring":
+        outer = dict(candidate.arguments)["outer"]
+        col = (rows - 1) * along_col * _per_byte(machine, node, ranks // outer > node, 1)
+        col = max(col, (outer - 1) * along_col * _per_byte(machine, node, ranks > node, node))
+    heads = (group - 1) / group**2 * exchange * _per_byte(machine, node, group > node, node)
+    work = _work(task, machine, ranks, candidate)
+    if candidate.algorithm in GATHERED:
+        return float(work + (row + col) / dict(candidate.arguments).get("head_groups", 1))
+    return float(max(work, row + col) + heads)
+
+
+def _work(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> float:
+    """Return the seconds in the kernel of the rank with the most work."""
+    group, rows, cols = candidate.shape(ranks)
+    chunks, rates = _problem(task, rows * cols), machine.rates(task.dtype)
+    heads = task.batch * -(-task.heads // min(group, task.heads))
+    pairs = chunks.pairs.reshape(rows, cols, rows, cols).sum((1, 2)).max()
+    side = math.sqrt(task.tokens * (task.kv_tokens or task.tokens)) / (rows * cols)
+    side *= math.sqrt(rows * cols) if candidate.algorithm == "mesh_gathered" else 1
+    both = chunks.head_dim + chunks.v_head_dim
+    seconds = heads * float(pairs) * 2 * both / rates.at(side, False)
+    if task.backward:
+        seconds += heads * float(pairs) * 2 * (both + both + chunks.head_dim) / rates.at(side, True)
+    return seconds
+
+
+def holds(task: Task, ranks: int, candidate: Candidate) -> int:
+    """Return bytes that a rank holds at least: its own share of everything, and what it has of others at once."""
+    group, rows, cols = candidate.shape(ranks)
+    chunks = _problem(task, rows * cols)
+    q, kv, o, rows_back, d_q, d_kv = _parcels(chunks)
+    own = (2 * q + kv) * (2 if task.backward else 1) / group
+    share, kv_share = 1 / min(group, task.heads), 1 / min(group, task.kv_heads)
+    if candidate.algorithm == "allgather":
+        slots = rows * min(1, 2 / dict(candidate.arguments).get("head_groups", 1))
+    else:
+        slots = rows if cols > 1 or candidate.algorithm.startswith("mesh") else min(rows, 2)
+    along_row, along_col = q + o, kv
+    if task.backward:  # what forward has held is kept for the next one
+        along_row, along_col = along_row + rows_back + d_q, along_col + (d_kv if rows > 1 else 0)
+    return int(own + (cols * along_row * share if cols > 1 else 0) + slots * along_col * kv_share)
+
+
+def _in_order(near: int, cols: int) -> tuple[int, int]:
+    """Return the rows and columns inside a node of so many groups, where ranks are in the order of the nodes."""
+    return max(near // cols, 1), min(near, cols)
+
+
+def _per_byte(machine: Machine, node: int, leaves: bool, crossing: int) -> float:
+    """Return the seconds of a byte between neighbours, of which so many in a node have theirs in another."""
+    link: Link = machine.links["network"] if leaves or "node" not in machine.links else machine.links["node"]
+    if not leaves:
+        return 1 / link.bandwidth
+    return max(1 / link.bandwidth, crossing / (link.cards or crossing) / link.bandwidth, crossing / link.shared)
+
+
+def _parcels(chunks: Problem) -> list[int]:
+    """Return the bytes of the first chunk's Q, K/V, O, rows of Q backward, dQ, dK/dV as they travel."""
+    kinds = chunks.q, chunks.kv, chunks.o, chunks.q_backward, chunks.d_q, chunks.d_kv
+    return [nbytes(parcel(0)) for parcel in kinds]
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(task: Task, ranks: int) -> Problem:
+    return task.problem(ranks)

@@ -1,0 +1,197 @@
+"""Rank the candidates by virtual time.
+
+An estimate says in which order they are run. A candidate that is estimated, or seen, to take much longer than
+another is given up, and so are those of one algorithm after several with better estimates; Ring Attention is
+always run, as what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..machine import Machine
+from ..mask import Causal, Full
+from ..message import InputError
+from .candidates import Candidate, candidates
+from .estimate import estimate, holds
+from .simulate import Outcome, simulate
+from .task import Task
+from .units import in_bytes, in_seconds
+
+TRIES = 6
+"""Variants of one algorithm that are run, those with the best estimates."""
+
+SLOWER = 3
+"""How many times as long as the fastest so far a candidate may take before it is given up."""
+
+FEW, ALIKE, CLOSE = 6, 3, 1.05
+"""Of a quick plan: candidates that are run, how many of one algorithm, and how near an estimate is near enough."""
+
+
+@dataclass
+class Plan:
+    """Candidates in the order of their time, and why others are not among them."""
+
+    task: Task
+    machine: Machine
+    ranks: int
+    memory: float
+    outcomes: list[Outcome]
+    left_out: list[tuple[Candidate, str]]
+
+    @property
+    def best(self) -> Outcome:
+        """The fastest that the memory holds."""
+        return self.outcomes[0]
+
+    def explain(self) -> list[str]:
+        """Return three lines on the choice: bytes, exposed time, memory; beside those of Ring Attention, or the next.
+
+        Where the choice is Ring Attention itself, or it was not run, the next in the order takes its place.
+        """
+        best = self.best
+        others = [outcome for outcome in self.outcomes[1:] if outcome.candidate.algorithm == "ring"]
+        against = [*others, *self.outcomes[1:]][:1]
+        if best.candidate.algorithm == "ring":
+            against = self.outcomes[1:2]
+        name = against[0].candidate.name if against else ""
+        bytes_ = "".join(f"; {name} {in_bytes(o.received)}" for o in against)
+        time = "".join(f"; {name} {in_seconds(o.seconds)}, of it {in_seconds(o.exposed)} waiting" for o in against)
+        memory = "".join(f"; {name} {in_bytes(o.peak)}" for o in against)
+        return [
+            f"bytes: a rank receives {in_bytes(best.received)}{bytes_}",
+            f"time: {in_seconds(best.seconds)}, of it {in_seconds(best.computed)} compute and "
+            f"{in_seconds(best.exposed)} waiting for messages{time}",
+            f"memory: {in_bytes(best.peak)} of {in_bytes(self.memory)} a rank{memory}",
+        ]
+
+
+def plan(
+    task: Task,
+    machine: Machine,
+    ranks: int,
+    memory: float | None = None,
+    algorithms: Sequence[str] | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Rank the candidates by virtual time.
+
+    Parameters
+    ----------
+    memory : float, optional
+        Bytes that a rank may use; by default the machine's.
+    algorithms : names, optional
+        Only these.
+    quick : bool
+        Run only the few candidates with the best estimates: what `choose` does.
+    progress : callable, optional
+        Called with each candidate's name before it is run.
+
+    Raises
+    ------
+    InputError
+        Where no candidate fits: it says what would.
+    """
+    if not isinstance(ranks, int) or ranks < 1:
+        raise InputError(f"ranks must be a whole number, 1 or more, got {ranks!r}")
+    limit = machine.memory if memory is None else memory
+    if not 0 < limit < math.inf:
+        raise InputError(f"memory must be more than 0 bytes, got {limit!r}")
+    machine.rates(task.dtype)
+    everyone = [(estimate(task, machine, ranks, one), one) for one in candidates(ranks, machine, algorithms)]
+    everyone.sort(key=lambda pair: pair[0])
+    search = _Search(task, machine, ranks, limit)
+    for seconds, candidate in everyone:
+        if reason := search.hopeless(seconds, candidate, quick):
+            search.left_out.append((candidate, reason))
+            continue
+        if progress:
+            progress(candidate.name)
+        search.run(candidate, patient=candidate.algorithm == "ring" and not quick)
+    return search.result()
+
+
+class _Search:
+    """What is known after some candidates have run."""
+
+    def __init__(self, task: Task, machine: Machine, ranks: int, memory: float) -> None:
+        self.task, self.machine, self.ranks, self.memory = task, machine, ranks, memory
+        self.fitting: list[Outcome] = []
+        self.tight: list[Outcome] = []
+        self.left_out: list[tuple[Candidate, str]] = []
+        self.tries: Counter[str] = Counter()
+
+    @property
+    def fastest(self) -> float:
+        return min((outcome.seconds for outcome in self.fitting), default=math.inf)
+
+    def hopeless(self, seconds: float, candidate: Candidate, quick: bool) -> str:
+        """Say why a candidate of that estimate isn't worth a run, or return nothing."""
+        least = holds(self.task, self.ranks, candidate)
+        if least > self.memory:
+            return f"needs more than {in_bytes(least)} a rank"
+        tries, most = self.tries[candidate.algorithm], ALIKE if quick else TRIES
+        if tries >= most:
+            return f"{most} of the same algorithm with better estimates were run"
+        if not self.fitting or (candidate.algorithm == "ring" and not quick):
+            return ""
+        if seconds > (self.fastest / CLOSE if quick else SLOWER * self.fastest):
+            return f"is estimated at {in_seconds(seconds)}"
+        return f"{FEW} with better estimates were run" if quick and self.tries.total() >= FEW else ""
+
+    def run(self, candidate: Candidate, patient: bool) -> None:
+        """Run one, and give up where it takes too long."""
+        self.tries[candidate.algorithm] += 1
+        try:
+            patience = math.inf if patient else SLOWER * self.fastest
+            outcome = simulate(self.task, self.machine, self.ranks, candidate, patience)
+        except TimeoutError:
+            self.left_out.append((candidate, f"takes more than {SLOWER} times as long as another"))
+        except InputError as error:
+            self.left_out.append((candidate, str(error)))
+        else:
+            (self.fitting if outcome.peak <= self.memory else self.tight).append(outcome)
+
+    def result(self) -> Plan:
+        """Return the plan, or raise InputError."""
+        by_memory = sorted(self.left_out, key=lambda pair: holds(self.task, self.ranks, pair[0]))
+        for entry in by_memory[:FEW]:
+            if self.fitting:
+                break
+            self.left_out.remove(entry)  # not the fastest, but perhaps possible
+            self.run(entry[0], patient=True)
+        if not self.fitting:
+            raise InputError(self.impossible())
+        outcomes = sorted(self.fitting, key=lambda outcome: outcome.seconds)
+        tight = [(outcome.candidate, f"needs {in_bytes(outcome.peak)} a rank") for outcome in self.tight]
+        return Plan(self.task, self.machine, self.ranks, self.memory, outcomes, self.left_out + tight)
+
+    def impossible(self) -> str:
+        """Say why nothing fits, and what would."""
+        if not self.tight:
+            reasons = "; ".join(f"{candidate.name}: {why}" for candidate, why in self.left_out[:3])
+            return f"no algorithm can do this on {self.ranks} ranks: {reasons}"
+        smallest = min(self.tight, key=lambda outcome: outcome.peak)
+        fits, peak = self.task.tokens, smallest.peak
+        while peak > self.memory and fits:  # memory is nearly in proportion
+            fits = int(0.99 * fits * self.memory / peak)
+            peak = self.peak(fits, smallest.candidate) if fits else 0
+        if not fits:
+            return f"not even one token fits into {in_bytes(self.memory)} a rank"
+        more = 2 ** math.ceil(math.log2(self.task.tokens / fits)) * self.ranks
+        return (
+            f"{self.task.tokens} tokens on {self.ranks} ranks need at least {in_bytes(smallest.peak)} a rank "
+            f"({smallest.candidate.name}), {in_bytes(self.memory)} are allowed: possible are about {fits} tokens, "
+            f"or {more} ranks"
+        )
+
+    def peak(self, tokens: int, candidate: Candidate) -> int:
+        """Return what a candidate holds with so many tokens, of which documents have no part here."""
+        task = self.task
+        mask = Causal() if task.mask.causal else Full()
+        shorter = replace(task, tokens=tokens, kv_tokens=tokens if task.kv_tokens else None, mask=mask)
+        return simulate(shorter, self.machine, self.ranks, candidate).peak

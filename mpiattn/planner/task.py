@@ -1,0 +1,77 @@
+"""What is to be planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import arrays, layout
+from ..algorithms.agreement import check_partials
+from ..mask import Full, Mask
+from ..message import InputError
+from ..problem import Problem
+
+
+@dataclass(frozen=True)
+class Task:
+    """Attention of a whole sequence.
+
+    Attributes
+    ----------
+    tokens, heads, kv_heads, head_dim, batch : int
+    dtype : str
+    mask : Mask
+    backward : bool
+        Whether to plan for forward and backward together.
+    layout : str, optional
+        By default that of the algorithms.
+    kv_tokens, v_head_dim : int, optional
+        By default those of the queries.
+    partials : {"wide", "narrow"}
+        How partial sums travel; see `Attention`.
+
+    Raises
+    ------
+    InputError
+        Where they make no sense: says what would.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    mask: Mask = field(default_factory=Full)
+    backward: bool = True
+    layout: str | None = None
+    kv_tokens: int | None = None
+    v_head_dim: int | None = None
+    partials: str = "wide"
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "heads", "kv_heads", "head_dim", "batch", "kv_tokens", "v_head_dim"):
+            value = getattr(self, name)
+            if value is None and name in ("kv_tokens", "v_head_dim"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
+        if self.heads % self.kv_heads:
+            legal = [heads for heads in range(1, self.heads + 1) if self.heads % heads == 0]
+            raise InputError(f"{self.heads} heads can't share {self.kv_heads} K/V heads: choose one of {legal}")
+        try:
+            arrays.dtype(self.dtype)
+            if self.layout is not None:
+                layout.check(self.layout)
+            check_partials(self.partials)
+            self.mask.check(self.tokens, self.kv_tokens or self.tokens)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def problem(self, ranks: int) -> Problem:
+        """Return the problem that it poses to so many ranks."""
+        kind = self.layout or ("zigzag" if self.mask.causal else "contiguous")
+        return Problem(
+            ranks, self.batch, self.heads, self.kv_heads, self.head_dim, self.v_head_dim or self.head_dim,
+            self.tokens, self.kv_tokens or self.tokens, arrays.dtype(self.dtype), layout.check(kind), self.mask,
+            partials=self.partials,
+        )  # fmt: skip

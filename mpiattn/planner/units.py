@@ -1,0 +1,39 @@
+"""Numbers of tokens, bytes and seconds, as people write and read them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def count(text: str) -> int:
+    """Read a number of tokens, such as 4096, 128K or 1M (of 1024)."""
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if not match or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 4096, 128K or 1M")
+    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+
+
+def size(text: str) -> float:
+    """Read a size of memory, such as 80GB or 512MB (of 1000), in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 80GB")
+    return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()]
+
+
+def in_bytes(number: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def in_seconds(number: float) -> str:
+    """Write a time."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if number * factor >= 1:
+            return f"{number * factor:.3g} {unit}"
+    return f"{number * 1e6:.3g} us"
