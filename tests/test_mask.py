@@ -56,6 +56,7 @@ def test_pairs_are_counted(mask: Mask, queries: Positions, keys: Positions, othe
 def test_which_masks_are_causal() -> None:
     assert Causal().causal and SlidingWindow(3).causal and (Documents([4, 4]) & Causal()).causal
     assert not Full().causal and not SlidingWindow(3, 1).causal
+    assert not Documents([1, 1, 5]).causal and (Documents([1]) & Causal()).causal
 
 
 @pytest.mark.parametrize("text", ["", "casual", "window", "window=1,2,3", "window=-1", "documents=a"])
