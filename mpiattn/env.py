@@ -67,7 +67,7 @@ def _software() -> dict[str, str]:
 
 
 def _library() -> dict[str, str]:
-    """Describe the MPI library; there is none where the ranks are virtual (`virtual.py`) and nothing has loaded one."""
+    """Describe the MPI library; there is none where the ranks are virtual and nothing has loaded one."""
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None:
         return dict.fromkeys(("mpi", "mpi_standard", "thread_level"), "none, virtual ranks")
@@ -102,7 +102,7 @@ def _rank(rank: int) -> dict[str, Any]:
         "rank": rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": _allowed_cores(),
         "host_cores": os.cpu_count() or 1,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -112,7 +112,8 @@ def _rank(rank: int) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -15,6 +15,7 @@ import pytest
 from mpiattn import conformance, costs, machine, virtual
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance import Case
+from mpiattn.dropout import Dropout
 from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, counts, pairs
@@ -216,7 +217,10 @@ def test_the_same_run_gives_the_same_times() -> None:
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("shared_ring", "decode")])
+WITHOUT_DATA = [name for name in ALGORITHMS if name != "shared_ring"]  # which works in the memory of a host
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
 @pytest.mark.parametrize("tokens", [37, 3])
 def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens: int) -> None:
     ranks = 4
@@ -238,6 +242,31 @@ def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens:
         received = virtual.run(ranks, machine.load("laptop"), program)
         formula = [costs.COSTS[name](problems[0], rank, **arguments) for rank in range(ranks)]
         assert received == [cost.forward.nbytes + cost.backward.nbytes for cost in formula]
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_sinks_and_dropout_without_data(name: str) -> None:
+    ranks, shapes = 4, {"q": (1, 8, 21, 16), "k": (1, 4, 21, 16), "v": (1, 4, 21, 12), "out": (1, 8, 21, 12)}
+
+    def program(comm: VirtualComm, arguments: dict[str, Any], sinks: bool) -> float:
+        with ALGORITHMS[name](comm, mask=Causal(), softcap=20.0, **arguments) as attention:
+            places = {key: np.empty(shape)[attention.owned(key, shapes)(shape, comm.Get_rank())].shape
+                      for key, shape in shapes.items()}  # fmt: skip
+            q, k, v, d_out = (virtual.empty(shape, "float32") for shape in places.values())
+            heads = q.shape[1:2]
+            features: Any = {"sinks": virtual.empty(heads, "float32")} if sinks else {}
+            out, saved = attention.forward(q, k, v, dropout=Dropout(0.1, 1), **features)
+            d_q, d_k, d_v = attention.backward(d_out, saved)
+            assert [a.shape for a in (d_q, d_k, d_v, out)] == list(places.values())
+            assert not sinks or attention.sink_gradient(d_out, saved).shape == heads
+        return comm.me.clock
+
+    for arguments in ALGORITHMS[name].variants(ranks):
+        plain, more = (
+            max(virtual.run(ranks, machine.load("laptop"), partial(program, arguments=arguments, sinks=sinks)))
+            for sinks in (False, True)
+        )
+        assert more > plain
 
 
 def conform(ranks: int, factory: Any, case: Case, traffic: Any = None) -> None:

@@ -6,6 +6,9 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpiattn.mask import Mask, Positions, pairs
 from mpiattn.problem import Problem
 from mpiattn.virtual import current
@@ -20,7 +23,7 @@ class VirtualKernel(Sums):
         self.mask = mask
         self.problem = problem  # keeps the positions alive, and with them the meaning of their ids
         self.costs: dict[tuple[int, int, int, bool], tuple[float, float]] = {}
-        self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, [])
+        self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, np.empty((0, 0), np.int64))
 
     def drop(self, dropout: Any, first_head: int = 0) -> None:
         """Do nothing: the time that it takes isn't part of the machine description."""
@@ -39,11 +42,12 @@ class VirtualKernel(Sums):
     def _spend(self, work: int, q: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
         i, j = self.queries.get(id(q_positions)), self.keys.get(id(k_positions))
         # A chunk of two ranks' tokens, or a part of one's, is none of the problem's.
-        count = self._count(q_positions, k_positions) if i is None or j is None else self.counts[i][j]
+        count = self._count(q_positions, k_positions) if i is None or j is None else self.counts.item(i, j)
         size = (len(q_positions), len(k_positions), work, backward)
-        if size not in self.costs:
-            self.costs[size] = self._cost(q, *size)
-        call, a_pair = self.costs[size]
+        cost = self.costs.get(size)
+        if cost is None:
+            cost = self.costs[size] = self._cost(q, *size)
+        call, a_pair = cost
         current().compute(call + count * a_pair)
 
     def _count(self, q_positions: Positions, k_positions: Positions) -> int:
@@ -86,7 +90,7 @@ _COUNTS: dict[tuple[int, int, Mask], tuple[Positions, Positions, int]] = {}
 
 
 @functools.lru_cache(maxsize=4)
-def _blocks(problem: Problem) -> tuple[dict[int, int], dict[int, int], list[list[int]]]:
+def _blocks(problem: Problem) -> tuple[dict[int, int], dict[int, int], NDArray[np.int64]]:
     """Return the chunks' numbers by the identity of their positions, and how many pairs each block has."""
     places = [{id(chunk): rank for rank, chunk in enumerate(p)} for p in (problem.q_positions, problem.kv_positions)]
-    return places[0], places[1], problem.pairs.tolist()
+    return places[0], places[1], problem.pairs

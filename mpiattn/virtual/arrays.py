@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from types import EllipsisType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class VirtualArray:
     def __getitem__(self, index: Index) -> VirtualArray:
         shape, copied = _indexed(self.shape, index)
         if not copied:
-            return VirtualArray(shape, self.dtype, self.storage)
+            return self if shape == self.shape else VirtualArray(shape, self.dtype, self.storage)
         result = empty(shape, self.dtype)
         current().touch(2 * result.nbytes)
         return result
@@ -120,11 +120,19 @@ class VirtualArray:
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _update
 
     def _combine(self, other: Any) -> VirtualArray:
-        result = empty(np.broadcast_shapes(self.shape, getattr(other, "shape", ())), self.dtype)
-        current().touch(self.nbytes + getattr(other, "nbytes", 0) + result.nbytes)
-        return result
+        return elementwise(self, other)
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _combine
+
+    def __neg__(self) -> VirtualArray:
+        return elementwise(self)
+
+    def sum(self, axis: int | tuple[int, ...]) -> VirtualArray:
+        """Return an array without those axes."""
+        gone = {number % self.ndim for number in ((axis,) if isinstance(axis, int) else axis)}
+        result = empty([length for number, length in enumerate(self.shape) if number not in gone], self.dtype)
+        current().touch(self.nbytes + result.nbytes)
+        return result
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Stand in for the few NumPy functions that the algorithms call on arrays."""
@@ -134,20 +142,20 @@ class VirtualArray:
 
 def _indexed(shape: tuple[int, ...], index: Index) -> tuple[tuple[int, ...], bool]:
     """Return the shape of array[index], and whether it is a copy (an index array) and no view."""
-    entries = index if isinstance(index, tuple) else (index,)
-    given = sum(entry is not None and entry is not Ellipsis for entry in entries)
     result: list[int] = []
     axis, copied = 0, False
+    entries = index if type(index) is tuple else (index,)
     for entry in entries:
-        if entry is None:
-            result.append(1)
-        elif isinstance(entry, EllipsisType):
-            skip = len(shape) - given
-            result += shape[axis : axis + skip]
-            axis += skip
-        elif isinstance(entry, slice):
-            result.append(len(range(*entry.indices(shape[axis]))))
+        if type(entry) is slice:
+            whole = entry.start is entry.stop is entry.step is None
+            result.append(shape[axis] if whole else len(range(*entry.indices(shape[axis]))))
             axis += 1
+        elif entry is None:
+            result.append(1)
+        elif entry is Ellipsis:
+            left = len(shape) - sum(other is not None and other is not Ellipsis for other in entries)
+            result += shape[axis : axis + left]
+            axis += left
         elif isinstance(entry, (int, np.integer)):
             axis += 1
         else:
@@ -178,6 +186,23 @@ def zeros(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
 def ascontiguousarray(array: VirtualArray) -> VirtualArray:
     """Return the array."""
     return array
+
+
+def shape(array: VirtualArray) -> tuple[int, ...]:
+    """Return the shape."""
+    return array.shape
+
+
+def elementwise(*operands: Any) -> VirtualArray:
+    """Return an array for a number made of each element of all operands, in the widest of their dtypes."""
+    arrays = [operand for operand in operands if isinstance(operand, VirtualArray)]
+    widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+    result = empty(np.broadcast_shapes(*(array.shape for array in arrays)), widest)
+    current().touch(sum(array.nbytes for array in arrays) + result.nbytes)
+    return result
+
+
+exp = log = logaddexp = where = elementwise
 
 
 def isneginf(array: VirtualArray) -> VirtualArray:

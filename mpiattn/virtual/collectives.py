@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..costs import allreduce_parts
 from ..message import constant
 from .arrays import VirtualArray
 from .clock import Rank
@@ -150,13 +151,15 @@ class Collectives:
         self._meet("Alltoallv", (_pieces(sendbuf), _pieces(recvbuf)), finish)[0].Wait()
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = "SUM") -> None:
-        """Combine the buffers of all, in the order of the ranks."""
+        """Combine the buffers of all, in the order of the ranks; counted as round a ring."""
 
         def finish(meeting: Meeting) -> float:
             total = combined([sent for sent, _ in meeting.values], op)
-            for _, target in meeting.values:
+            size = self.Get_size()
+            for place, (rank, (_, target)) in enumerate(zip(self.group.ranks, meeting.values, strict=True)):
                 copy(total, target)
-            return self.group.seconds(2 * self.group.depth, 2 * recvbuf.nbytes * (1 - 1 / self.Get_size()))
+                rank.received += sum(allreduce_parts(target.size, size, place)) * target.dtype.itemsize
+            return self.group.seconds(2 * self.group.depth, 2 * recvbuf.nbytes * (1 - 1 / size))
 
         self._meet("Allreduce", (sendbuf, recvbuf), finish)[0].Wait()
 
