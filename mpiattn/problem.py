@@ -18,6 +18,8 @@ from .mask import Full, Mask, Positions, counts
 from .message import InputError
 from .softmax import accumulator
 
+GRAIN = 128  # queries: a multiple of them is what kernels take best
+
 PARTIALS = ("wide", "narrow")
 """How partial sums travel: as they are added up, or rounded to the dtype of the input."""
 
@@ -118,6 +120,15 @@ class Problem:
         if type(self) is Problem:
             return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
         return counts(self.mask, self.q_positions, self.kv_positions)
+
+    def halves(self, rank: int) -> list[tuple[slice, Positions]]:
+        """Cut a rank's queries in two that see as many of its own keys; return each part and its positions."""
+        queries, keys = self.q_positions[rank], self.kv_positions[rank]
+        start, stop = (np.searchsorted(keys, bound) for bound in self.mask.bounds(queries))
+        seen = np.cumsum(np.maximum(stop - start, 0))
+        cut = int(np.searchsorted(seen, seen[-1] / 2)) if len(seen) else 0
+        cut -= cut % GRAIN if cut > GRAIN else 0
+        return [(part, queries[part]) for part in (slice(cut), slice(cut, len(queries)))]
 
     @property
     def sizes(self) -> tuple[int, ...]:

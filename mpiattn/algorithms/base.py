@@ -174,8 +174,9 @@ class Attention:
             From `forward`.
         """
         problem = self.agree_backward(d_out, saved)
-        rows = saved.lse, delta(d_out, saved.out)
-        d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, *rows)
+        row_delta = delta(d_out, saved.out)
+        self.kernel.remember(row_delta, saved.out)
+        d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, saved.lse, row_delta)
         return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def sink_gradient(self, d_out: Array, saved: Saved) -> Array:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import grid, schedule
 from ..arrays import Parcel
+from ..mask import Positions
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
 from ..schedule import Op, Step
@@ -29,6 +30,10 @@ from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
+
+
+Block = tuple[int, int, slice, Positions]
+"""KV slot and Q slot of a block, which of the queries, and their positions."""
 
 
 class MeshAttention(Attention):
@@ -77,6 +82,9 @@ class MeshAttention(Attention):
             order(b, a, schedule.relative(backward=backward, **costs).balanced(b, a))
             for order, backward in ((schedule.forward, False), (schedule.backward, True))
         )
+        self.forward_blocks, self.backward_blocks = (
+            self.blocks(problem, steps) for steps in (self.forward_steps, self.backward_steps)
+        )
         self.q_travels = travels(tile[self.r].any(axis=1))
         self.kv_travels = travels(tile[:, :, :, self.c].any(axis=1).T)
 
@@ -90,7 +98,7 @@ class MeshAttention(Attention):
             self.kernel.begin(*state.arrays)
         qs[0].pack(q)
         kvs[0].pack(k, v)
-        for step in self.forward_steps:
+        for step, blocks in zip(self.forward_steps, self.forward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:
                 case Op.Q:
@@ -99,10 +107,10 @@ class MeshAttention(Attention):
                     requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
                 case Op.O:
                     requests = self.collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
-            for i, j in self.blocks(step, problem):
-                where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
-                (near_q,), (near_k, near_v), (out, lse) = qs[j].arrays, kvs[i].arrays, outs[j].arrays
-                self.kernel.forward(near_q, near_k, near_v, *where, out, lse, partial(Testall, requests))
+            for i, j, part, positions in blocks:
+                near_q, out, lse = (array[:, :, part] for array in qs[j].arrays + outs[j].arrays)
+                where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
+                self.kernel.forward(near_q, *kvs[i].arrays, *where, out, lse, progress)
             Waitall(requests)
         out, lse = self.kernel.complete(outs[0].arrays, *home(self.row, shares, self.q_travels))
         return out, lse
@@ -121,7 +129,7 @@ class MeshAttention(Attention):
             self.kernel.begin(*total.arrays)
         qs[0].pack(lse, row_delta, q, d_out)
         kvs[0].pack(k, v)
-        for step in self.backward_steps:
+        for step, blocks in zip(self.backward_steps, self.backward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:
                 case Op.Q:
@@ -132,20 +140,32 @@ class MeshAttention(Attention):
                     requests = self.collect(self.row, d_qs, q_shares, step.hop, self.q_travels, Tag.D_Q)
                 case Op.DKV:
                     requests = self.collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
-            for i, j in self.blocks(step, problem):
-                where = problem.q_positions[self.q_owners[j]], problem.kv_positions[self.kv_owners[i]]
-                (near_lse, near_delta, near_q, gradient), (near_k, near_v) = qs[j].arrays, kvs[i].arrays
-                (d_q,), (d_k, d_v), progress = d_qs[j].arrays, d_kvs[i].arrays, partial(Testall, requests)
-                near = near_q, near_k, near_v, gradient, near_lse, near_delta
-                self.kernel.backward(*near, *where, d_q, d_k, d_v, progress)
+            for i, j, part, positions in blocks:
+                rows = qs[j].arrays if j else (lse, row_delta, q, d_out)
+                near_lse, near_delta, near_q, gradient, d_q = (a[:, :, part] for a in (*rows, *d_qs[j].arrays))
+                where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
+                near = near_q, *kvs[i].arrays, gradient, near_lse, near_delta
+                self.kernel.backward(*near, *where, d_q, *d_kvs[i].arrays, progress)
             Waitall(requests)
         [d_q] = self.kernel.complete(d_qs[0].arrays, *home(self.row, q_shares, self.q_travels))
         d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(self.col, kv_shares, self.kv_travels))
         return d_q, d_k, d_v
 
-    def blocks(self, step: Step, problem: Problem) -> list[tuple[int, int]]:
-        """Return the blocks (KV slot, Q slot) of a step that the mask leaves something of."""
-        return [(i, j) for i, j in step.blocks if problem.needed[self.q_owners[j], self.kv_owners[i]]]
+    def blocks(self, problem: Problem, steps: Sequence[Step]) -> list[list[Block]]:
+        """Return the blocks of each step that the mask leaves something of.
+
+        Where the first or the last message has none to hide behind, the own block is shared out to both.
+        """
+        own = self.q_owners[0]
+        table = []
+        for step in steps:
+            needed = [(i, j) for i, j in step.blocks if problem.needed[self.q_owners[j], self.kv_owners[i]]]
+            table.append([(i, j, slice(None), problem.q_positions[self.q_owners[j]]) for i, j in needed])
+        if problem.needed[own, own] and len(steps) > 1 and not (table[0] and table[-1]):
+            table = [[block for block in blocks if block[:2] != (0, 0)] for blocks in table]
+            for blocks, (part, positions) in zip((table[0], table[-1]), problem.halves(own), strict=True):
+                blocks += [(0, 0, part, positions)] if len(positions) else []
+        return table
 
     def collect(
         self,

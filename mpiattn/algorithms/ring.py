@@ -12,7 +12,6 @@ K/V arrive, and while its own dK/dV come home.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,6 @@ from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
     from .base import Unpack
-
-
-GRAIN = 16  # queries: a part of a block begins at a multiple
 
 
 class RingAttention(Attention):
@@ -47,10 +43,10 @@ class RingAttention(Attention):
         # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
         self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
         # Backward, half of the own block's work is left for the last step, while the own sum comes home.
-        queries = problem.q_positions[self.rank]
-        half = int(len(queries) * (math.sqrt(0.5) if self.mask.causal else 0.5)) // GRAIN * GRAIN
-        cut = half if self.travels[self.rank].last == self.size - 1 > 0 else len(queries)
-        self.parts = {step: (part, queries[part]) for step, part in ((0, slice(cut)), (self.size, slice(cut, None)))}
+        first, last = (slice(None), problem.q_positions[self.rank]), (slice(0), problem.q_positions[self.rank][:0])
+        if self.travels[self.rank].last == self.size - 1 > 0:
+            first, last = problem.halves(self.rank)
+        self.parts = {0: first, self.size: last}
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""

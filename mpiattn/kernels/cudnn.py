@@ -32,6 +32,7 @@ Array = Any
 LARGEST_HEAD = 256
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
 ALIGNMENT = 16  # bytes
+SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: cuDNN is faster at squares
 
 
 @functools.cache
@@ -110,6 +111,11 @@ def pieces(
             queries, keys = slice(first, last + 1), slice(int(start[first]), int(stop[last]))
             later, more = (last > first and bool(step[first]) for step in steps)
             left = (int(stop[first] - start[first]) if more else 1) if later else None
+            before = keys.stop - keys.start - (queries.stop - queries.start)  # keys that the first query sees
+            if SQUARE and more and left is None and before >= SQUARE:
+                seen = slice(keys.start, keys.start + before)
+                result.append(Piece(queries, seen, False, None, q_positions[queries], k_positions[seen]))
+                keys = slice(seen.stop, keys.stop)
             result.append(Piece(queries, keys, more, left, q_positions[queries], k_positions[keys]))
             if len(result) > MOST_PIECES:
                 return None
@@ -155,7 +161,7 @@ def handle_of(device: int) -> int:
 
 @functools.cache
 def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *tensors: Tensor) -> Plan | None:
-    """Return the plan for q, k, v (forward), or for q, k, v, d_out (backward); None where cuDNN has none."""
+    """Return the plan for q, k, v (forward), or for q, k, v, d_out, out (backward); None where cuDNN has none."""
     cudnn, _ = library()
     half, single = getattr(cudnn.data_type, "HALF" if dtype == "float16" else "BFLOAT16"), cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
@@ -185,7 +191,7 @@ def build(device: int, dtype: str, scale: float, causal: bool, left: int | None,
         ends = [*inputs, out, stats]
     else:
         rows = Tensor.packed(batch, heads, queries, 1)
-        inputs += [tensor("o", packed_out), tensor("d_out", tensors[3]), tensor("lse", rows, single)]
+        inputs += [tensor("o", tensors[4]), tensor("d_out", tensors[3]), tensor("lse", rows, single)]
         gradients = graph.sdpa_backward(
             **dict(zip(("q", "k", "v", "o", "dO", "stats"), inputs, strict=True)),
             name="backward", attn_scale=scale, **band,
@@ -252,10 +258,15 @@ class CudnnKernel(Sums):
         self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[Call]]] = {}
         self.work: dict[str, Array] = {}
         self.waiting: dict[int, Waiting] = {}
+        self.remembered: tuple[Array, Array] | None = None
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
         assert dropout is None
+
+    def remember(self, row_delta: Array, out: Array) -> None:
+        """Keep the output: backward, cuDNN takes it instead of row_delta."""
+        self.remembered = row_delta, out
 
     def begin(self, *sums: Array) -> None:
         """Let sums hold nothing; their memory is written when they settle."""
@@ -357,7 +368,13 @@ class CudnnKernel(Sums):
         progress: Progress | None = None,
     ) -> None:
         """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
-        self._run(self._backward, q_positions, k_positions, [q, k, v, d_out], [lse, delta, d_q, d_k, d_v])
+        others = [lse, delta, d_q, d_k, d_v]
+        if self.remembered is not None:
+            row_delta, out = self.remembered
+            first = Waiting(row_delta[..., None], None).first(delta[..., None])
+            if first is not None and delta.shape[:2] == row_delta.shape[:2]:
+                others.append(_aligned(out[:, :, first : first + delta.shape[2]]))
+        self._run(self._backward, q_positions, k_positions, [q, k, v, d_out], others)
         if progress:
             progress()
 
@@ -406,30 +423,32 @@ class CudnnKernel(Sums):
     def _backward(self, piece: Piece, *arrays: Array) -> Call | None:
         """Return what computes a piece backward, on arrays of these shapes; None where cuDNN can't."""
         views = _cut(piece, arrays)
-        plan = self._plan(piece, arrays[0], *map(Tensor.of, views[:4]))
-        if plan is None:
-            return None
-        q, k, v, d_out, lse, delta, d_q, d_k, d_v = views
+        q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
         rows, dtype = q.shape[:3], q.dtype
         near = cupy.empty(d_out.shape, dtype), cupy.empty(rows, lse.dtype)
+        plan = self._plan(piece, q, *map(Tensor.of, (q, k, v, d_out, known[0] if known else near[0])))
+        if plan is None:
+            return None
         shapes = [array.shape for array in (q, k, v)]
         stand_in = RowPass("stand_in", lse.dtype, dtype, *near, d_out, lse, delta)
         adds = [
             RowPass("accumulate", lse.dtype, dtype, total, cupy.empty(shape, dtype))
             for total, shape in zip((d_q, d_k, d_v), shapes, strict=True)
         ]
-        sizes, offsets = [array.nbytes for array in near], _offsets(views, arrays)
+        sizes, offsets, lse_packed = [array.nbytes for array in near], _offsets(views, arrays), lse.flags.c_contiguous
         firsts = piece.queries.start, piece.keys.start, piece.keys.start
 
         def call(*arrays: Array) -> None:
-            q, k, v, d_out, lse, delta, *totals = (
-                array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True)
-            )
-            out, near_lse = self._buffers(sizes)
+            pointers = [array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True)]
+            (q, k, v, d_out, lse, delta), totals = pointers[:6], pointers[6:9]
             shares = [cupy.empty(shape, dtype) for shape in shapes]
-            stand_in(out, near_lse, d_out, lse, delta)
+            if len(pointers) > 9:
+                out, near_lse = pointers[9], lse if lse_packed else self._copied(_cut(piece, arrays)[4])
+            else:
+                out, near_lse = self._buffers(sizes)
+                stand_in(out, near_lse, d_out, lse, delta)
             self._execute(plan, q, k, v, out, d_out, near_lse, *(share.data.ptr for share in shares))
-            for add, array, total, share, first in zip(adds, arrays[6:], totals, shares, firsts, strict=True):
+            for add, array, total, share, first in zip(adds, arrays[6:9], totals, shares, firsts, strict=True):
                 if not self._share(array, share, first):
                     add(total, share.data.ptr)
 
@@ -438,14 +457,14 @@ class CudnnKernel(Sums):
     def _plain(self, piece: Piece, count: int) -> Call:
         """Return what computes a piece with the plain kernel."""
         compute: Any
-        inputs, compute = (3, self.plain.forward) if count == 5 else (6, self.plain.backward)
+        inputs, end, compute = (3, 5, self.plain.forward) if count == 5 else (6, 9, self.plain.backward)
 
         def call(*arrays: Array) -> None:
             for waiting in self.waiting.values():  # the plain kernel adds at once
                 if not waiting.written and any(waiting.first(array) is not None for array in arrays):
                     self._flush(waiting)
             views = _cut(piece, arrays)
-            compute(*views[:inputs], piece.q_positions, piece.k_positions, *views[inputs:])
+            compute(*views[:inputs], piece.q_positions, piece.k_positions, *views[inputs:end])
 
         return call
 
@@ -458,6 +477,11 @@ class CudnnKernel(Sums):
         library()[0].set_stream(handle=handle, stream=cupy.cuda.get_current_stream().ptr)
         [workspace] = self._buffers([plan.workspace], "workspace")
         plan(handle, workspace, *pointers)
+
+    def _copied(self, rows: Array) -> int:
+        """Return a pointer to a copy without gaps, in scratch memory."""
+        self.work["lse"] = cupy.ascontiguousarray(rows)
+        return int(self.work["lse"].data.ptr)
 
     def _buffers(self, sizes: Sequence[int], name: str = "") -> list[int]:
         """Return pointers to scratch memory of these sizes; it serves all calls in turn."""
