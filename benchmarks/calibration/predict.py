@@ -50,7 +50,9 @@ def main() -> None:
     )
     picks = []
     for case, direction in dict.fromkeys((row[0], row[2]) for row in rows):
-        grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh")]
+        grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh ")]
+        if not grids:
+            continue
         chosen, real = min(grids, key=lambda row: row[4]), min(grids, key=lambda row: row[3])
         picks.append(
             f"{case} {direction}: chosen {chosen[1]}, {chosen[3] / real[3] - 1:.1%} slower than the best, {real[1]}"
@@ -70,8 +72,9 @@ def main() -> None:
     for number, case in enumerate(dict.fromkeys(row[0] for row in rows)):
         points = [(row[3], row[4]) for row in rows if row[0] == case]
         axes.scatter(
-            *zip(*points, strict=True), label=case, s=28, marker=charts.MARKERS[number], color=charts.COLOURS[number]
-        )
+            *zip(*points, strict=True), label=case, s=28, color=charts.COLOURS[number % len(charts.COLOURS)],
+            marker=charts.MARKERS[(number + number // len(charts.COLOURS)) % len(charts.MARKERS)],
+        )  # fmt: skip
     ends = min(row[3] for row in rows) * 0.8, max(row[3] for row in rows) * 1.25
     axes.plot(ends, ends, color="0.3", linewidth=1, label="equal")
     for factor in (1.15, 1 / 1.15):
