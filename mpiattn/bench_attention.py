@@ -352,7 +352,9 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             f"{comm.Get_size()} ranks"
         )
         say(table(setting, contenders))
-        report += [{"tokens": tokens, "name": c.name, "seconds": c.seconds} for c in contenders]
+        task = {"tokens": tokens, "ranks": comm.Get_size(), "heads": args.heads, "kv_heads": kv_heads}
+        task |= {"head_dim": args.head_dim, "dtype": dtype.name, "mask": str(args.mask), "partials": args.partials}
+        report += [{**task, "name": c.name, "seconds": c.seconds} for c in contenders]
         del contenders
         if on_gpu:
             xp.get_default_memory_pool().free_all_blocks()

@@ -2,9 +2,12 @@
 
 Latency and bandwidth between two ranks of one host and of two hosts, with all ranks busy at once as in the
 algorithms; how large a message may be that leaves before its receive is posted; the kernel's rate for several
-sizes of a block, with all ranks computing at once; copies in memory. Run it as the algorithms will run:
+sizes of a block, with all ranks computing at once; copies in memory. On GPUs messages are of device memory, or
+go through the host, as the algorithms' do; a block is called as often as fills some milliseconds, so that its rate
+has the launches in it where these take longer than the compute. Run it as the algorithms will run:
 
     mpiexec -n 4 mpiattn calibrate --output here.toml
+    run/gpu.sh -n 4 mpiattn calibrate --arrays cupy --output here.toml
 """
 
 from __future__ import annotations
@@ -19,13 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from . import env, machine
+from . import env, gpu, kernels, machine
+from .arrays import cast
 from .arrays import dtype as dtype_of
-from .kernels.numpy import NumpyKernel
+from .device import Channel, DeviceComm
 from .machine import Link, Machine, Rates
 from .mask import Full
 from .message import Communicator, InputError, Tag, Waitall, constant
+from .problem import Problem
 from .progress import bar
+from .softmax import accumulator
+
+DEFAULTS = {
+    "numpy": {"bytes": 2**20, "tokens": "32,128,512,2048", "heads": 8, "head_dim": 64, "dtypes": "float32"},
+    "cupy": {"bytes": 2**26, "tokens": "1024,2048,4096,8192,16384,32768", "heads": 32, "head_dim": 128,
+             "dtypes": "bfloat16"},
+}  # fmt: skip
 
 SMALL = 8
 """Bytes of the messages whose time is the latency."""
@@ -35,16 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn calibrate`."""
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the description, in TOML")
     parser.add_argument("--name", help="of the machine (default: the file's name)")
-    parser.add_argument("--bytes", type=int, default=2**20, metavar="N", help="of the large messages (default 1 MiB)")
+    parser.add_argument("--bytes", type=int, metavar="N", help="of the large messages (default 1 MiB, on GPUs 64 MiB)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="medians of so many (default 7)")
-    parser.add_argument("--tokens", default="32,128,512,2048", metavar="N,...", help="block sizes for the kernel")
-    parser.add_argument("--heads", type=int, default=8, metavar="N", help="heads of the kernel's blocks (default 8)")
-    parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="default 64")
-    parser.add_argument("--dtypes", default="float32", metavar="NAME,...", help="default float32")
+    parser.add_argument(
+        "--tokens", metavar="N,...", help="block sizes for the kernel (default 32,128,512,2048, on GPUs 1024 to 32768)"
+    )
+    parser.add_argument("--heads", type=int, metavar="N", help="of the kernel's blocks (default 8, on GPUs 32)")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="default 64, on GPUs 128")
+    parser.add_argument("--dtypes", metavar="NAME,...", help="default float32, on GPUs bfloat16")
+    gpu.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure, and write the description on rank 0."""
+    xp = gpu.namespace(args, comm)
+    for name, value in DEFAULTS[xp.__name__].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if min(args.bytes, args.rounds, args.heads, args.head_dim) < 1:
         raise InputError("--bytes, --rounds, --heads and --head-dim must be 1 or more")
     try:
@@ -58,30 +77,31 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     host = comm.Split_type(constant("COMM_TYPE_SHARED"))
     hosts = comm.allgather(tuple(host.allgather(comm.Get_rank())))
     per_node = max(map(len, hosts))
+    around = comm if xp is np else DeviceComm(comm, Channel(comm, xp, args.gpu_messages))
     links: dict[str, Link] = {}
     neighbours = {"node": beside(hosts, comm.Get_rank(), True), "network": beside(hosts, comm.Get_rank(), False)}
     for level, pair in neighbours.items():
         present = comm.allgather(pair)
         if any(pair is not None for pair in present):
-            links[level] = measure_link(comm, pair, args)
+            links[level] = measure_link(around, pair, args, xp)
         progress.update()
     links.setdefault("network", links.get("node", Link(1e-6, 1e10)))
     if len(set(hosts)) > 1 and per_node > 1:  # all ranks of a host have sent at once: what one got is its share
         wire = links["network"]
         links["network"] = Link(wire.latency, wire.bandwidth * per_node, cards=1)
-    bandwidth = copies(comm, args)
+    bandwidth = copies(comm, args, xp)
     progress.update()
     compute = {}
     for dtype in dtypes:
         forward, backward = [], []
         for size in sizes:
-            rates = kernel(comm, size, dtype, args)
+            rates = kernel(comm, size, dtype, args, xp)
             forward.append(rates[0])
             backward.append(rates[1])
             progress.update()
         compute[dtype.name] = Rates(tuple(sizes), tuple(forward), tuple(backward))
     progress.close()
-    eager = eager_limit(comm)
+    eager = eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
     host.Free()
     environment = env.environment(comm)
     if comm.Get_rank() == 0:
@@ -91,7 +111,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             name=args.name or args.output.stem,
             source=f"{source}, {library[0] if library else 'MPI'}".replace('"', "'"),
             ranks_per_node=per_node,
-            memory=memory() / per_node,
+            memory=memory() / per_node if xp is np else xp.cuda.Device().mem_info[1],
             memory_bandwidth=bandwidth,
             links=links,
             compute=compute,
@@ -115,12 +135,12 @@ def beside(hosts: list[tuple[int, ...]], rank: int, same: bool) -> tuple[int, in
     return ring[index - 1], ring[(index + 1) % len(ring)]
 
 
-def measure_link(comm: Communicator, pair: tuple[int, int] | None, args: argparse.Namespace) -> Link:
+def measure_link(comm: Communicator, pair: tuple[int, int] | None, args: argparse.Namespace, xp: Any) -> Link:
     """Return latency and bandwidth while every rank sends to the next one and receives from the one before."""
     times = {}
     for nbytes in (SMALL, args.bytes, 2 * args.bytes):
         seconds = []
-        arriving, leaving = np.empty(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+        arriving, leaving = xp.empty(nbytes, np.uint8), xp.ones(nbytes, np.uint8)
         repeat = 20 if nbytes == SMALL else 1
         for _ in range(args.rounds + 1):
             comm.Barrier()
@@ -138,38 +158,63 @@ def measure_link(comm: Communicator, pair: tuple[int, int] | None, args: argpars
     return Link(times[SMALL], 1 / slope)
 
 
-def copies(comm: Communicator, args: argparse.Namespace) -> float:
+def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
     """Return the bytes per second, read and written, of copies in memory, all ranks at once."""
-    source, target = np.ones(2**23, np.uint8), np.empty(2**23, np.uint8)
-    return 2 * source.nbytes / best(comm, args.rounds, lambda: np.copyto(target, source))
+    size = 2**23 if xp is np else 2**29
+    source, target = xp.ones(size // 4, np.float32), xp.empty(size // 4, np.float32)
+    return 2 * size / best(comm, args.rounds, lambda: xp.copyto(target, source), xp)
 
 
-def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace) -> tuple[float, float]:
+def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, xp: Any) -> tuple[float, float]:
     """Return the operations per second of a block, forward and backward, all ranks at once."""
-    rng = np.random.default_rng(0)
-    q, k, v, d_out = rng.standard_normal((4, 1, args.heads, size, args.head_dim)).astype(dtype)
-    where = np.arange(size)
-    block, wide = NumpyKernel(Full()), np.float64 if dtype == np.float64 else np.float32
-    out, lse = np.zeros(q.shape, wide), np.full(q.shape[:3], -np.inf, wide)
-    d_q, d_k, d_v = (np.zeros(q.shape, wide) for _ in "qkv")
-    forward = best(comm, args.rounds, lambda: block.forward(q, k, v, where, where, out, lse))
-    row_delta = np.zeros(lse.shape, wide)
-    backward = best(
-        comm, args.rounds, lambda: block.backward(q, k, v, d_out, lse, row_delta, where, where, d_q, d_k, d_v)
+    shape = 1, args.heads, size, args.head_dim
+    if xp is np:
+        q, k, v, d_out = np.random.default_rng(0).standard_normal((4, *shape)).astype(dtype)
+    else:
+        q, k, v, d_out = (cast(xp.random.standard_normal(shape, dtype=np.float32), dtype) for _ in range(4))
+    where, wide = np.arange(size), accumulator(dtype)
+    problem = Problem(
+        1, 1, args.heads, args.heads, args.head_dim, args.head_dim, size, size, dtype, "contiguous", Full()
     )
+    block = kernels.choose(xp.__name__, problem, Full(), None, args.kernel)
+    out, lse = xp.zeros(q.shape, wide), xp.full(q.shape[:3], -np.inf, wide)
+    d_q, d_k, d_v = (xp.zeros(q.shape, wide) for _ in "qkv")
+
+    def forward() -> None:
+        if xp is not np:
+            block.begin(out, lse)  # what follows waits there: adding it up is not part of the block's time
+        block.forward(q, k, v, where, where, out, lse)
+
+    def backward() -> None:
+        if xp is not np:
+            for total in (d_q, d_k, d_v):
+                block.begin(total)
+        block.backward(q, k, v, d_out, final, row_delta, where, where, d_q, d_k, d_v)
+
     work = args.heads * size**2 * args.head_dim
-    return 4 * work / forward, 10 * work / backward
+    seconds = best(comm, args.rounds, forward, xp)
+    row_delta, final = xp.zeros(lse.shape, wide), lse if xp is np else xp.full(lse.shape, np.log(size), wide)
+    return 4 * work / seconds, 10 * work / best(comm, args.rounds, backward, xp)
 
 
-def best(comm: Communicator, rounds: int, work: Callable[[], object]) -> float:
+ENOUGH = 0.01
+"""Seconds that calls on a GPU fill: the first ones wait for nothing, and the end of the last is waited for."""
+
+
+def best(comm: Communicator, rounds: int, work: Callable[[], object], xp: Any = np) -> float:
     """Return the median over rounds, after one, of the time of the slowest rank."""
-    seconds = []
-    for _ in range(rounds + 1):
+    seconds, calls = [], 1
+    for number in range(rounds + 2):
+        gpu.wait(xp)
         comm.Barrier()
         start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    everyone: list[list[float]] = comm.allgather(seconds[1:])
+        for _ in range(calls):
+            work()
+        gpu.wait(xp)
+        seconds.append((time.perf_counter() - start) / calls)
+        if xp is not np and number == 1:
+            calls = comm.allreduce(int(ENOUGH / seconds[-1]) + 1, constant("MAX"))
+    everyone: list[list[float]] = comm.allgather(seconds[2:])
     return float(statistics.median(max(one) for one in zip(*everyone, strict=True)))
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/calibration/predict.py benchmarks/calibration/netns-4.toml=benchmarks/network/4-mha.json ...
 
-Each argument names a description that `mpiattn calibrate` wrote on the same hosts, and measured times.
-Writes predicted.json, .txt, .png and .svg beside itself.
+Each argument names a description that `mpiattn calibrate` wrote on the same hosts, and measured times: those of
+`benchmarks/network/`, or what `mpiattn bench attention --json` wrote. Writes predicted.json, .txt, .png and .svg
+beside itself, or files with another name.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from tabulate import tabulate
 
-from mpiattn import charts, machine
-from mpiattn.mask import Full
+from mpiattn import charts, machine, mask
+from mpiattn.algorithms import ALGORITHMS
 from mpiattn.planner import Candidate, Task, simulate
 
 HERE = Path(__file__).parent
@@ -26,31 +28,31 @@ def main() -> None:
     """Predict, compare, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="+", metavar="MACHINE.toml=MEASURED.json")
+    parser.add_argument("--name", default="predicted", help="of the files (default predicted)")
+    parser.add_argument("--title", default="all algorithms on 4, 9 and 16 hosts, 10 Mbit/s each", help="of the figure")
+    args = parser.parse_args()
     rows = []
-    for pair in parser.parse_args().pairs:
+    for pair in args.pairs:
         description, _, measured = pair.partition("=")
-        found, document = machine.load(description), json.loads(Path(measured).read_text())
-        for name, result in document["results"].items():
+        found = machine.load(description)
+        for case, name, ranks, task, times in measurements(Path(measured)):
             family, _, shape = name.partition(" ")
             given = tuple(zip(("rows", "cols"), map(int, shape.split("x")), strict=True)) if shape else ()
-            task = Task(
-                document["tokens"] * document["ranks"], document["heads"], document["kv_heads"], document["head_dim"],
-                dtype="float32", mask=Full(),
-            )  # fmt: skip
-            outcome = simulate(task, found, document["ranks"], Candidate(family, given))
-            for direction in ("forward", "backward"):
-                seconds = statistics.median(result[direction]["seconds"])
-                predicted = getattr(outcome, direction)
-                rows.append((Path(measured).stem, name, direction, seconds, predicted, predicted / seconds - 1))
+            outcome = simulate(task, found, ranks, Candidate(family, given))
+            for direction, seconds in times.items():
+                predicted = sum(getattr(outcome, part) for part in direction.split("+"))
+                rows.append((case, name, direction, seconds, predicted, predicted / seconds - 1))
     errors = sorted(abs(row[5]) for row in rows)
     table = tabulate(
-        [(*row[:3], f"{row[3]:.3f}", f"{row[4]:.3f}", f"{row[5]:+.1%}") for row in rows],
+        [(*row[:3], f"{row[3]:.4g}", f"{row[4]:.4g}", f"{row[5]:+.1%}") for row in rows],
         ("case", "algorithm", "pass", "measured (s)", "predicted (s)", "difference"),
         disable_numparse=True,
     )
     picks = []
     for case, direction in dict.fromkeys((row[0], row[2]) for row in rows):
         grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh ")]
+        if not grids:
+            continue
         if not grids:
             continue
         chosen, real = min(grids, key=lambda row: row[4]), min(grids, key=lambda row: row[3])
@@ -63,11 +65,11 @@ def main() -> None:
         "the grid that the prediction chooses, by its measured time:", *picks,
     ]  # fmt: skip
     print("\n".join(text))
-    (HERE / "predicted.txt").write_text("\n".join(text) + "\n")
+    (HERE / f"{args.name}.txt").write_text("\n".join(text) + "\n")
     keys = ("case", "algorithm", "pass", "measured", "predicted", "difference")
     document = {"median": statistics.median(errors), "worst": errors[-1]}
     document["rows"] = [dict(zip(keys, row, strict=True)) for row in rows]
-    (HERE / "predicted.json").write_text(json.dumps(document, indent=1) + "\n")
+    (HERE / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
     drawing, [axes] = charts.figure(6.5, 6)
     for number, case in enumerate(dict.fromkeys(row[0] for row in rows)):
         points = [(row[3], row[4]) for row in rows if row[0] == case]
@@ -81,9 +83,28 @@ def main() -> None:
         axes.plot(ends, [factor * end for end in ends], color="0.6", linewidth=0.8, linestyle=":",
                   label="15 % apart" if factor > 1 else None)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="measured time (s)", ylabel="predicted time (s)",
-             title="all algorithms on 4, 9 and 16 hosts, 10 Mbit/s each")  # fmt: skip
+             title=args.title)  # fmt: skip
     axes.legend(frameon=False, fontsize=9)
-    charts.save(drawing, HERE / "predicted")
+    charts.save(drawing, HERE / args.name)
+
+
+def measurements(path: Path) -> Iterator[tuple[str, str, int, Task, dict[str, float]]]:
+    """Yield case, algorithm, ranks, task, and the seconds of each pass."""
+    document = json.loads(path.read_text())
+    if isinstance(document, list):
+        for row in document:
+            if row["name"].partition(":")[0] in ALGORITHMS and " " not in row["name"]:
+                task = Task(
+                    row["tokens"], row["heads"], row["kv_heads"], row["head_dim"], dtype=row["dtype"],
+                    mask=mask.parse(row["mask"]), partials=row["partials"],
+                )  # fmt: skip
+                seconds = {name: statistics.median(values) for name, values in row["seconds"].items()}
+                yield f"{path.stem} {row['tokens']}", row["name"].replace(":", " "), row["ranks"], task, seconds
+        return
+    sizes = document["tokens"] * document["ranks"], document["heads"], document["kv_heads"], document["head_dim"]
+    for name, result in document["results"].items():
+        seconds = {direction: statistics.median(result[direction]["seconds"]) for direction in ("forward", "backward")}
+        yield path.stem, name, document["ranks"], Task(*sizes, dtype="float32", mask=mask.Full()), seconds
 
 
 main()
