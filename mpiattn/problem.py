@@ -70,8 +70,8 @@ class Problem:
         Of Q, K, V as stored and sent; partial sums are `accumulator(dtype)`.
     layout : str
     mask : Mask
-    spread_heads : tuple of int
-        How many query heads each rank has, where ranks have all tokens of some of the heads; else empty.
+    spread_heads : tuple of (int, int)
+        How many query and K/V heads each rank has, where ranks have all tokens of some of the heads; else empty.
     partials : {"wide", "narrow"}
         Whether partial sums travel as they are added up, or rounded to `dtype` for each hop.
     """
@@ -87,7 +87,7 @@ class Problem:
     dtype: np.dtype[Any]
     layout: str
     mask: Mask
-    spread_heads: tuple[int, ...] = field(default=(), kw_only=True)
+    spread_heads: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     partials: str = field(default="wide", kw_only=True)
 
     @cached_property

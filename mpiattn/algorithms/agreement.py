@@ -133,7 +133,7 @@ def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask
         sum(k[i] for _, k, _ in shapes) if i == axis else length for i, length in enumerate(shapes[0][1])
     )
     sizes = batch, heads, kv_heads, head_dim, shapes[0][2][3], q_tokens, kv_tokens
-    spread_heads = tuple(q[1] for q, _, _ in shapes) if axis == 1 else ()
+    spread_heads = tuple((q[1], k[1]) for q, k, _ in shapes) if axis == 1 else ()
     problem = Problem(len(table), *sizes, np.dtype(dtype), layout_name, mask, spread_heads=spread_heads)
     both = (("q", q_tokens, problem.q_positions), ("k", kv_tokens, problem.kv_positions))
     for index, (name, tokens, positions) in enumerate(both):

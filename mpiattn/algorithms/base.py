@@ -18,7 +18,7 @@ from ..kernels.numpy import NumpyKernel
 from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem
-from ..softmax import delta, sink_gradient, with_sinks
+from ..softmax import LSE, delta, sink_gradient, with_sinks
 from .agreement import agreed_given, check_partials, check_softcap, described, drawn, numbered, posed, show
 
 if TYPE_CHECKING:
@@ -286,13 +286,9 @@ class Attention:
         return [made[key][0] for key in keys]
 
     def state(self, problem: Problem, q: Array) -> tuple[Array, Array]:
-        """Return the (out, lse) of some queries that have attended to nothing.
-
-        On CPUs lse, one number a row, is float64: rounded to float32 in each merge, it would make errors grow
-        with the number of blocks, 1.4 times by 64.
-        """
+        """Return the (out, lse) of some queries that have attended to nothing."""
         out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
-        return out, self.xp.full(q.shape[:3], -math.inf, np.float64 if self.xp is np else problem.wide)
+        return out, self.xp.full(q.shape[:3], -math.inf, problem.wide if self.xp.__name__ == "cupy" else LSE)
 
     def sums(self, name: str, specs: Sequence[list[arrays.Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
         """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""

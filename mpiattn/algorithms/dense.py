@@ -27,6 +27,7 @@ class DenseAttention(Attention):
     def plan(self, problem: Problem) -> None:
         """Number the ranks, and the positions of the whole sequences."""
         self.size, self.rank = self.comm.Get_size(), self.comm.Get_rank()
+        self.served = range(self.size) if self.rank == ROOT else [self.rank]
         self.whole = np.arange(problem.q_tokens), np.arange(problem.kv_tokens)
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -35,7 +36,7 @@ class DenseAttention(Attention):
         [inputs] = self.parcels("inputs", [problem.q(self.rank) + problem.kv(self.rank)])
         inputs.pack(q, k, v)
         arrived = self.to_root(inputs, [problem.q(rank) + problem.kv(rank) for rank in range(self.size)])
-        results = self.parcels("results", [problem.o(rank) for rank in range(self.size)])
+        results = self.parcels("results", [problem.o(rank) for rank in self.served])
         if self.rank == ROOT:
             whole_q, whole_k, whole_v = (
                 join([part.arrays[i] for part in arrived], where) for i, where in enumerate((queries, keys, keys))
@@ -56,7 +57,7 @@ class DenseAttention(Attention):
         [inputs] = self.parcels("inputs backward", [specs[self.rank]])
         inputs.pack(lse, row_delta, q, d_out, k, v)
         arrived = self.to_root(inputs, specs)
-        sums = [problem.d_q(rank) + problem.d_kv(rank) for rank in range(self.size)]
+        sums = [problem.d_q(rank) + problem.d_kv(rank) for rank in self.served]
         results = self.parcels("results backward", sums)
         if self.rank == ROOT:
             places = (queries, queries, queries, queries, keys, keys)
@@ -80,8 +81,8 @@ class DenseAttention(Attention):
         return [own, *arriving]
 
     def from_root(self, results: Sequence[Parcel]) -> Parcel:
-        """Return this rank's one of the parcels that rank 0 holds."""
-        own: Parcel = results[self.rank]
+        """Return this rank's results: its only parcel, or the first of all ranks' on rank 0."""
+        own = results[0]
         if self.rank != ROOT:
             Waitall([self.comm.Irecv(own.message, ROOT, Tag.SCATTER)])
         else:

@@ -128,9 +128,9 @@ class GatheredMeshAttention(Attention):
         others = np.arange(size) != rank
         [own], specs = self.parcels(f"own {name}", specs[rank : rank + 1]), self.travelling(specs)
         leaving, sent = self.pieces(name, specs, users[:, rank] & others)
+        arriving, received = self.pieces(f"arriving {name}", [specs[rank]] * size, users[rank] & others)
         for part, where in zip([*leaving[:rank], own, *leaving[rank + 1 :]], places, strict=True):
             part.pack(*(array[:, :, where] for array in sums))
-        arriving, received = self.pieces(f"arriving {name}", [specs[rank]] * size, users[rank] & others)
         line.Alltoallv(sent, received)
         return own, [arriving[place] for place in np.flatnonzero(users[rank] & others)]
 

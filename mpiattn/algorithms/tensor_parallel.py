@@ -50,7 +50,7 @@ class TensorParallelAttention(Attention):
 
     def plan(self, problem: Problem) -> None:
         """Number the tokens, and the heads."""
-        self.first_head = sum(problem.spread_heads[: self.comm.Get_rank()])
+        self.first_head = sum(heads for heads, _ in problem.spread_heads[: self.comm.Get_rank()])
         self.whole = problem.q_positions[0], problem.kv_positions[0]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:

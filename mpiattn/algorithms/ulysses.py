@@ -14,7 +14,7 @@ those that share one are sent the same, and the owner of the tokens adds up thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..arrays import Parcel, Spec
@@ -57,16 +57,17 @@ class UlyssesAttention(Attention):
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
         problem = self.agree_forward(q, k, v, **given)
-        leaving = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
+        leaving: Contents = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
         arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
         q, k, v = (
             join([parcel.arrays[i] for parcel in arrived], places)
             for i, places in enumerate((self.q_places, self.kv_places, self.kv_places))
         )
         out, lse = self.attend(self.part, q, k, v)
-        arrived = self.to_tokens(Tag.O, Problem.out, [(lse[:, :, at], out[:, :, at]) for at in self.q_places])
-        [state] = self.parcels("o", [problem.out(self.rank)])
-        lse, out = state.arrays
+        [state] = self.parcels("o", [problem.o(self.rank)])
+        leaving = ((array[:, :, at] for array in (lse, out)) for at in self.q_places)
+        arrived = self.to_tokens(Tag.O, Problem.out, leaving)
+        out, lse = state.arrays
         for (heads, _), parcel in zip(self.heads, arrived, strict=True):
             lse[:, heads], out[:, heads] = parcel.arrays
         return self.finish(q, k, v, out, lse)
@@ -85,19 +86,19 @@ class UlyssesAttention(Attention):
         arrived = self.to_heads(Tag.D_O, Problem.d_out, [[row[:, heads] for row in rows] for heads, _ in self.heads])
         lse, row_delta, gradient = (join([parcel.arrays[i] for parcel in arrived], self.q_places) for i in range(3))
         d_q, d_k, d_v = self.gradients(self.part, saved.q, saved.k, saved.v, gradient, lse, row_delta)
-        leaving = [
-            (d_k[:, :, keys], d_v[:, :, keys], d_q[:, :, queries])
-            for keys, queries in zip(self.kv_places, self.q_places, strict=True)
-        ]
-        arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)
         [total] = self.parcels("d_qkv", [problem.d_kv(self.rank) + problem.d_q(self.rank)])
         total.fill(0, 0, 0)
+        leaving = (
+            (array[:, :, at] for array, at in ((d_k, keys), (d_v, keys), (d_q, queries)))
+            for keys, queries in zip(self.kv_places, self.q_places, strict=True)
+        )
+        arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)
         d_k, d_v, d_q = total.arrays
         for (heads, kv_heads), parcel in zip(self.heads, arrived, strict=True):
             part_k, part_v, d_q[:, heads] = parcel.arrays
             d_k[:, kv_heads] += part_k
             d_v[:, kv_heads] += part_v
-        return d_q.astype(d_out.dtype), d_k.astype(d_out.dtype), d_v.astype(d_out.dtype)
+        return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
@@ -108,18 +109,18 @@ class UlyssesAttention(Attention):
             self.kernel.backward(q, k, v, d_out, lse, row_delta, self.queries, self.keys, d_q, d_k, d_v)
         return d_q, d_k, d_v
 
-    def to_heads(self, tag: Tag, spec: SpecOf, contents: Sequence[Sequence[Array]]) -> list[Parcel]:
+    def to_heads(self, tag: Tag, spec: SpecOf, contents: Contents) -> list[Parcel]:
         """Send each rank its heads of this rank's tokens; return each rank's tokens of this rank's heads."""
         leaving = [spec(part, self.rank) for part in self.parts]
         return self.exchange(tag, leaving, [spec(self.part, member) for member in self.members], contents)
 
-    def to_tokens(self, tag: Tag, spec: SpecOf, contents: Sequence[Sequence[Array]]) -> list[Parcel]:
+    def to_tokens(self, tag: Tag, spec: SpecOf, contents: Contents) -> list[Parcel]:
         """Send each rank its tokens of this rank's heads; return each rank's heads of this rank's tokens."""
         leaving = [spec(self.part, member) for member in self.members]
         return self.exchange(tag, leaving, [spec(part, self.rank) for part in self.parts], contents)
 
     def exchange(
-        self, tag: Tag, leaving: list[list[Spec]], arriving: list[list[Spec]], contents: Sequence[Sequence[Array]]
+        self, tag: Tag, leaving: list[list[Spec]], arriving: list[list[Spec]], contents: Contents
     ) -> list[Parcel]:
         """All-to-all: one message to each other rank of the group that has something to get."""
         to, here = self.parcels(f"to {tag.name}", leaving), self.parcels(f"here {tag.name}", arriving)
@@ -139,3 +140,6 @@ class UlyssesAttention(Attention):
 
 SpecOf = Callable[[Problem, int], list[Spec]]
 """What travels of a problem from or to a rank."""
+
+Contents = Iterable[Iterable[Array]]
+"""For each rank of the group the arrays that it is sent; made one by one, they take memory for one rank at a time."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -210,16 +209,7 @@ def isneginf(array: VirtualArray) -> VirtualArray:
     return empty(array.shape, np.bool_)
 
 
-def concatenate(arrays: Sequence[VirtualArray], axis: int = 0) -> VirtualArray:
-    """Return the arrays one after the other."""
-    shape = list(arrays[0].shape)
-    shape[axis] = sum(array.shape[axis] for array in arrays)
-    result = empty(shape, arrays[0].dtype)
-    current().touch(2 * result.nbytes)
-    return result
-
-
-def einsum(subscripts: str, *operands: VirtualArray) -> VirtualArray:
+def einsum(subscripts: str, *operands: VirtualArray, dtype: DTypeLike | None = None) -> VirtualArray:
     """Return an array of the shape that the subscripts say."""
     inputs, output = subscripts.split("->")
     lengths: dict[str, int] = {}
@@ -228,6 +218,6 @@ def einsum(subscripts: str, *operands: VirtualArray) -> VirtualArray:
         lengths.update(zip(named, operand.shape[operand.ndim - len(named) :], strict=True))
     letters, operand = inputs.split(",")[0], operands[0]
     batch = operand.shape[: operand.ndim - len(letters) + 3] if "..." in letters else ()
-    result = empty((*batch, *(lengths[letter] for letter in output.replace("...", ""))), operand.dtype)
+    result = empty((*batch, *(lengths[letter] for letter in output.replace("...", ""))), dtype or operand.dtype)
     current().touch(sum(array.nbytes for array in operands) + result.nbytes)
     return result
