@@ -96,8 +96,8 @@ class MeshAttention(Attention):
         outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
             self.kernel.begin(*state.arrays)
-        qs[0].pack(q)
-        kvs[0].pack(k, v)
+        qs[0].post(q)
+        kvs[0].post(k, v)
         for step, blocks in zip(self.forward_steps, self.forward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:
@@ -108,9 +108,10 @@ class MeshAttention(Attention):
                 case Op.O:
                     requests = self.collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
             for i, j, part, positions in blocks:
-                near_q, out, lse = (array[:, :, part] for array in qs[j].arrays + outs[j].arrays)
+                rows, near = qs[j].arrays if j else [q], kvs[i].arrays if i else [k, v]
+                near_q, out, lse = (array[:, :, part] for array in (*rows, *outs[j].arrays))
                 where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
-                self.kernel.forward(near_q, *kvs[i].arrays, *where, out, lse, progress)
+                self.kernel.forward(near_q, *near, *where, out, lse, progress)
             Waitall(requests)
         out, lse = self.kernel.complete(outs[0].arrays, *home(self.row, shares, self.q_travels))
         return out, lse
@@ -127,8 +128,8 @@ class MeshAttention(Attention):
         d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             self.kernel.begin(*total.arrays)
-        qs[0].pack(lse, row_delta, q, d_out)
-        kvs[0].pack(k, v)
+        qs[0].post(lse, row_delta, q, d_out)
+        kvs[0].post(k, v)
         for step, blocks in zip(self.backward_steps, self.backward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:
@@ -141,11 +142,11 @@ class MeshAttention(Attention):
                 case Op.DKV:
                     requests = self.collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
             for i, j, part, positions in blocks:
-                rows = qs[j].arrays if j else (lse, row_delta, q, d_out)
+                rows, near = qs[j].arrays if j else [lse, row_delta, q, d_out], kvs[i].arrays if i else [k, v]
                 near_lse, near_delta, near_q, gradient, d_q = (a[:, :, part] for a in (*rows, *d_qs[j].arrays))
                 where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
-                near = near_q, *kvs[i].arrays, gradient, near_lse, near_delta
-                self.kernel.backward(*near, *where, d_q, *d_kvs[i].arrays, progress)
+                rows = [gradient, near_lse, near_delta]
+                self.kernel.backward(near_q, *near, *rows, *where, d_q, *d_kvs[i].arrays, progress)
             Waitall(requests)
         [d_q] = self.kernel.complete(d_qs[0].arrays, *home(self.row, q_shares, self.q_travels))
         d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(self.col, kv_shares, self.kv_travels))
