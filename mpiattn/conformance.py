@@ -150,7 +150,7 @@ def matrix() -> list[Case]:
     return plain + shaped + crossed
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)  # the whole matrix
 def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the global arrays q, k, v, out (its gradient), sinks, and what the oracle makes of them."""
     rng = np.random.default_rng(case.seed)

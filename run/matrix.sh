@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Check every algorithm, in every variant, on the whole conformance matrix at several numbers of ranks, and print a
+# table: under mpiexec, or on virtual ranks in one process. What is wrong goes to stderr, each with the command that
+# runs it alone. Needs Python 3.10 and its venv module; installs the rest.
+#
+# usage: run/matrix.sh [--mpi mpich|openmpi|virtual] [--ranks "1 2 4"] [--part] [--python python3.12] [-- ARGUMENTS]
+#
+#   --mpi      which MPI library (mpich), or virtual: none
+#   --ranks    numbers of ranks (1 to 9)
+#   --part     of the matrix the part that has one of everything: a ninth of the cases
+#   ARGUMENTS  of mpiattn conformance, for example:  run/matrix.sh --ranks 4 -- --algorithms ring,mesh
+set -euo pipefail
+# shellcheck source=run/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+mpi=mpich ranks='1 2 3 4 5 6 7 8 9' part=whole python=''
+while (($#)); do
+    case $1 in
+        --mpi)
+            [[ ${2-} =~ ^(mpich|openmpi|virtual)$ ]] || die "--mpi takes mpich, openmpi or virtual"
+            mpi=$2 && shift 2
+            ;;
+        --ranks)
+            [[ ${2-} =~ ^[1-9][0-9]*( +[1-9][0-9]*)*$ ]] || die "--ranks takes numbers, as in --ranks \"1 2 4\""
+            ranks=$2 && shift 2
+            ;;
+        --part) part=part && shift ;;
+        --python) python=${2:?--python needs a name} && shift 2 ;;
+        -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
+        --) shift && break ;;
+        *) die "unknown option $1; see --help" ;;
+    esac
+done
+
+python=$(find_python "$python")
+venv=$root/.venv
+[[ $mpi != openmpi ]] || venv=$root/.venv-openmpi # never two MPI libraries in one environment
+make_venv "$venv" "${mpi#virtual} test" "$python" >&2
+mpi_settings
+cd "$root"
+
+arguments=(conformance "$@")
+[[ $part == part ]] || arguments+=(--full)
+failed=0 row='%-8s %5s  %-6s %7s %7s %8s %8s\n'
+# shellcheck disable=SC2059
+printf "$row" MPI ranks matrix passed failed refused seconds
+for n in $ranks; do
+    start=$SECONDS status=0
+    if [[ $mpi == virtual ]]; then
+        said=$("$venv/bin/python" -m mpiattn "${arguments[@]}" --virtual "$n") || status=$?
+    else
+        # -m mpi4py: an exception on one rank ends the job, instead of leaving the others waiting.
+        said=$("$venv/bin/mpiexec" -n "$n" "$venv/bin/python" -m mpi4py -m mpiattn "${arguments[@]}") || status=$?
+    fi
+    if [[ $said =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed(,\ ([0-9]+)\ refused)? ]]; then
+        # shellcheck disable=SC2059
+        printf "$row" "$mpi" "$n" "$part" "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" "${BASH_REMATCH[4]:-0}" \
+            "$((SECONDS - start))"
+    else
+        printf '%-8s %5s  ended with status %s\n' "$mpi" "$n" "$status"
+    fi
+    ((status == 0)) || failed=1
+done
+exit $failed
