@@ -30,26 +30,38 @@ def figure(width: float = 7.0, height: float = 4.5, columns: int = 1) -> tuple[A
 def lines(
     axes: Any,
     x: Sequence[float],
-    series: Mapping[str, Sequence[float]],
+    ours: Mapping[str, Sequence[float]],
+    claimed: Mapping[str, Sequence[float]] | None = None,
+    plain: Mapping[str, Sequence[float]] | None = None,
     *,
-    claimed: Sequence[str] = (),
     xlabel: str,
     ylabel: str,
     title: str = "",
     log: str = "xy",
+    beside: bool = False,
 ) -> None:
-    """Draw one line for each series; those that are claimed and not ours are dashed and hollow."""
-    for number, (name, values) in enumerate(series.items()):
-        hollow = name in claimed
-        axes.plot(
-            x,
-            values,
-            label=name,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle="--" if hollow else "-",
-            markerfacecolor="white" if hollow else None,
-        )
+    """Draw a line for each series.
+
+    Parameters
+    ----------
+    ours : by name
+        With a colour and a marker each.
+    claimed : by name
+        In the colours of ours, in order, dashed and hollow.
+    plain : by name
+        To compare with: grey lines without markers.
+    log : str
+        The axes that are logarithmic.
+    beside : bool
+        Whether the legend has its place beside the panel, for want of room inside.
+    """
+    for number, (name, values) in enumerate(ours.items()):
+        axes.plot(x, values, label=name, color=COLOURS[number], marker=MARKERS[number])
+    for number, (name, values) in enumerate((claimed or {}).items()):
+        hollow = {"markerfacecolor": "white", "linestyle": "--"}
+        axes.plot(x, values, label=name, color=COLOURS[number], marker=MARKERS[number], **hollow)
+    for style, (name, values) in zip(("--", ":", "-."), (plain or {}).items(), strict=False):
+        axes.plot(x, values, label=name, color="0.4", linewidth=1.2, linestyle=style, zorder=1)
     if "x" in log:
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -62,7 +74,8 @@ def lines(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.legend(frameon=False, fontsize=9)
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
+    axes.legend(frameon=False, fontsize=9, **place)
 
 
 def check(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The planner: what it chooses, what it says, what it refuses; and the documents' reports."""
+"""The planner: what it chooses, what it says, what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpiattn import costs, documents, machine
+from mpiattn import costs, machine
 from mpiattn.machine import Link
 from mpiattn.mask import Causal, Documents, Full
 from mpiattn.message import InputError
@@ -192,14 +192,3 @@ def test_bad_input_of_the_command(arguments: tuple[str, ...], message: str) -> N
     argv = ["--tokens", "4K", "--heads", "16", "--head-dim", "64", "--ranks", "4", *arguments]
     with pytest.raises(InputError, match=re.escape(message)):
         called(*argv)
-
-
-def test_reports_that_cost_little(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    documents.add_arguments(parser)
-    assert documents.main(parser.parse_args(["samples", "--output", str(tmp_path)])) == 0
-    rows = json.loads((tmp_path / "samples.json").read_text())["rows"]
-    assert len(rows) == 10
-    assert "weights of a query sum to 4, not 1" in rows[1]["what it gives"]
-    with pytest.raises(InputError, match="mpiexec -n 4"):
-        documents.main(parser.parse_args(["lab", "--output", str(tmp_path)]))

@@ -1,0 +1,54 @@
+"""One table, its notes and its figure, in a folder: Markdown, JSON, PNG and SVG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .. import charts
+
+
+class Report:
+    """A report in the making.
+
+    Parameters
+    ----------
+    folder : Path
+    name, title, command : str
+        Of the files, of the text, and what makes it.
+    """
+
+    def __init__(self, folder: Path, name: str, title: str, command: str) -> None:
+        self.stem = folder / name
+        self.text = [f"# {title}", "", f"`{command}`", ""]
+        self.data: dict[str, Any] = {"title": title, "command": command}
+        self.drawing: Any = None
+
+    def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str], name: str = "rows") -> None:
+        """Add a table."""
+        self.text += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+        self.data[name] = [dict(zip(headers, row, strict=True)) for row in rows]
+
+    def note(self, *paragraphs: str) -> None:
+        """Add paragraphs."""
+        for paragraph in paragraphs:
+            self.text += [paragraph, ""]
+
+    def figure(self, panels: int = 1, width: float = 7) -> list[Any]:
+        """Add a figure, so many inches wide, and return the axes of its panels, side by side."""
+        self.drawing, axes = charts.figure(width, 4.5, panels)
+        self.note(f"![{self.stem.name}]({self.stem.name}.png)")
+        return axes
+
+    def write(self) -> None:
+        """Write all files, and print the text."""
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        self.stem.with_suffix(".md").write_text("\n".join(self.text).rstrip() + "\n", encoding="utf-8")
+        self.stem.with_suffix(".json").write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        if self.drawing:
+            charts.save(self.drawing, self.stem)
+        print("\n".join(self.text))
