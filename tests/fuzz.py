@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpiattn.arrays import FLOATS
-from mpiattn.conformance import Case, check, find, reproducer
+from mpiattn.conformance import Case, add_arguments, check, find, reproducer
 from mpiattn.layout import LAYOUTS
 
 ROUND = 50  # cases from one seed; the next round takes the next seed
@@ -67,7 +67,9 @@ class Fuzz:
 
     def __init__(self, comm: MPI.Comm, algorithms: str) -> None:
         self.comm = comm
-        self.found = find(argparse.Namespace(module=None, algorithms=algorithms), comm)
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        self.found = find(parser.parse_args(["--algorithms", algorithms]), comm)
 
     def run(self, number: int, case: Case) -> None:
         """Check a case of one of the implementations on all ranks; raise AssertionError on all if it is wrong."""
