@@ -22,7 +22,7 @@ class VirtualKernel(Sums):
     def __init__(self, mask: Mask, scale: float | None = None, problem: Problem | None = None) -> None:
         self.mask = mask
         self.problem = problem  # keeps the positions alive, and with them the meaning of their ids
-        self.costs: dict[tuple[int, int, int, bool], tuple[float, float]] = {}
+        self.costs: dict[tuple[object, ...], tuple[float, float]] = {}
         self.queries, self.keys, self.counts = _blocks(problem) if problem else ({}, {}, np.empty((0, 0), np.int64))
 
     def drop(self, dropout: Any, first_head: int = 0) -> None:
@@ -30,23 +30,23 @@ class VirtualKernel(Sums):
 
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
         """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
-        self._spend(2 * (q.shape[3] + v.shape[3]), q, q_positions, k_positions, False)
+        self._spend(q, v, q_positions, k_positions, False)
 
     def backward(
         self, q: Any, k: Any, v: Any, d_out: Any, lse: Any, delta: Any, q_positions: Positions, k_positions: Positions,
         *rest: Any,
     ) -> None:  # fmt: skip
         """Spend the time of five: the scores again, dP, dV, dQ, dK."""
-        self._spend(2 * (3 * q.shape[3] + 2 * v.shape[3]), q, q_positions, k_positions, True)
+        self._spend(q, v, q_positions, k_positions, True)
 
-    def _spend(self, work: int, q: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
+    def _spend(self, q: Any, v: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
         i, j = self.queries.get(id(q_positions)), self.keys.get(id(k_positions))
         # A chunk of two ranks' tokens, or a part of one's, is none of the problem's.
         count = self._count(q_positions, k_positions) if i is None or j is None else self.counts.item(i, j)
-        size = (len(q_positions), len(k_positions), work, backward)
-        cost = self.costs.get(size)
+        shapes = q.shape, v.shape, backward
+        cost = self.costs.get(shapes)
         if cost is None:
-            cost = self.costs[size] = self._cost(q, *size)
+            cost = self.costs[shapes] = self._cost(q, v, backward)
         call, a_pair = cost
         current().compute(call + count * a_pair)
 
@@ -58,11 +58,12 @@ class VirtualKernel(Sums):
                 del _COUNTS[next(iter(_COUNTS))]
         return _COUNTS[key][2]
 
-    def _cost(self, q: Any, queries: int, keys: int, work: int, backward: bool) -> tuple[float, float]:
-        """Return the seconds of a call, and of a pair, for blocks of this size."""
+    def _cost(self, q: Any, v: Any, backward: bool) -> tuple[float, float]:
+        """Return the seconds of a call, and of a pair, for a block of these sizes."""
+        (batch, heads, queries, dim), (_, _, keys, v_dim) = q.shape, v.shape
+        work = 2 * (3 * dim + 2 * v_dim) if backward else 2 * (dim + v_dim)
         rates = current().machine.rates(q.dtype.name)
-        rate = rates.at(math.sqrt(queries * keys), backward)
-        return rates.call, q.shape[0] * q.shape[1] * work / rate
+        return rates.call, batch * heads * work / rates.at(math.sqrt(queries * keys), backward)
 
 
 class ClockedKernel:

@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike
 from .clock import current
 
 Index = Any
+WHOLE = slice(None)
 
 
 class Storage:
@@ -146,8 +147,7 @@ def _indexed(shape: tuple[int, ...], index: Index) -> tuple[tuple[int, ...], boo
     entries = index if type(index) is tuple else (index,)
     for entry in entries:
         if type(entry) is slice:
-            whole = entry.start is entry.stop is entry.step is None
-            result.append(shape[axis] if whole else len(range(*entry.indices(shape[axis]))))
+            result.append(shape[axis] if entry == WHOLE else len(range(*entry.indices(shape[axis]))))
             axis += 1
         elif entry is None:
             result.append(1)
