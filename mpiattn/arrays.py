@@ -156,19 +156,6 @@ class Uses:
         if self not in self.opened:
             self.opened.append(self)
 
-    def close(self, event: Any) -> None:
-        """Note that an event passes when the work on the buffer is done."""
-        self.event = event
-        self.opened.remove(self)
-
-
-@functools.cache
-def _aside(device: int) -> Any:
-    """Return a stream beside the one on which kernels are queued."""
-    import cupy
-
-    return cupy.cuda.Stream(non_blocking=True)
-
 
 @dataclass(frozen=True)
 class Tracked:
@@ -246,18 +233,6 @@ class Parcel:
                 cast(array, place.dtype, place)
             else:
                 place[...] = array
-
-    def post(self, *arrays: Array) -> None:
-        """Copy arrays into the parcel, only to be sent: on a GPU that runs beside what is queued from now on."""
-        if self.uses is None:
-            self.pack(*arrays)
-            return
-        cuda = namespace(arrays[0]).cuda
-        aside = _aside(cuda.Device().id)
-        aside.wait_event(cuda.get_current_stream().record())
-        with aside:
-            self.pack(*arrays)
-            self.uses.close(aside.record(cuda.Event(disable_timing=True)))
 
     def add(self, other: Parcel) -> None:
         """Add the arrays of another parcel to this one's."""

@@ -96,8 +96,10 @@ class MeshAttention(Attention):
         outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
             self.kernel.begin(*state.arrays)
-        qs[0].post(q)
-        kvs[0].post(k, v)
+        if self.q_travels[self.c].last:
+            qs[0].pack(q)
+        if self.kv_travels[self.r].last:
+            kvs[0].pack(k, v)
         for step, blocks in zip(self.forward_steps, self.forward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:
@@ -128,8 +130,10 @@ class MeshAttention(Attention):
         d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             self.kernel.begin(*total.arrays)
-        qs[0].post(lse, row_delta, q, d_out)
-        kvs[0].post(k, v)
+        if self.q_travels[self.c].last:
+            qs[0].pack(lse, row_delta, q, d_out)
+        if self.kv_travels[self.r].last:
+            kvs[0].pack(k, v)
         for step, blocks in zip(self.backward_steps, self.backward_blocks, strict=True):
             requests: list[Any] = []
             match step.message:

@@ -52,7 +52,7 @@ class RingAttention(Attention):
         """Attend to one owner's K/V a step."""
         out, lse = self.state(problem, q)
         self.kernel.begin(out, lse)
-        self.kv[0].post(k, v)
+        self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
             requests = self.pass_kv(step)
             if problem.needed[self.rank, owner]:
@@ -82,7 +82,7 @@ class RingAttention(Attention):
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         users = self.travels[self.rank]
         self.kernel.begin(*d_q.arrays)
-        self.kv[0].post(k, v)
+        self.kv[0].pack(k, v)
         for step in range(self.size + 1):
             requests = self.pass_kv(step) if step < self.size else []
             owner, sent = self.owners[step % self.size], self.owners[step - 1]

@@ -313,7 +313,8 @@ class CudnnKernel(Sums):
         name = "sum_parts"
         if waiting.lse is not None:
             name = "merge_parts"
-            pointers += [result_lse[0], waiting.lse, *(there_lse or [None])]
+            before = waiting.lse.copy() if waiting.written else None  # threads still read it while one writes the new
+            pointers += [result_lse[0], before, *(there_lse or [None])]
             parts += [share.lse.data.ptr for share in shares if share.lse is not None]
             parts += [0] * (TOGETHER - len(shares))
         pass_ = packed_pass(name, self.dtype, waiting.total.dtype if there is None else there.dtype, result)

@@ -32,6 +32,8 @@ Progress = Callable[[], object]
 QUERIES, KEYS = 2048, 4096  # the largest tile of one head
 TILE_BYTES = 2**28  # of the scores of all heads of a tile
 THREADS = 256
+PACK = 8  # numbers that a thread of `packed_pass` has at a time
+BLOCKS = 2112  # 16 for each of 132 multiprocessors; each goes on from row to row
 PASSES = "merge", "accumulate", "cast", "delta", "stand_in"
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
@@ -46,9 +48,8 @@ def _module(wide: str, dtype: str) -> Any:
     names += [f"{name}<{wide}, {dtype}>" for name in ("softmax", "softmax_backward")]
     if wide != dtype:
         names += [
-            f"{name}<{wide}, {dtype}, {v}, {arrived}, {result}>"
+            f"{name}<{wide}, {dtype}, {PACK}, {arrived}, {result}>"
             for name in ("sum_parts", "merge_parts")
-            for v in (1, 2, 4)
             for arrived in (wide, dtype)
             for result in (wide, dtype)
         ]
@@ -101,7 +102,7 @@ class RowPass:
 
 
 def packed_pass(name: str, dtype: Any, arrived: Any, result: Array) -> Callable[..., None]:
-    """Return a pass over sums of shares of a dtype, with one warp a row; all its arrays are without gaps.
+    """Return a pass over sums of shares of a dtype; all its arrays are without gaps.
 
     Parameters
     ----------
@@ -109,13 +110,16 @@ def packed_pass(name: str, dtype: Any, arrived: Any, result: Array) -> Callable[
     dtype, arrived : numpy dtype
         Of the shares, and of the sum that arrived.
     result : of four axes
+        Its rows are multiples of PACK numbers.
     """
     batch, heads, tokens, dim = result.shape
-    rows, vector = batch * heads * tokens, 1 if dim % 4 else 4
-    function = _pass(name, accumulator(dtype), dtype, vector, arrived, result.dtype)
+    rows = batch * heads * tokens
+    function = _pass(name, accumulator(dtype), dtype, PACK, arrived, result.dtype)
+    block = dim // PACK, THREADS * PACK // dim
+    grid = min(-(-rows // block[1]), BLOCKS)
 
     def queue(*pointers: int, more: Sequence[int]) -> None:
-        function((-(-rows * 32 // THREADS),), (THREADS,), (*pointers, rows, heads, tokens, dim, *more))
+        function((grid,), block, (*pointers, rows, heads, tokens, dim, *more))
 
     return queue
 

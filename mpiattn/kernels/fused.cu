@@ -91,83 +91,76 @@ __global__ void merge(A* out, STRIDES(so), A* lse, STRIDES(sl), const T* part, S
     }
 }
 
-// What is added up of one row: a sum so far, another that arrived, and up to four shares, each of tokens first ..
-// first + count - 1; pointers are 0 where there is none. None of these arrays has gaps.
+// What is added up: a sum so far, another that arrived, and up to four shares, each of tokens first .. first + count - 1;
+// pointers are 0 where there is none. None of these arrays has gaps. A thread has V numbers of a row at a time, and
+// reads all of them before it uses any. Threads are numbered within the row, then by rows.
 #define PART(n) const T* part##n, Index first##n, Index count##n
 #define PARTS PART(0), PART(1), PART(2), PART(3)
-#define ROWS_OF_PARTS \
+#define FOR_EACH_PACK \
     const T* parts[] = {part0, part1, part2, part3}; \
     const Index firsts[] = {first0, first1, first2, first3}, counts[] = {count0, count1, count2, count3}; \
+    for (Index row = (Index)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += (Index)gridDim.x * blockDim.y)
+#define ROWS_OF_PARTS \
+    const Row r(row, heads, tokens); \
+    const Index d = threadIdx.x * V, at = row * dim + d; \
     Index places[4]; /* of the row in each share; -1 where it has none */ \
-    for (int i = 0; i < 4; ++i) { \
+    Pack<T, V> part[4]; \
+    Pack<A, V> y = {}; \
+    Pack<S, V> other = {}; \
+    _Pragma("unroll") for (int i = 0; i < 4; ++i) { \
         const Index t = r.t - firsts[i]; \
         places[i] = t >= 0 && t < counts[i] ? (r.b * heads + r.h) * counts[i] + t : -1; \
-    }
-
-template <typename A, int V, typename T> __device__ inline void add_scaled(Pack<A, V>& y, A factor, const T* from)
-{
-    const Pack<T, V> x = *(const Pack<T, V>*)from;
-    for (int j = 0; j < V; ++j) y.x[j] += factor * wide<A>(x.x[j]);
-}
-
-template <typename R, typename A, int V> __device__ inline void write(R* to, const Pack<A, V>& y)
-{
-    Pack<R, V> z;
-    for (int j = 0; j < V; ++j) z.x[j] = narrow<R>(y.x[j]);
-    *(Pack<R, V>*)to = z;
-}
+        part[i] = places[i] >= 0 ? *(const Pack<T, V>*)(parts[i] + places[i] * dim + d) : Pack<T, V>{}; \
+    } \
+    if (sum) y = *(const Pack<A, V>*)(sum + at); \
+    if (arrived) other = *(const Pack<S, V>*)(arrived + at);
+#define WRITE_RESULT \
+    Pack<R, V> z; \
+    for (int j = 0; j < V; ++j) z.x[j] = narrow<R>(y.x[j]); \
+    *(Pack<R, V>*)(result + at) = z;
 
 // result = sum + arrived + shares.
 template <typename A, typename T, int V, typename S, typename R>
 __global__ void sum_parts(R* result, const A* sum, const S* arrived, Index rows, Index heads, Index tokens, Index dim, PARTS)
 {
-    FOR_EACH_ROW
-    ROWS_OF_PARTS
-    for (Index d = lane * V; d < dim; d += 32 * V) {
-        const Index at = row * dim + d;
-        Pack<A, V> y = {};
-        if (sum) add_scaled(y, (A)1, sum + at);
-        if (arrived) add_scaled(y, (A)1, arrived + at);
-        #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (places[i] >= 0) add_scaled(y, (A)1, parts[i] + places[i] * dim + d);
-        write(result + at, y);
+    FOR_EACH_PACK {
+        ROWS_OF_PARTS
+        for (int j = 0; j < V; ++j) {
+            y.x[j] += wide<A>(other.x[j]);
+            for (int i = 0; i < 4; ++i) y.x[j] += wide<A>(part[i].x[j]);
+        }
+        WRITE_RESULT
     }
 }
 
-// softmax.merge of all that there is. The result may be the sum.
+// softmax.merge of all that there is. The result may be the sum, its lse may not.
 template <typename A, typename T, int V, typename S, typename R>
 __global__ void merge_parts(R* result, const A* sum, const S* arrived, A* lse, const A* lse_of_sum, const A* lse_arrived,
                             Index rows, Index heads, Index tokens, Index dim, PARTS, const A* lse0, const A* lse1,
                             const A* lse2, const A* lse3)
 {
-    FOR_EACH_ROW
-    ROWS_OF_PARTS
     const A* lses[] = {lse0, lse1, lse2, lse3};
     const A none = -Number<A>::infinity();
-    A weights[6] = {sum ? lse_of_sum[row] : none, arrived ? lse_arrived[row] : none}, top = none, total = 0;
-    __syncwarp();
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[2 + i] = places[i] >= 0 ? lses[i][places[i]] : none;
-    #pragma unroll
-    for (int i = 0; i < 6; ++i) top = !(weights[i] <= top) ? weights[i] : top; // not a number: stays so
-    #pragma unroll
-    for (int i = 0; i < 6; ++i) {
-        weights[i] = top == none ? (A)0 : power2((weights[i] - top) * (A)LOG2E);
-        total += weights[i];
-    }
-    if (lane == 0) lse[row] = top == none ? none : top + natural_log(total);
-    #pragma unroll
-    for (int i = 0; i < 6; ++i) weights[i] = total == 0 ? (A)0 : weights[i] / total;
-    for (Index d = lane * V; d < dim; d += 32 * V) {
-        const Index at = row * dim + d;
-        Pack<A, V> y = {};
-        if (sum && weights[0] != 0) add_scaled(y, weights[0], sum + at);
-        if (arrived && weights[1] != 0) add_scaled(y, weights[1], arrived + at);
+    FOR_EACH_PACK {
+        ROWS_OF_PARTS
+        A weights[6] = {sum ? lse_of_sum[row] : none, arrived ? lse_arrived[row] : none}, top = none, total = 0;
         #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (places[i] >= 0 && weights[2 + i] != 0) add_scaled(y, weights[2 + i], parts[i] + places[i] * dim + d);
-        write(result + at, y);
+        for (int i = 0; i < 4; ++i) weights[2 + i] = places[i] >= 0 ? lses[i][places[i]] : none;
+        #pragma unroll
+        for (int i = 0; i < 6; ++i) top = !(weights[i] <= top) ? weights[i] : top; // not a number: stays so
+        #pragma unroll
+        for (int i = 0; i < 6; ++i) {
+            weights[i] = top == none ? (A)0 : power2((weights[i] - top) * (A)LOG2E);
+            total += weights[i];
+        }
+        const A factor = total == 0 ? (A)0 : 1 / total;
+        for (int j = 0; j < V; ++j) {
+            y.x[j] = weights[0] * y.x[j] + weights[1] * wide<A>(other.x[j]);
+            for (int i = 0; i < 4; ++i) y.x[j] += weights[2 + i] * wide<A>(part[i].x[j]);
+            y.x[j] *= factor;
+        }
+        WRITE_RESULT
+        if (threadIdx.x == 0) lse[row] = top == none ? none : top + natural_log(total);
     }
 }
 
