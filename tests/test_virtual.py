@@ -293,12 +293,15 @@ def test_conformance_on_many_ranks(name: str, ranks: int) -> None:
         conform(ranks, factory, case, partial(costs.COSTS[name], **arguments))
 
 
-# These add up in an order that the MPI library chooses.
-REDUCED = ("allgather", "tensor_parallel", "decode")
+def in_order(name: str, arguments: dict[str, Any]) -> int:
+    """Return how many of out, lse, d_q, d_k, d_v have no sums in an order that the MPI library chooses."""
+    if arguments.get("combine") == "allreduce":
+        return 0
+    return 3 if name == "allgather" else 5
 
 
 @pytest.mark.mpi(max_size=6)
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in REDUCED])
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_same_bits_as_under_mpi(comm: MPI.Intracomm, name: str, dtype: str) -> None:
     case = Case(tokens=150, heads=4, kv_heads=2, head_dim=16, v_head_dim=16, dtype=dtype)
@@ -317,7 +320,8 @@ def test_the_same_bits_as_under_mpi(comm: MPI.Intracomm, name: str, dtype: str) 
     for arguments in ALGORITHMS[name].variants(comm.Get_size()):
         real = program(comm, arguments)
         imitated = virtual.run(comm.Get_size(), one_host(comm.Get_size()), partial(program, arguments=arguments))
-        assert imitated[comm.Get_rank()] == real
+        same = in_order(name, arguments)
+        assert imitated[comm.Get_rank()][:same] == real[:same]
 
 
 def test_no_mpi_is_needed() -> None:
