@@ -46,7 +46,7 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
 
         cupy.merge(out, lse, other_out, other_lse)
         return
-    if np.isneginf(lse).all():  # the neutral state: as a row's first block finds it
+    if lse.max(initial=-np.inf) == -np.inf:  # the neutral state: as a row's first block finds it
         out[...] = other_out
         lse[...] = other_lse
         return
