@@ -1,7 +1,7 @@
 """Arrays as messages see them: kind, dtype and shape as integers, several arrays in one buffer.
 
 Every array brings the namespace of its functions along (`__array_namespace__`, as in the Python array API
-standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual.py` runs an algorithm.
+standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual` runs an algorithm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Machine descriptions: what `virtual.py` needs to know of a cluster, read from a small TOML file.
+"""Machine descriptions: what `virtual` needs to know of a cluster, read from a small TOML file.
 
 A description gives times, not names of products: how long a message takes between two ranks of a node or of
 two nodes, how many network cards a node's ranks share, how fast the kernel is. The presets under

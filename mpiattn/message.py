@@ -41,7 +41,7 @@ class Tag(enum.IntEnum):
 
 
 def virtual_time() -> float | None:
-    """Return the seconds on the clock of the virtual rank that runs, None outside of `virtual.py`."""
+    """Return the seconds on the clock of the virtual rank that runs, None outside of `virtual`."""
     virtual = sys.modules.get(f"{__package__}.virtual")
     return virtual.now() if virtual else None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import resource
 import subprocess
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, counts, pairs
 from mpiattn.message import InputError, Tag, Testall, Waitall
+from mpiattn.planner import Candidate, Task, simulate
 from mpiattn.virtual import VirtualComm
 
 if TYPE_CHECKING:
@@ -267,6 +270,16 @@ def test_sinks_and_dropout_without_data(name: str) -> None:
             for sinks in (False, True)
         )
         assert more > plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "seconds"), [(256, 10), (1024, 60)])
+def test_a_ring_of_a_thousand_ranks_takes_less_than_a_minute(ranks: int, seconds: float) -> None:
+    task, start = Task(tokens=2**20, heads=32, kv_heads=8, head_dim=128), time.process_time()
+    simulate(task, machine.load("h200-ib"), ranks, Candidate("ring"))
+    assert time.process_time() - start < seconds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2e9
 
 
 def conform(ranks: int, factory: Any, case: Case, traffic: Any = None) -> None:

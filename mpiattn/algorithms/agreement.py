@@ -87,7 +87,7 @@ def check_partials(partials: object) -> None:
         raise ValueError(f"unknown partials {partials!r}: choose from {', '.join(PARTIALS)}")
 
 
-# The same descriptions give the same objects: ranks of one process (`virtual.py`) share what they work out.
+# The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 
 
 @functools.lru_cache(maxsize=16)
