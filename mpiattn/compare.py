@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tabulate import tabulate
 
-from . import env, gpu, grid, inputs, oracle
+from . import env, gpu, grid, inputs, memory, oracle
 from .algorithms import ALGORITHMS, Attention
 from .arrays import on_host
 from .inputs import Array, Inputs
@@ -51,6 +51,7 @@ class Case:
     comm: TracedComm
     attention: Attention
     peak: int = 0
+    formula: int = 0
     errors: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
     waits: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
@@ -95,6 +96,8 @@ class Case:
             pool = self.xp.get_default_memory_pool()
             self.peak = pool.total_bytes()
             pool.free_all_blocks()
+        most = memory.peak(self.algorithm, saved.problem, comm.Get_rank(), **self.arguments)
+        self.formula = max(most.forward, most.backward)
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")
             where, copies = self.attention.owned(name, self.shapes), name in self.attention.copied
@@ -264,8 +267,8 @@ def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace)
 
 def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
     """Return a case's results with what all ranks measured, the same on every rank."""
-    ranks = comm.allgather((case.seconds, case.waits, case.received, case.peak))
-    seconds, waits, received, peaks = zip(*ranks, strict=True)
+    ranks = comm.allgather((case.seconds, case.waits, case.received, case.peak, case.formula))
+    seconds, waits, received, peaks, formulas = zip(*ranks, strict=True)
     errors = comm.bcast(case.errors)
     tolerance = oracle.TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
     result: dict[str, Any] = {
@@ -279,7 +282,7 @@ def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
         result[f"{name}_wait_seconds"] = [statistics.median(rank[name]) for rank in waits]
         result[f"{name}_messages_received"] = [rank[name][0] for rank in received]
         result[f"{name}_bytes_received"] = [rank[name][1] for rank in received]
-    result["peak_bytes"] = list(peaks)
+    result["peak_bytes"], result["formula_peak_bytes"] = list(peaks), list(formulas)
     result |= {f"error_{name}": error for name, error in zip(RESULTS, errors, strict=True)}
     result["ok"] = all(error <= tolerance for error in errors)
     return result
@@ -287,7 +290,7 @@ def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
 
 HEADERS = (
     "algorithm", "grid", "layout", "forward\nms", "backward\nms", "waiting\nms", "messages\nreceived", "MB\nreceived",
-    "peak\nMB", "error\nout", "error\ndQ", "error\ndK", "error\ndV", "",
+    "peak\nMB", "formula\nMB", "error\nout", "error\ndQ", "error\ndK", "error\ndV", "",
 )  # fmt: skip
 
 
@@ -310,7 +313,7 @@ def print_results(
                 " + ".join(f"{1e3 * value:.1f}" for value in pairs["wait_seconds"]),
                 " + ".join(str(value) for value in pairs["messages_received"]),
                 " + ".join(f"{value / 1e6:.2f}" for value in pairs["bytes_received"]),
-                f"{max(result['peak_bytes']) / 1e6:.1f}",
+                *(f"{max(result[key]) / 1e6:.1f}" for key in ("peak_bytes", "formula_peak_bytes")),
                 *(f"{result[f'error_{name}']:.1e}" for name in RESULTS),
                 "ok" if result["ok"] else "WRONG",
             ]
@@ -319,7 +322,8 @@ def print_results(
     checked = "all queries" if queries is None else f"{len(queries)} of {given.q.shape[2]} queries, chosen by seed"
     print(
         f"Times: median of {args.iterations} rounds, slowest rank. Waiting, messages, MB: forward + backward, the rank "
-        f"with the most.\nErrors: relative to the largest value, against float64; {checked}; "
+        "with the most.\nPeak: memory beside the input, likewise; by formula, without the kernel's tiles.\n"
+        f"Errors: relative to the largest value, against float64; {checked}; "
         f"at most {oracle.TOLERANCES[given.q.dtype.name]:.0e} is ok."
     )
     for name in ("q", "k", "v", "d_out"):

@@ -1,5 +1,7 @@
 """What each rank receives in each algorithm: messages and bytes in closed form, exact for any lengths; no MPI.
 
+What it holds at most is in `memory.py`.
+
 With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V head, in units of a rank's Q
 (and without the lse and delta rows):
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import conformance, machine, memory, virtual
+from mpiattn import arrays, conformance, machine, memory, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
 from mpiattn.conformance import Case
 from mpiattn.mask import Full
@@ -87,6 +87,29 @@ def test_the_table_in_units_of_q(n: int, g: int) -> None:
         peak = memory.peak(name, problem, rank, **arguments)
         share = heads * tokens * dim * 4
         assert (peak.forward / share, peak.backward / share) == pytest.approx(formula, rel=1e-3), (name, arguments)
+
+
+def keeps(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any]) -> bool:
+    """Return whether the results of one call are the same after another."""
+    rng = np.random.default_rng(comm.Get_rank() if name != "decode" else 0)
+    kept = []
+    with ALGORITHMS[name](comm, **case.options, **arguments) as attention:
+        for _ in range(2):
+            shapes = shares(attention, case, comm.Get_rank())
+            *qkv, d_out = (rng.standard_normal(shape).astype(arrays.dtype(case.dtype)) for shape in shapes)
+            out, saved = attention.forward(*qkv)
+            results = [out, saved.lse, *attention.backward(d_out, saved)]
+            kept.append((results, [array.copy() for array in results]))
+    return all(np.array_equal(*pair) for results, copies in kept for pair in zip(results, copies, strict=True))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_results_have_memory_of_their_own(name: str, dtype: str) -> None:
+    case = Case(tokens=20, dtype=dtype)
+    one_host = dataclasses.replace(MACHINE, ranks_per_node=4)
+    for arguments in ALGORITHMS[name].variants(4):
+        assert all(virtual.run(4, one_host, partial(keeps, name=name, case=case, arguments=arguments)))
 
 
 def measured(comm: Any, name: str, case: Case, arguments: dict[str, Any]) -> list[float]:
