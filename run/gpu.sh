@@ -46,6 +46,7 @@ if [[ -z $mpi ]]; then
     esac
 fi
 
+settings=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
 case $mpi in
     openmpi)
         # Open MPI sends device memory through UCX. The UCX in the openmpi package knows nothing of GPUs, the one in
@@ -53,39 +54,40 @@ case $mpi in
         python=$(command -v python || command -v python3)
         ucx=$("$python" -c 'import libucx, os; print(os.path.join(os.path.dirname(libucx.__file__), "lib"))' 2>/dev/null) ||
             ucx=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/libucx/lib")')
-        [[ ! -d $ucx ]] || export LD_LIBRARY_PATH=$ucx${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+        [[ ! -d $ucx ]] || settings+=("LD_LIBRARY_PATH=$ucx${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
         # The sender writes straight into the receiver's memory: a few per cent faster over NVLink.
-        export UCX_RNDV_SCHEME=${UCX_RNDV_SCHEME:-put_zcopy}
+        settings+=("UCX_RNDV_SCHEME=${UCX_RNDV_SCHEME:-put_zcopy}")
         if ((EUID == 0)); then # as in a container; Open MPI refuses otherwise
-            export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+            settings+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
         fi
         # Open MPI steps aside for others where it sees no InfiniBand; the last two settings keep UCX in use.
         launch=(mpiexec -n "$ranks" --bind-to none --mca pml ucx
             --mca opal_common_ucx_tls any --mca opal_common_ucx_devices any)
+        for setting in "${settings[@]}"; do launch+=(-x "${setting%%=*}"); done # other launchers pass on all
         ;;
     mpich)
         # MPICH from pip sends no device memory: messages go through the host. One built with --with-cuda does,
         # with this set.
-        export MPIR_CVAR_ENABLE_GPU=1
+        settings+=(MPIR_CVAR_ENABLE_GPU=1)
         launch=(mpiexec -n "$ranks")
         ;;
     cray)
         # With the module craype-accel-nvidia90 (or 80) loaded, and mpi4py built on this MPI.
-        export MPICH_GPU_SUPPORT_ENABLED=1
+        settings+=(MPICH_GPU_SUPPORT_ENABLED=1)
         launch=(srun --ntasks "$ranks" --gpus-per-task 1 --gpu-bind none)
         ;;
     intel)
         # From Intel MPI 2021.13 on; I_MPI_OFFLOAD=2 insists on it.
-        export I_MPI_OFFLOAD=1 I_MPI_OFFLOAD_MODE=cuda
+        settings+=(I_MPI_OFFLOAD=1 I_MPI_OFFLOAD_MODE=cuda)
         launch=(mpiexec -n "$ranks")
         ;;
     *) die "--mpi takes openmpi, mpich, cray or intel, not $mpi" ;;
 esac
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+command=(env "${settings[@]}" "${launch[@]}" "$@")
 if [[ -n $show ]]; then
-    printf '%q ' env "LD_LIBRARY_PATH=${LD_LIBRARY_PATH-}" "${launch[@]}" "$@"
+    printf '%q ' "${command[@]}"
     echo
     exit
 fi
-exec "${launch[@]}" "$@"
+exec "${command[@]}"

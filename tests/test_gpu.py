@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, RingAttention, arrays, device, kernels, layout
+from mpiattn import ALGORITHMS, RingAttention, arrays, cli, device, kernels, layout
 from mpiattn.conformance import Case, check, compare, fast, problem
 from mpiattn.costs import COSTS
 from mpiattn.mask import Causal, allowed, parse
@@ -188,6 +188,45 @@ def test_mixed_arrays_are_refused_on_every_rank(comm: Any, xp: Any) -> None:
         pytest.raises(InputError, match="rank 1 mixes cupy and numpy"),
     ):
         attention.forward(mine, mine, mine)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("wrong", ["one rank", "all ranks", "gradient"])
+def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wrong: str) -> None:
+    if xp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("takes two GPUs")
+    here = xp.cuda.Device().id
+    near = xp.ones((1, 2, 4, 8), np.float32)
+    with xp.cuda.Device((here + 1) % xp.cuda.runtime.getDeviceCount()):
+        far = xp.ones((1, 2, 4, 8), np.float32)
+    last = comm.Get_rank() == comm.Get_size() - 1
+    mine = far if last or wrong == "all ranks" else near
+    message = "another GPU than its current one|mixes"
+    with RingAttention(comm, layout="contiguous") as attention:
+        if wrong == "gradient":
+            _, saved = attention.forward(near, near, near)
+            with pytest.raises(InputError, match=message):
+                attention.backward(mine, saved)
+        else:
+            with pytest.raises(InputError, match=message):
+                attention.forward(mine, mine, mine)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare --arrays cupy --algorithms ring,mesh,ulysses --layout zigzag --iterations 1 --tokens 300 --sinks",
+        "compare --kernel cudnn --algorithms ring,mesh --iterations 1 --tokens 300 --dtype bfloat16 --partials narrow",
+        "conformance --arrays cupy --algorithms ring,mesh --gpu-messages host --case seed=3",
+        "conformance --kernel cudnn --algorithms ring --case dtype=bfloat16",
+        "run --kernel cupy --algorithm mesh --backward --tokens 300 --output {folder}/out.npz",
+        "calibrate --arrays cupy --tokens 256,1024 --bytes 1000000 --rounds 2 --output {folder}/here.toml",
+    ],
+)
+def test_commands(comm: Any, xp: Any, shared_path: Any, command: str) -> None:
+    name, *words = command.format(folder=shared_path).split()
+    assert cli.COMMANDS[name][0].main(cli.parser().parse_args([name, *words]), comm) == 0
 
 
 @pytest.mark.mpi(min_size=2, max_size=2)
