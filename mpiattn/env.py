@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _software() -> dict[str, str]:
     return {
         "mpiattn": _own_version(),
         "numpy": np.__version__,
-        "mpi4py": version("mpi4py"),
+        "mpi4py": version("mpi4py") if find_spec("mpi4py") else "none",
         "python": platform.python_version(),
         **_library(),
         "platform": platform.platform(),

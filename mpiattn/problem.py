@@ -377,10 +377,16 @@ def windows(
     rows : the ranks of each row of the grid
         In window w, row r has the chunks of row r - w.
     """
+    return _windows(needed.astype(bool).tobytes(), tuple(map(tuple, rows)))
+
+
+@functools.lru_cache(maxsize=4)
+def _windows(table: bytes, rows: tuple[tuple[int, ...], ...]) -> tuple[dict[int, Travel], list[dict[int, Travel]]]:
+    needed = np.frombuffer(table, bool).reshape(2 * [sum(map(len, rows))])
     along_col: dict[int, Travel] = {}
     along_row: list[dict[int, Travel]] = []
     for column in zip(*rows, strict=True):
-        users = [[needed[row, owner].any() for row in rows] for owner in column]
+        users = [[needed[list(row), owner].any() for row in rows] for owner in column]
         along_col.update(zip(column, travels(np.array(users)), strict=True))
     for window in range(len(rows)):
         ways: dict[int, Travel] = {}

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=size, metavar="SIZE", help="of a rank, such as 80GB (default: the machine's)")
     parser.add_argument("--algorithms", metavar="NAME,...", help="only these")
     parser.add_argument(
+        "--quick", action="store_true", help="run only the few with the best estimates, as algorithm=auto does"
+    )
+    parser.add_argument(
         "--curve",
         type=Path,
         metavar="FILE",
@@ -83,7 +86,7 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
-        result = plan(task, machine, args.ranks, args.memory, names, progress=progress)
+        result = plan(task, machine, args.ranks, args.memory, names, args.quick, progress)
     rows = [
         (
             outcome.candidate.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 from ..arrays import nbytes
 from ..machine import Link, Machine
@@ -12,8 +13,15 @@ from .candidates import GATHERED, Candidate
 from .task import Task
 
 
-def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> float:
-    """Return roughly the seconds that a candidate takes: work or messages, whichever take longer.
+class Estimate(NamedTuple):
+    """Seconds that a candidate roughly takes, to three digits, and of its messages alone; the least comes first."""
+
+    seconds: float
+    messages: float
+
+
+def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> Estimate:
+    """Return roughly how long a candidate takes: work or messages, whichever take longer.
 
     Messages take the time of their bytes on the links they cross, the slowest rank's; where nothing is
     computed meanwhile, as in an exchange of heads, both times add up. Latency isn't counted.
@@ -36,8 +44,10 @@ def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> 
     heads = (group - 1) / group**2 * exchange * _per_byte(machine, node, group > node, node)
     work = _work(task, machine, ranks, candidate)
     if candidate.algorithm in GATHERED:
-        return float(work + (row + col) / dict(candidate.arguments).get("head_groups", 1))
-    return float(max(work, row + col) + heads)
+        seconds = work + (row + col) / dict(candidate.arguments).get("head_groups", 1)
+    else:
+        seconds = max(work, row + col) + heads
+    return Estimate(float(f"{seconds:.3g}"), row + col + heads)
 
 
 def _work(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> float:

@@ -21,11 +21,11 @@ from .simulate import Outcome, simulate
 from .task import Task
 from .units import in_bytes, in_seconds
 
-TRIES = 6
-"""Variants of one algorithm that are run, those with the best estimates."""
+TRIES, TIES = 4, 2
+"""Variants of one algorithm that are run, those with the best estimates; and of those with the same estimate."""
 
-SLOWER = 3
-"""How many times as long as the fastest so far a candidate may take before it is given up."""
+SLOWER, FIRST = 1.5, 4
+"""How many times as long as the fastest so far a candidate may take; and how many the first of its algorithm."""
 
 FEW, ALIKE, CLOSE = 6, 3, 1.05
 """Of a quick plan: candidates that are run, how many of one algorithm, and how near an estimate is near enough."""
@@ -105,13 +105,14 @@ def plan(
     everyone = [(estimate(task, machine, ranks, one), one) for one in candidates(ranks, machine, algorithms)]
     everyone.sort(key=lambda pair: pair[0])
     search = _Search(task, machine, ranks, limit)
-    for seconds, candidate in everyone:
+    for (seconds, _), candidate in everyone:
         if reason := search.hopeless(seconds, candidate, quick):
             search.left_out.append((candidate, reason))
             continue
         if progress:
             progress(candidate.name)
-        search.run(candidate, patient=candidate.algorithm == "ring" and not quick)
+        search.ties[candidate.algorithm, seconds] += 1
+        search.run(candidate, math.inf if candidate.algorithm == "ring" else search.patience(candidate))
     return search.result()
 
 
@@ -124,6 +125,7 @@ class _Search:
         self.tight: list[Outcome] = []
         self.left_out: list[tuple[Candidate, str]] = []
         self.tries: Counter[str] = Counter()
+        self.ties: Counter[tuple[str, float]] = Counter()
 
     @property
     def fastest(self) -> float:
@@ -137,20 +139,25 @@ class _Search:
         tries, most = self.tries[candidate.algorithm], ALIKE if quick else TRIES
         if tries >= most:
             return f"{most} of the same algorithm with better estimates were run"
-        if not self.fitting or (candidate.algorithm == "ring" and not quick):
+        if self.ties[candidate.algorithm, seconds] >= TIES:
+            return f"{TIES} of the same algorithm with the same estimate were run"
+        if not self.fitting or candidate.algorithm == "ring":
             return ""
-        if seconds > (self.fastest / CLOSE if quick else SLOWER * self.fastest):
+        if seconds > (self.fastest / CLOSE if quick else self.patience(candidate)):
             return f"is estimated at {in_seconds(seconds)}"
         return f"{FEW} with better estimates were run" if quick and self.tries.total() >= FEW else ""
 
-    def run(self, candidate: Candidate, patient: bool) -> None:
-        """Run one, and give up where it takes too long."""
+    def patience(self, candidate: Candidate) -> float:
+        """Return the seconds after which a candidate is given up."""
+        return self.fastest * (SLOWER if self.tries[candidate.algorithm] else FIRST)
+
+    def run(self, candidate: Candidate, patience: float) -> None:
+        """Run one, and give up after so many seconds."""
         self.tries[candidate.algorithm] += 1
         try:
-            patience = math.inf if patient else SLOWER * self.fastest
             outcome = simulate(self.task, self.machine, self.ranks, candidate, patience)
         except TimeoutError:
-            self.left_out.append((candidate, f"takes more than {SLOWER} times as long as another"))
+            self.left_out.append((candidate, f"takes more than {in_seconds(patience)}"))
         except InputError as error:
             self.left_out.append((candidate, str(error)))
         else:
@@ -163,7 +170,7 @@ class _Search:
             if self.fitting:
                 break
             self.left_out.remove(entry)  # not the fastest, but perhaps possible
-            self.run(entry[0], patient=True)
+            self.run(entry[0], math.inf)
         if not self.fitting:
             raise InputError(self.impossible())
         outcomes = sorted(self.fitting, key=lambda outcome: outcome.seconds)
