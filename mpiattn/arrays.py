@@ -229,7 +229,7 @@ class Parcel:
             if on_gpu and alike and array.flags.c_contiguous:
                 # Four times as fast as CuPy's own copy of numbers of two bytes.
                 place.data.copy_from_device_async(array.data, place.nbytes)
-            elif on_gpu and array.dtype != place.dtype:
+            elif on_gpu and array.dtype.itemsize > place.dtype.itemsize:
                 cast(array, place.dtype, place)
             else:
                 place[...] = array

@@ -3,8 +3,8 @@
 Latency and bandwidth between two ranks of one host and of two hosts, with all ranks busy at once as in the
 algorithms; how large a message may be that leaves before its receive is posted; the kernel's rate for several
 sizes of a block, with all ranks computing at once; copies in memory. On GPUs messages are of device memory, or
-go through the host, as the algorithms' do; a block is called as often as fills some milliseconds, so that its rate
-has the launches in it where these take longer than the compute. Run it as the algorithms will run:
+go through the host, as the algorithms' do; a block is called as often as fills some milliseconds, and what it takes
+to queue a call and to post a message is measured apart. Run it as the algorithms will run:
 
     mpiexec -n 4 mpiattn calibrate --output here.toml
     run/gpu.sh -n 4 mpiattn calibrate --arrays cupy --output here.toml
@@ -79,11 +79,13 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     per_node = max(map(len, hosts))
     around = comm if xp is np else DeviceComm(comm, Channel(comm, xp, args.gpu_messages))
     links: dict[str, Link] = {}
+    overhead = 0.0
     neighbours = {"node": beside(hosts, comm.Get_rank(), True), "network": beside(hosts, comm.Get_rank(), False)}
     for level, pair in neighbours.items():
         present = comm.allgather(pair)
         if any(pair is not None for pair in present):
             links[level] = measure_link(around, pair, args, xp)
+            overhead = max(overhead, posting(around, pair, args, xp) if xp is not np else 0.0)
         progress.update()
     links.setdefault("network", links.get("node", Link(1e-6, 1e10)))
     if len(set(hosts)) > 1 and per_node > 1:  # all ranks of a host have sent at once: what one got is its share
@@ -93,13 +95,14 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     progress.update()
     compute = {}
     for dtype in dtypes:
-        forward, backward = [], []
+        forward, backward, calls = [], [], []
         for size in sizes:
             rates = kernel(comm, size, dtype, args, xp)
             forward.append(rates[0])
             backward.append(rates[1])
+            calls.append(rates[2])
             progress.update()
-        compute[dtype.name] = Rates(tuple(sizes), tuple(forward), tuple(backward))
+        compute[dtype.name] = Rates(tuple(sizes), tuple(forward), tuple(backward), min(calls))
     progress.close()
     eager = eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
     host.Free()
@@ -115,6 +118,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             memory_bandwidth=bandwidth,
             links=links,
             compute=compute,
+            overhead=overhead,
             eager=eager,
         )
         machine.write(found, args.output)
@@ -158,6 +162,22 @@ def measure_link(comm: Communicator, pair: tuple[int, int] | None, args: argpars
     return Link(times[SMALL], 1 / slope)
 
 
+def posting(comm: Communicator, pair: tuple[int, int] | None, args: argparse.Namespace, xp: Any) -> float:
+    """Return the seconds that a rank spends to post a message."""
+    seconds = []
+    arriving, leaving = (xp.ones(args.bytes, np.uint8) for _ in range(2))
+    for _ in range(args.rounds + 1):
+        gpu.wait(xp)
+        comm.Barrier()
+        start = time.perf_counter()
+        requests = []
+        if pair is not None:
+            requests = [comm.Irecv(arriving, pair[0], Tag.CLOCK), comm.Isend(leaving, pair[1], Tag.CLOCK)]
+        seconds.append((time.perf_counter() - start) / 2)
+        Waitall(requests)
+    return max(comm.allgather(statistics.median(seconds[1:])))
+
+
 def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
     """Return the bytes per second, read and written, of copies in memory, all ranks at once."""
     size = 2**23 if xp is np else 2**29
@@ -165,8 +185,11 @@ def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
     return 2 * size / best(comm, args.rounds, lambda: xp.copyto(target, source), xp)
 
 
-def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, xp: Any) -> tuple[float, float]:
-    """Return the operations per second of a block, forward and backward, all ranks at once."""
+def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, xp: Any) -> tuple[float, float, float]:
+    """Return the operations per second of a block, forward and backward, all ranks at once.
+
+    And the seconds that a rank spends to queue a call, before the device can start; 0 without a GPU.
+    """
     shape = 1, args.heads, size, args.head_dim
     if xp is np:
         q, k, v, d_out = np.random.default_rng(0).standard_normal((4, *shape)).astype(dtype)
@@ -192,10 +215,22 @@ def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, 
         block.backward(q, k, v, d_out, final, row_delta, where, where, d_q, d_k, d_v)
 
     work = args.heads * size**2 * args.head_dim
-    seconds = best(comm, args.rounds, forward, xp)
+    seconds, queueing = best(comm, args.rounds, forward, xp), 0.0
     row_delta, final = xp.zeros(lse.shape, wide), lse if xp is np else xp.full(lse.shape, np.log(size), wide)
-    return 4 * work / seconds, 10 * work / best(comm, args.rounds, backward, xp)
+    rates = 4 * work / seconds, 10 * work / best(comm, args.rounds, backward, xp)
+    if xp is not np:
+        gpu.wait(xp)
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            forward()
+            backward()
+        queueing = max(comm.allgather((time.perf_counter() - start) / (2 * QUEUED)))
+        gpu.wait(xp)
+    return *rates, queueing
 
+
+QUEUED = 10
+"""Calls that a GPU has certainly room for in its queue."""
 
 ENOUGH = 0.01
 """Seconds that calls on a GPU fill: the first ones wait for nothing, and the end of the last is waited for."""

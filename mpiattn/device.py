@@ -459,7 +459,10 @@ def attach(attention: Any, xp: Any, mode: str = "auto") -> None:
     """Let the communicators of an algorithm carry device memory; all ranks call it together."""
     if hasattr(attention, "channel"):
         return
-    channel = attention.channel = Channel(attention.comm, xp, mode)
+    comm = (
+        attention.comm.comm if hasattr(attention.comm, "trace") else attention.comm
+    )  # what it finds out is no traffic
+    channel = attention.channel = Channel(comm, xp, mode)
     wrapped: dict[int, Any] = {}
 
     def wrap(comm: Any) -> Any:

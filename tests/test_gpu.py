@@ -213,6 +213,7 @@ def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wro
 
 
 @pytest.mark.mpi
+@pytest.mark.filterwarnings("ignore:.* ranks share .* GPUs")
 @pytest.mark.parametrize(
     "command",
     [

@@ -101,6 +101,9 @@ class Attention:
     rank's tokens.
     """
 
+    final = True
+    """Whether what it computes is the result, and not a part of another algorithm's sums."""
+
     copied: frozenset[str] = frozenset()
     """Which of "q", "k", "v", "out" are the same on every rank, as are their gradients; see `owned`."""
 
@@ -369,6 +372,7 @@ class Attention:
         if self.problem is None or xp is not np or xp is not self.xp:
             options = self.mask, self.scale, self.kernel_name, self.softcap, dropout
             kernel = kernels.choose(xp.__name__, problem, *options)
+            kernel.rounds = self.final
             if hasattr(self.kernel, "kernel"):  # a TracedKernel
                 self.kernel.kernel = kernel
             else:

@@ -70,6 +70,7 @@ class HybridAttention(UlyssesAttention):
             else MeshAttention(self.ring, rows=self.rows, cols=self.cols, **options)
         )
         if self.ulysses > 1:
+            self.inner.final = False  # ranks of a group may share K/V heads, whose gradients are then added up
             self.layout = f"{self.layout}/{self.ulysses}"
 
     @classmethod

@@ -285,7 +285,7 @@ class CudnnKernel(Sums):
     def complete(self, sums: Sequence[Array], *arrived: Sequence[Array]) -> Sequence[Array]:
         """Add up what waits and what arrived; return it rounded, in new memory, if the sum has not yet settled."""
         results = sums
-        if self._begun(sums):
+        if self.rounds and self._begun(sums):
             results = [cupy.empty(array.shape, self.dtype if array.ndim == 4 else array.dtype) for array in sums]
         self._end(sums, arrived, results)
         return results

@@ -20,6 +20,9 @@ Array = Any
 class Sums:
     """Sums to which each call of the kernel adds at once."""
 
+    rounds = True
+    """Whether complete sums may be rounded: nothing is added to them elsewhere."""
+
     def remember(self, row_delta: Array, out: Array) -> None:
         """Say of which output row_delta has the sums of products with d_out: a kernel may rather use that."""
 
