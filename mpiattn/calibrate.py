@@ -175,7 +175,7 @@ def posting(comm: Communicator, pair: tuple[int, int] | None, args: argparse.Nam
             requests = [comm.Irecv(arriving, pair[0], Tag.CLOCK), comm.Isend(leaving, pair[1], Tag.CLOCK)]
         seconds.append((time.perf_counter() - start) / 2)
         Waitall(requests)
-    return max(comm.allgather(statistics.median(seconds[1:])))
+    return float(max(comm.allgather(statistics.median(seconds[1:]))))
 
 
 def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
