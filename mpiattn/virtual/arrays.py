@@ -36,19 +36,14 @@ class Storage:
 class VirtualArray:
     """Shape and dtype of an array, and the storage it keeps alive."""
 
-    __slots__ = ("dtype", "nbytes", "shape", "storage")
+    __slots__ = ("dtype", "nbytes", "ndim", "shape", "storage")
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: Storage) -> None:
         self.shape, self.dtype, self.storage = shape, dtype, storage
-        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.nbytes, self.ndim = math.prod(shape) * dtype.itemsize, len(shape)
 
     def __array_namespace__(self, api_version: str | None = None) -> ModuleType:
         return sys.modules[__name__]
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
 
     @property
     def size(self) -> int:
