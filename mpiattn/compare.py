@@ -63,6 +63,11 @@ class Case:
     why: list[str] = field(default_factory=list)
 
     @property
+    def title(self) -> str:
+        """The algorithm, and whether it was chosen."""
+        return f"{AUTO}: {self.algorithm}" if self.why else self.algorithm
+
+    @property
     def grid(self) -> str:
         """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
@@ -112,7 +117,7 @@ class Case:
         for name in PASSES:
             self.comm.comm.Barrier()
             start = clock()
-            with trace.phase(f"{self.algorithm} {self.grid} {self.attention.layout} {name}"):
+            with trace.phase(f"{self.title} {self.grid} {self.attention.layout} {name}"):
                 if saved is None:
                     _, saved = self.attention.forward(*qkv, **self.features)
                 else:
@@ -154,7 +159,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         right = patiently(comm, lambda: expected(*given, args) if given else None)
         progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
         for number, case in itertools.product(range(1 + args.iterations), cases):
-            progress.set_postfix_str(f"{case.algorithm} {case.grid} {case.attention.layout}", refresh=False)
+            progress.set_postfix_str(f"{case.title} {case.grid} {case.attention.layout}", refresh=False)
             if number == 0:
                 case.share(given[0] if given else None, args, xp)
                 case.check(given[1] if given else None, right)
@@ -221,8 +226,8 @@ def build(
             choice = inputs.choose(comm, given, args, backward=True)
             options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
             attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
-            title = f"{AUTO}: {choice.plan.best.candidate.algorithm}"
-            cases.append(Case(title, choice.arguments, attention.comm, attention, why=choice.explain()))
+            chosen = choice.plan.best.candidate.algorithm
+            cases.append(Case(chosen, choice.arguments, attention.comm, attention, why=choice.explain()))
             continue
         for arguments in ALGORITHMS[name].variants(comm.Get_size()):
             if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
@@ -239,7 +244,7 @@ def build(
                     break
                 case = Case(name, arguments, traced, stack.enter_context(attention))
                 if (name, case.grid, attention.layout) not in [
-                    (c.algorithm, c.grid, c.attention.layout) for c in cases
+                    (c.title, c.grid, c.attention.layout) for c in cases
                 ]:
                     cases.append(case)  # else the layout makes no difference to it
     if not cases:
@@ -272,7 +277,7 @@ def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
     errors = comm.bcast(case.errors)
     tolerance = oracle.TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
     result: dict[str, Any] = {
-        "algorithm": case.algorithm,
+        "algorithm": case.title,
         "grid": case.grid,
         "layout": case.attention.layout,
         "mask": mask,

@@ -1,4 +1,4 @@
-"""How long a candidate roughly takes, in closed form: what decides which candidates are worth a run."""
+"""How long a candidate roughly takes, and what it holds, in closed form: which candidates are worth a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from .. import memory
 from ..arrays import nbytes
 from ..machine import Link, Machine
 from ..problem import Problem
@@ -29,7 +30,8 @@ def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> 
     group, rows, cols = candidate.shape(ranks)
     chunks = _problem(task, rows * cols)
     share, kv_share = 1 / min(group, task.heads), 1 / min(group, task.kv_heads)  # of the heads
-    q, kv, o, rows_back, d_q, d_kv = _parcels(chunks)
+    kinds = chunks.q, chunks.kv, chunks.o, chunks.q_backward, chunks.d_q, chunks.d_kv
+    q, kv, o, rows_back, d_q, d_kv = (nbytes(parcel(0)) for parcel in kinds)
     along_row, along_col, exchange = q + o, kv, 2 * q + kv
     if task.backward:
         along_row, along_col, exchange = along_row + rows_back + d_q, along_col + kv + d_kv, 2 * exchange
@@ -65,21 +67,14 @@ def _work(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> flo
     return seconds
 
 
-def holds(task: Task, ranks: int, candidate: Candidate) -> int:
-    """Return bytes that a rank holds at least: its own share of everything, and what it has of others at once."""
-    group, rows, cols = candidate.shape(ranks)
-    chunks = _problem(task, rows * cols)
-    q, kv, o, rows_back, d_q, d_kv = _parcels(chunks)
-    own = (2 * q + kv) * (2 if task.backward else 1) / group
-    share, kv_share = 1 / min(group, task.heads), 1 / min(group, task.kv_heads)
-    if candidate.algorithm == "allgather":
-        slots = rows * min(1, 2 / dict(candidate.arguments).get("head_groups", 1))
-    else:
-        slots = rows if cols > 1 or candidate.algorithm.startswith("mesh") else min(rows, 2)
-    along_row, along_col = q + o, kv
-    if task.backward:  # what forward has held is kept for the next one
-        along_row, along_col = along_row + rows_back + d_q, along_col + (d_kv if rows > 1 else 0)
-    return int(own + (cols * along_row * share if cols > 1 else 0) + slots * along_col * kv_share)
+def held(task: Task, ranks: int, candidate: Candidate) -> int:
+    """Return the bytes that a rank holds at most, what it is given included: that of the first and the last rank."""
+    problem, most = _problem(task, ranks), 0
+    for rank in {0, ranks - 1}:
+        peak = memory.peak(candidate.algorithm, problem, rank, **dict(candidate.arguments))
+        given = nbytes(problem.qkv(rank)) + (nbytes(problem.out(rank)[1:]) if task.backward else 0)
+        most = max(most, given + max(peak.forward, peak.backward if task.backward else 0))
+    return most
 
 
 def _in_order(near: int, cols: int) -> tuple[int, int]:
@@ -93,12 +88,6 @@ def _per_byte(machine: Machine, node: int, leaves: bool, crossing: int) -> float
     if not leaves:
         return 1 / link.bandwidth
     return max(1 / link.bandwidth, crossing / (link.cards or crossing) / link.bandwidth, crossing / link.shared)
-
-
-def _parcels(chunks: Problem) -> list[int]:
-    """Return the bytes of the first chunk's Q, K/V, O, rows of Q backward, dQ, dK/dV as they travel."""
-    kinds = chunks.q, chunks.kv, chunks.o, chunks.q_backward, chunks.d_q, chunks.d_kv
-    return [nbytes(parcel(0)) for parcel in kinds]
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from ..machine import Machine
 from ..mask import Causal, Full
 from ..message import InputError
 from .candidates import Candidate, candidates
-from .estimate import estimate, holds
+from .estimate import estimate, held
 from .simulate import Outcome, simulate
 from .task import Task
 from .units import in_bytes, in_seconds
@@ -122,7 +122,6 @@ class _Search:
     def __init__(self, task: Task, machine: Machine, ranks: int, memory: float) -> None:
         self.task, self.machine, self.ranks, self.memory = task, machine, ranks, memory
         self.fitting: list[Outcome] = []
-        self.tight: list[Outcome] = []
         self.left_out: list[tuple[Candidate, str]] = []
         self.tries: Counter[str] = Counter()
         self.ties: Counter[tuple[str, float]] = Counter()
@@ -133,9 +132,9 @@ class _Search:
 
     def hopeless(self, seconds: float, candidate: Candidate, quick: bool) -> str:
         """Say why a candidate of that estimate isn't worth a run, or return nothing."""
-        least = holds(self.task, self.ranks, candidate)
-        if least > self.memory:
-            return f"needs more than {in_bytes(least)} a rank"
+        needed = held(self.task, self.ranks, candidate)
+        if needed > self.memory:
+            return f"needs {in_bytes(needed)} a rank"
         tries, most = self.tries[candidate.algorithm], ALIKE if quick else TRIES
         if tries >= most:
             return f"{most} of the same algorithm with better estimates were run"
@@ -161,44 +160,43 @@ class _Search:
         except InputError as error:
             self.left_out.append((candidate, str(error)))
         else:
-            (self.fitting if outcome.peak <= self.memory else self.tight).append(outcome)
+            if outcome.peak <= self.memory:
+                self.fitting.append(outcome)
+            else:  # a rank between the first and the last
+                self.left_out.append((candidate, f"needs {in_bytes(outcome.peak)} a rank"))
 
     def result(self) -> Plan:
         """Return the plan, or raise InputError."""
-        by_memory = sorted(self.left_out, key=lambda pair: holds(self.task, self.ranks, pair[0]))
-        for entry in by_memory[:FEW]:
-            if self.fitting:
-                break
-            self.left_out.remove(entry)  # not the fastest, but perhaps possible
-            self.run(entry[0], math.inf)
         if not self.fitting:
             raise InputError(self.impossible())
         outcomes = sorted(self.fitting, key=lambda outcome: outcome.seconds)
-        tight = [(outcome.candidate, f"needs {in_bytes(outcome.peak)} a rank") for outcome in self.tight]
-        return Plan(self.task, self.machine, self.ranks, self.memory, outcomes, self.left_out + tight)
+        return Plan(self.task, self.machine, self.ranks, self.memory, outcomes, self.left_out)
 
     def impossible(self) -> str:
         """Say why nothing fits, and what would."""
-        if not self.tight:
+        task, memory = self.task, self.memory
+        smallest = min((one for one, _ in self.left_out), key=lambda one: held(task, self.ranks, one))
+        needed = held(task, self.ranks, smallest)
+        if needed <= memory:
             reasons = "; ".join(f"{candidate.name}: {why}" for candidate, why in self.left_out[:3])
             return f"no algorithm can do this on {self.ranks} ranks: {reasons}"
-        smallest = min(self.tight, key=lambda outcome: outcome.peak)
-        fits, peak = self.task.tokens, smallest.peak
-        while peak > self.memory and fits:  # memory is nearly in proportion
-            fits = int(0.99 * fits * self.memory / peak)
-            peak = self.peak(fits, smallest.candidate) if fits else 0
+        fits, peak = task.tokens, needed
+        while peak > memory and fits:  # memory is nearly in proportion
+            fits = int(0.999 * fits * memory / peak)
+            peak = held(self.shorter(fits), self.ranks, smallest) if fits else 0
         if not fits:
-            return f"not even one token fits into {in_bytes(self.memory)} a rank"
-        more = 2 ** math.ceil(math.log2(self.task.tokens / fits)) * self.ranks
+            return f"not even one token fits into {in_bytes(memory)} a rank"
+        more = self.ranks
+        while peak > memory or more == self.ranks:
+            more *= 2
+            peak = min(held(task, more, one) for one in candidates(more, self.machine, [smallest.algorithm]))
         return (
-            f"{self.task.tokens} tokens on {self.ranks} ranks need at least {in_bytes(smallest.peak)} a rank "
-            f"({smallest.candidate.name}), {in_bytes(self.memory)} are allowed: possible are about {fits} tokens, "
-            f"or {more} ranks"
+            f"{task.tokens} tokens on {self.ranks} ranks need at least {in_bytes(needed)} a rank ({smallest.name}), "
+            f"{in_bytes(memory)} are allowed: possible are about {fits} tokens, or {more} ranks"
         )
 
-    def peak(self, tokens: int, candidate: Candidate) -> int:
-        """Return what a candidate holds with so many tokens, of which documents have no part here."""
+    def shorter(self, tokens: int) -> Task:
+        """Return the task with so many tokens, of which documents have no part here."""
         task = self.task
         mask = Causal() if task.mask.causal else Full()
-        shorter = replace(task, tokens=tokens, kv_tokens=tokens if task.kv_tokens else None, mask=mask)
-        return simulate(shorter, self.machine, self.ranks, candidate).peak
+        return replace(task, tokens=tokens, kv_tokens=tokens if task.kv_tokens else None, mask=mask)
