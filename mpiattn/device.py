@@ -6,9 +6,7 @@ event where the algorithm posts a message, lets the algorithm queue its next blo
 MPI when the event has passed: in the `Testall` and `Waitall` that follow.
 
 Where the MPI library takes device memory, which `takes_device_memory` finds out, it is given just that. Else
-a message goes through pinned memory of the host in pieces, so that copies and transfers overlap. Ranks of one
-host share that memory: a piece is copied there by the sender's GPU and out by the receiver's, and MPI only
-says where it is.
+a message goes through the host's memory: see `staging.py`.
 
 This module serves CuPy through the namespace that an array brings along; NumPy's arrays pass it untouched.
 """
@@ -17,31 +15,26 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from . import staging
 from .arrays import Tracked, Uses
-from .message import Allocate_shared, Communicator, Memory, Testall, constant
+from .message import Communicator, Memory, Testall, constant
 
 Array = Any
-Pieces = deque[tuple[int, int]]
 
 MODES = ("auto", "device", "host")
 LARGEST = 2**30  # bytes of one message of device memory; an MPI-3 library counts them in a C int
-PIECE = 2**22  # bytes of a piece that is staged on the host
-SLOTS = 4  # pieces of a message under way at a time
-SHARED = 8  # pieces that a rank has room for in memory that the ranks of its host share
 ROUNDS = 500  # messages of one tag to one rank are numbered modulo this
 TAGS = 32  # tags of algorithms lie below
 BACK = ROUNDS * TAGS  # added to the tag of a message: what its receiver says to its sender
-NOTHING = np.empty(0, np.uint8)
 
 FROM_LAUNCHER = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_", "OMPI_UNIVERSE", "HYDI_", "HYDRA_", "SLURM_", "MPI_LOCAL")
 
@@ -100,55 +93,6 @@ def takes_device_memory(comm: Communicator, xp: Any) -> bool:
     return bool(answer)
 
 
-class Segment:
-    """Pinned memory that the ranks of a host share: each has some slots of PIECE bytes.
-
-    Attributes
-    ----------
-    parts : dict
-        Address of each rank's slots, by the name of the rank; see `name`.
-    free : list of int
-        Those of the own slots that nothing is in.
-    """
-
-    known: ClassVar[dict[tuple[str, ...], Segment | None]] = {}
-    """By the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
-
-    def __init__(self, host: Communicator, names: Sequence[str], xp: Any) -> None:
-        self.window = Allocate_shared(host, SHARED * PIECE)
-        buffers = [np.frombuffer(self.window.Shared_query(rank)[0], np.uint8) for rank in range(len(names))]
-        buffers[host.Get_rank()].fill(0)  # its pages are taken from memory near this rank
-        host.Barrier()
-        self.parts = {part: buffer.ctypes.data for part, buffer in zip(names, buffers, strict=True)}
-        self.free = list(range(SHARED))
-        self.name = names[host.Get_rank()]
-        for buffer in buffers:
-            xp.cuda.runtime.hostRegister(buffer.ctypes.data, buffer.nbytes, 0)
-
-    def address(self, part: str, slot: int) -> int:
-        """Return the address of a slot of a rank."""
-        return int(self.parts[part] + slot * PIECE)
-
-    @classmethod
-    def of(cls, comm: Communicator, xp: Any) -> Segment | None:
-        """Return that of the ranks of a communicator that are on this host; None where it can't be had."""
-        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-        names = tuple(host.allgather(name()))
-        if names not in cls.known:
-            try:
-                segment = cls(host, names, xp)
-            except Exception:  # of MPI, or of CUDA
-                segment = None
-            cls.known[names] = segment if all(host.allgather(segment is not None)) else None
-        host.Free()
-        return cls.known[names]
-
-
-def name() -> str:
-    """Return a name that no other process has."""
-    return f"{socket.gethostname()} {os.getpid()}"
-
-
 class Channel:
     """What the communicators of one algorithm share: how messages go, and those under way.
 
@@ -168,7 +112,7 @@ class Channel:
         self.under_way: list[Transfer] = []
         self.out, self.back = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
         self.slots: list[Any] = []
-        self.segment = None if self.on_device else Segment.of(comm, xp)
+        self.segment = None if self.on_device else staging.Segment.of(comm, xp)
 
     def mark(self, stream: Any = None) -> Any:
         """Return an event that passes when the device has done all that was queued so far."""
@@ -190,7 +134,7 @@ class Channel:
         """Return a piece of pinned memory, bytes of the host."""
         if self.slots:
             return self.slots.pop()
-        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(PIECE), np.uint8, PIECE)
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(staging.PIECE), np.uint8, staging.PIECE)
 
     def copy(self, to: int, source: int, size: int, stream: Any) -> Any:
         """Queue a copy between host and device; return the event of its end."""
@@ -244,7 +188,7 @@ class DeviceComm:
     def __init__(self, comm: Communicator, channel: Channel) -> None:
         self.comm, self.channel = comm, channel
         self.counts: dict[tuple[str, int, int], int] = defaultdict(int)
-        self.names = [] if channel.on_device else comm.allgather(name())
+        self.names = [] if channel.on_device else comm.allgather(staging.name())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
@@ -268,11 +212,13 @@ class DeviceComm:
         pointer, size, ready = int(array.data.ptr), int(array.nbytes), self.channel.ready(buf)
         if self.channel.on_device:
             return Transfer(self.channel, self._on_device(post, pointer, size, peer, tag, ready), array)
-        segment, parts = self.channel.segment, deque(_pieces(pointer, size))
+        segment, pieces = self.channel.segment, staging.pieces(pointer, size)
         if segment is not None and self.names[peer] in segment.parts:
-            steps = (self._shared_send if kind == "send" else self._shared_receive)(segment, parts, peer, tag, ready)
+            shared = staging.shared_send if kind == "send" else staging.shared_receive
+            steps = shared(self.comm, self.channel, segment, self.names[peer], pieces, peer, tag, BACK, ready)
         else:
-            steps = (self._staged_send if kind == "send" else self._staged_receive)(parts, peer, tag, ready)
+            staged = staging.send if kind == "send" else staging.receive
+            steps = staged(self.comm, self.channel, pieces, peer, tag, ready)
         return Transfer(self.channel, steps, array)
 
     def _on_device(
@@ -283,78 +229,6 @@ class DeviceComm:
         edges = [*range(0, size, LARGEST), size]
         requests = [post(Memory(pointer + a, b - a), peer, tag) for a, b in itertools.pairwise(edges)]
         yield from _posted(requests)
-
-    def _staged_send(self, pieces: Pieces, dest: int, tag: int, ready: Any) -> Iterator[None]:
-        channel = self.channel
-        while not ready.done:  # waiting on the stream would hold up other messages
-            yield
-        copying, sending = deque[Any](), deque[Any]()
-        while pieces or copying or sending:
-            while pieces and len(copying) + len(sending) < SLOTS:
-                pointer, size = pieces.popleft()
-                slot = channel.slot()
-                copying.append((channel.copy(slot.ctypes.data, pointer, size, channel.out), slot, size))
-            while copying and copying[0][0].done:
-                _, slot, size = copying.popleft()
-                sending.append((self.comm.Isend(slot[:size], dest, tag), slot))
-            while sending and sending[0][0].Test():
-                channel.slots.append(sending.popleft()[1])
-            yield
-
-    def _staged_receive(self, pieces: Pieces, source: int, tag: int, ready: Any) -> Iterator[None]:
-        channel = self.channel
-        receiving, copying = deque[Any](), deque[Any]()
-        while pieces or receiving or copying:
-            while pieces and len(receiving) + len(copying) < SLOTS:
-                pointer, size = pieces.popleft()
-                slot = channel.slot()
-                receiving.append((self.comm.Irecv(slot[:size], source, tag), slot, pointer, size))
-            while receiving and ready.done and receiving[0][0].Test():
-                _, slot, pointer, size = receiving.popleft()
-                copying.append((channel.copy(pointer, slot.ctypes.data, size, channel.back), slot))
-            while copying and copying[0][0].done:
-                channel.slots.append(copying.popleft()[1])
-            yield
-
-    def _shared_send(self, segment: Segment, pieces: Pieces, dest: int, tag: int, ready: Any) -> Iterator[None]:
-        """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
-        channel = self.channel
-        there = self.comm.Irecv(NOTHING, dest, tag + BACK)
-        while not (ready.done and there.Test()):
-            yield
-        copying, lent = deque[Any](), deque[Any]()
-        while pieces or copying or lent:
-            while pieces and segment.free and len(copying) + len(lent) < SLOTS:
-                pointer, size = pieces.popleft()
-                slot = segment.free.pop()
-                copying.append((channel.copy(segment.address(segment.name, slot), pointer, size, channel.out), slot))
-            while copying and copying[0][0].done:
-                _, slot = copying.popleft()
-                number = np.array([slot], np.int32)
-                sent = self.comm.Isend(number, dest, tag)
-                lent.append((self.comm.Irecv(NOTHING, dest, tag + BACK), sent, number, slot))
-            while lent and lent[0][0].Test():
-                _, sent, _, slot = lent.popleft()
-                sent.Wait()
-                segment.free.append(slot)
-            yield
-
-    def _shared_receive(self, segment: Segment, pieces: Pieces, source: int, tag: int, ready: Any) -> Iterator[None]:
-        """Copy pieces from the sender's slots, and tell it that they are free again."""
-        channel, part = self.channel, self.names[source]
-        receiving, copying, told = deque[Any](), deque[Any](), [self.comm.Isend(NOTHING, source, tag + BACK)]
-        while pieces or receiving or copying:
-            while pieces and len(receiving) < SLOTS:
-                slot = np.empty(1, np.int32)
-                receiving.append((self.comm.Irecv(slot, source, tag), slot, *pieces.popleft()))
-            while receiving and ready.done and receiving[0][0].Test():
-                _, slot, pointer, size = receiving.popleft()
-                copying.append(channel.copy(pointer, segment.address(part, int(slot[0])), size, channel.back))
-            while copying and copying[0].done:
-                copying.popleft()
-                told.append(self.comm.Isend(NOTHING, source, tag + BACK))
-            yield
-        yield from _posted(told)
 
     # Collectives
 
@@ -423,11 +297,6 @@ def _array(buf: Any) -> Array:
     if isinstance(buf, Tracked):
         return buf.buffer
     return buf[0] if isinstance(buf, (list, tuple)) else buf
-
-
-def _pieces(pointer: int, size: int) -> list[tuple[int, int]]:
-    """Return pointer and size of each piece of an array of bytes."""
-    return [(pointer + begin, min(PIECE, size - begin)) for begin in range(0, size, PIECE)]
 
 
 def _parts(buf: Any) -> list[Array]:

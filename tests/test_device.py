@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import device
-from mpiattn.device import Channel, DeviceComm, Segment, Transfer
+from mpiattn import device, staging
+from mpiattn.device import Channel, DeviceComm, Transfer
 from mpiattn.message import Tag, Testall, Waitall, constant
 
 
@@ -87,9 +87,9 @@ XP = SimpleNamespace(
 
 @pytest.fixture(params=["device", "shared", "network"])
 def around(request: pytest.FixtureRequest, comm: Any, monkeypatch: pytest.MonkeyPatch) -> DeviceComm:
-    monkeypatch.setattr(device, "PIECE", 1000)
+    monkeypatch.setattr(staging, "PIECE", 1000)
     monkeypatch.setattr(device, "LARGEST", 2500)
-    monkeypatch.setattr(Segment, "known", {})
+    monkeypatch.setattr(staging.Segment, "known", {})
     channel = Channel(comm, XP, "device" if request.param == "device" else "host")
     if request.param == "network":
         channel.segment = None

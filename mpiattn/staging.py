@@ -1,0 +1,177 @@
+"""Messages between GPUs through the host's memory, in pieces, so that copies and transfers overlap.
+
+Between hosts a piece is copied to pinned memory, sent, and copied from there. Ranks of one host share pinned
+memory: a piece is copied there by the sender's GPU and out by the receiver's, and MPI only says where it is.
+
+Each function here is a generator that brings one message on, and yields while there is nothing to do. `channel`
+is a `device.Channel`; `ready` is an event that passes when the device has done with the buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .message import Allocate_shared, Communicator, Testall, constant
+
+PIECE = 2**22  # bytes
+SLOTS = 4  # pieces of a message under way at a time
+SHARED = 8  # pieces that a rank has room for in memory that the ranks of its host share
+NOTHING = np.empty(0, np.uint8)
+
+Pieces = deque[tuple[int, int]]
+"""Address and size of each piece of a buffer on the device."""
+
+
+def pieces(pointer: int, size: int) -> Pieces:
+    """Return pointer and size of each piece of an array of bytes."""
+    return deque((pointer + begin, min(PIECE, size - begin)) for begin in range(0, size, PIECE))
+
+
+class Segment:
+    """Pinned memory that the ranks of a host share: each has some slots of PIECE bytes.
+
+    Attributes
+    ----------
+    parts : dict
+        Address of each rank's slots, by the name of the rank; see `name`.
+    free : list of int
+        Those of the own slots that nothing is in.
+    """
+
+    known: ClassVar[dict[tuple[str, ...], Segment | None]] = {}
+    """By the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
+
+    def __init__(self, host: Communicator, names: Sequence[str], xp: Any) -> None:
+        self.window = Allocate_shared(host, SHARED * PIECE)
+        buffers = [np.frombuffer(self.window.Shared_query(rank)[0], np.uint8) for rank in range(len(names))]
+        buffers[host.Get_rank()].fill(0)  # its pages are taken from memory near this rank
+        host.Barrier()
+        self.parts = {part: buffer.ctypes.data for part, buffer in zip(names, buffers, strict=True)}
+        self.free = list(range(SHARED))
+        self.name = names[host.Get_rank()]
+        for buffer in buffers:
+            xp.cuda.runtime.hostRegister(buffer.ctypes.data, buffer.nbytes, 0)
+
+    def address(self, part: str, slot: int) -> int:
+        """Return the address of a slot of a rank."""
+        return int(self.parts[part] + slot * PIECE)
+
+    @classmethod
+    def of(cls, comm: Communicator, xp: Any) -> Segment | None:
+        """Return that of the ranks of a communicator that are on this host; None where it can't be had."""
+        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+        names = tuple(host.allgather(name()))
+        if names not in cls.known:
+            try:
+                segment = cls(host, names, xp)
+            except Exception:  # of MPI, or of CUDA
+                segment = None
+            cls.known[names] = segment if all(host.allgather(segment is not None)) else None
+        host.Free()
+        return cls.known[names]
+
+
+def name() -> str:
+    """Return a name that no other process has."""
+    return f"{socket.gethostname()} {os.getpid()}"
+
+
+def send(comm: Communicator, channel: Any, pieces: Pieces, dest: int, tag: int, ready: Any) -> Iterator[None]:
+    """Copy pieces to the host, and send each as soon as it is there."""
+    while not ready.done:  # waiting on the stream would hold up other messages
+        yield
+    copying, sending = deque[Any](), deque[Any]()
+    while pieces or copying or sending:
+        while pieces and len(copying) + len(sending) < SLOTS:
+            pointer, size = pieces.popleft()
+            slot = channel.slot()
+            copying.append((channel.copy(slot.ctypes.data, pointer, size, channel.out), slot, size))
+        while copying and copying[0][0].done:
+            _, slot, size = copying.popleft()
+            sending.append((comm.Isend(slot[:size], dest, tag), slot))
+        while sending and sending[0][0].Test():
+            channel.slots.append(sending.popleft()[1])
+        yield
+
+
+def receive(comm: Communicator, channel: Any, pieces: Pieces, source: int, tag: int, ready: Any) -> Iterator[None]:
+    """Receive pieces on the host, and copy each to the device as soon as it is there."""
+    receiving, copying = deque[Any](), deque[Any]()
+    while pieces or receiving or copying:
+        while pieces and len(receiving) + len(copying) < SLOTS:
+            pointer, size = pieces.popleft()
+            slot = channel.slot()
+            receiving.append((comm.Irecv(slot[:size], source, tag), slot, pointer, size))
+        while receiving and ready.done and receiving[0][0].Test():
+            _, slot, pointer, size = receiving.popleft()
+            copying.append((channel.copy(pointer, slot.ctypes.data, size, channel.back), slot))
+        while copying and copying[0][0].done:
+            channel.slots.append(copying.popleft()[1])
+        yield
+
+
+def shared_send(
+    comm: Communicator,
+    channel: Any,
+    segment: Segment,
+    part: str,
+    pieces: Pieces,
+    dest: int,
+    tag: int,
+    back: int,
+    ready: Any,
+) -> Iterator[None]:
+    """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
+    there = comm.Irecv(NOTHING, dest, tag + back)
+    while not (ready.done and there.Test()):
+        yield
+    copying, lent = deque[Any](), deque[Any]()
+    while pieces or copying or lent:
+        while pieces and segment.free and len(copying) + len(lent) < SLOTS:
+            pointer, size = pieces.popleft()
+            slot = segment.free.pop()
+            copying.append((channel.copy(segment.address(segment.name, slot), pointer, size, channel.out), slot))
+        while copying and copying[0][0].done:
+            _, slot = copying.popleft()
+            number = np.array([slot], np.int32)
+            sent = comm.Isend(number, dest, tag)
+            lent.append((comm.Irecv(NOTHING, dest, tag + back), sent, number, slot))
+        while lent and lent[0][0].Test():
+            _, sent, _, slot = lent.popleft()
+            sent.Wait()
+            segment.free.append(slot)
+        yield
+
+
+def shared_receive(
+    comm: Communicator,
+    channel: Any,
+    segment: Segment,
+    part: str,
+    pieces: Pieces,
+    source: int,
+    tag: int,
+    back: int,
+    ready: Any,
+) -> Iterator[None]:
+    """Copy pieces from the sender's slots, and tell it that they are free again."""
+    receiving, copying, told = deque[Any](), deque[Any](), [comm.Isend(NOTHING, source, tag + back)]
+    while pieces or receiving or copying:
+        while pieces and len(receiving) < SLOTS:
+            slot = np.empty(1, np.int32)
+            receiving.append((comm.Irecv(slot, source, tag), slot, *pieces.popleft()))
+        while receiving and ready.done and receiving[0][0].Test():
+            _, slot, pointer, size = receiving.popleft()
+            copying.append(channel.copy(pointer, segment.address(part, int(slot[0])), size, channel.back))
+        while copying and copying[0].done:
+            copying.popleft()
+            told.append(comm.Isend(NOTHING, source, tag + back))
+        yield
+    while not Testall(told):
+        yield
