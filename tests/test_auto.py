@@ -94,6 +94,7 @@ def test_ranks_in_another_order() -> None:
         hosts, near = by_host(mixed)
         choice = mpiattn.choose(mixed, **SIZES, dtype="float64", mask=Causal(), algorithms=["mesh"])
         candidate = Candidate("mesh", (("rows", 4), ("cols", 2)), (4, 1))
+        assert choice.places == tuple(choice.plan.best.candidate.order(8)[hosts.index(rank)] for rank in range(8))
         best = dataclasses.replace(choice.plan.best, candidate=candidate)
         found = dataclasses.replace(choice.plan, outcomes=[best])
         order = candidate.order(8)
