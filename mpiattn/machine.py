@@ -200,7 +200,9 @@ class _Table:
 
     def number(self, key: str, default: float | None = None, zero: bool = False) -> float:
         """Take a positive number; zero where allowed."""
-        value = self.values.pop(key, default)
+        if key not in self.values and default is not None:
+            return default
+        value = self.values.pop(key, None)
         if value is None:
             raise self.wrong(key, "is missing")
         return self._positive(key, value, zero)
@@ -208,7 +210,9 @@ class _Table:
     def _positive(self, key: str, value: object, zero: bool) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, f"must be a number, not {value!r}")
-        if math.isnan(value) or value < 0 or (value == 0 and not zero):
+        if not math.isfinite(value):
+            raise self.wrong(key, f"must be a finite number, not {value!r}")
+        if value < 0 or (value == 0 and not zero):
             raise self.wrong(key, f"must be {'zero or more' if zero else 'more than zero'}, not {value!r}")
         return float(value)
 

@@ -383,6 +383,7 @@ backward = [1e10, 2e10]
     ("old", "new", "message"),
     [
         ("memory = 1e9", "memory = -1", "line 4: memory must be more than zero, not -1"),
+        ("memory = 1e9", "memory = inf", "line 4: memory must be a finite number, not inf"),
         ("bandwidth = 1e9", "bandwidth = 0", "line 8: links.network.bandwidth must be more than zero, not 0"),
         ("latency = 1e-5", "latency = 'x'", "line 7: links.network.latency must be a number, not 'x'"),
         ("latency = 1e-5", "latncy = 1e-5", "line 6: links.network.latency is missing"),
