@@ -54,9 +54,15 @@ class VirtualArray:
         return self.shape[0]
 
     def __getitem__(self, index: Index) -> VirtualArray:
+        if type(index) is tuple:  # all of it, as of a block that is not cut: told without making an array
+            for entry in index:
+                if type(entry) is not slice or entry != WHOLE:
+                    break
+            else:
+                return self
         shape, copied = _indexed(self.shape, index)
         if not copied:
-            return self if shape == self.shape else VirtualArray(shape, self.dtype, self.storage)
+            return VirtualArray(shape, self.dtype, self.storage)
         result = empty(shape, self.dtype)
         current().touch(2 * result.nbytes)
         return result
