@@ -62,6 +62,25 @@ def cast(array: Any, dtype: Any, result: Any = None) -> Any:
     return cupy.cast(array, dtype, result)
 
 
+def take(array: Any, positions: Array) -> Any:
+    """Return array[:, :, positions], for positions that ascend."""
+    if type(array).__module__ != "cupy":
+        return array[:, :, positions]
+    from .kernels import cupy
+
+    return cupy.take(array, positions)
+
+
+def put(array: Any, positions: Array, part: Any) -> None:
+    """Set array[:, :, positions] to a part, for positions that ascend."""
+    if type(array).__module__ != "cupy":
+        array[:, :, positions] = part
+        return
+    from .kernels import cupy
+
+    cupy.put(array, positions, part)
+
+
 def add(total: Any, share: Any) -> None:
     """Add rows of numbers, an array of four axes, to a sum of a dtype as wide or wider."""
     if type(share).__module__ == "cupy" and share.dtype != total.dtype:
@@ -231,6 +250,10 @@ class Parcel:
                 place.data.copy_from_device_async(array.data, place.nbytes)
             elif on_gpu and array.dtype.itemsize > place.dtype.itemsize:
                 cast(array, place.dtype, place)
+            elif on_gpu:
+                from .kernels import cupy
+
+                cupy.copy(place, array)
             else:
                 place[...] = array
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import DESCRIPTION, DTYPES, Parcel, describe, described, namespace
+from .arrays import DESCRIPTION, DTYPES, Parcel, describe, described, namespace, put
 from .message import Communicator, InputError, Tag, Waitall
 
 Positions = NDArray[np.int64]
@@ -109,7 +109,7 @@ def join(parts: Sequence[NDArray[Any]], positions: Sequence[Positions]) -> NDArr
     shape[2] = sum(map(len, positions))
     whole: NDArray[Any] = namespace(parts[0]).empty(shape, parts[0].dtype)
     for part, where in zip(parts, positions, strict=True):
-        whole[:, :, where] = part
+        put(whole, where, part)
     return whole
 
 

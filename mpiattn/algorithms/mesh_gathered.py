@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import grid
-from ..arrays import Parcel, Spec, nbytes
+from ..arrays import Parcel, Spec, nbytes, take
 from ..layout import join
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
@@ -130,7 +130,7 @@ class GatheredMeshAttention(Attention):
         leaving, sent = self.pieces(name, specs, users[:, rank] & others)
         arriving, received = self.pieces(f"arriving {name}", [specs[rank]] * size, users[rank] & others)
         for part, where in zip([*leaving[:rank], own, *leaving[rank + 1 :]], places, strict=True):
-            part.pack(*(array[:, :, where] for array in sums))
+            part.pack(*(take(array, where) for array in sums))
         line.Alltoallv(sent, received)
         return own, [arriving[place] for place in np.flatnonzero(users[rank] & others)]
 

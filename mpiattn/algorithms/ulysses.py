@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..arrays import Parcel, Spec
+from ..arrays import Parcel, Spec, take
 from ..layout import join
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
@@ -65,7 +65,7 @@ class UlyssesAttention(Attention):
         )
         out, lse = self.attend(self.part, q, k, v)
         [state] = self.parcels("o", [problem.o(self.rank)])
-        leaving = ((array[:, :, at] for array in (lse, out)) for at in self.q_places)
+        leaving = ((take(array, at) for array in (lse, out)) for at in self.q_places)
         arrived = self.to_tokens(Tag.O, Problem.out, leaving)
         out, lse = state.arrays
         for (heads, _), parcel in zip(self.heads, arrived, strict=True):
@@ -89,7 +89,7 @@ class UlyssesAttention(Attention):
         [total] = self.parcels("d_qkv", [problem.d_kv(self.rank) + problem.d_q(self.rank)])
         total.fill(0, 0, 0)
         leaving = (
-            (array[:, :, at] for array, at in ((d_k, keys), (d_v, keys), (d_q, queries)))
+            (take(array, at) for array, at in ((d_k, keys), (d_v, keys), (d_q, queries)))
             for keys, queries in zip(self.kv_places, self.q_places, strict=True)
         )
         arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)

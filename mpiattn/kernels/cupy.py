@@ -34,7 +34,7 @@ TILE_BYTES = 2**28  # of the scores of all heads of a tile
 THREADS = 256
 PACK = 8  # numbers that a thread of `packed_pass` has at a time
 BLOCKS = 2112  # 16 for each of 132 multiprocessors; each goes on from row to row
-PASSES = "merge", "accumulate", "cast", "delta", "stand_in"
+PASSES = "merge", "accumulate", "copy", "cast", "delta", "stand_in"
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
@@ -136,6 +136,43 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
 def accumulate(total: Array, part: Array) -> None:
     """Add a part, which may be of a narrower dtype, to a sum of rows."""
     _rows("accumulate", total.dtype, part.dtype, total, part)
+
+
+def copy(place: Array, array: Array) -> None:
+    """Copy numbers; rows of four axes many at a time, which CuPy's own copy does not do with two bytes."""
+    rows = place.ndim == 4 and place.dtype == array.dtype and place.shape == array.shape and place.size
+    if rows and all(each.strides[3] == each.itemsize for each in (place, array)):
+        _rows("copy", accumulator(place.dtype), place.dtype, place, array)
+    else:
+        place[...] = array
+
+
+def take(array: Array, positions: Positions) -> Array:
+    """Return array[:, :, positions]."""
+    result = cupy.empty((*array.shape[:2], len(positions), *array.shape[3:]), array.dtype)
+    for there, here in _runs(positions.tobytes()):
+        copy(result[:, :, here], array[:, :, there])
+    return result
+
+
+def put(array: Array, positions: Positions, part: Array) -> None:
+    """Set array[:, :, positions] to a part."""
+    for there, here in _runs(positions.tobytes()):
+        copy(array[:, :, there], part[:, :, here])
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(positions: bytes) -> list[tuple[slice, slice]]:
+    """Cut positions into runs with even steps; return where each lies among all, and which of the given ones it has."""
+    numbers = np.frombuffer(positions, np.int64)
+    result, begin = [], 0
+    while begin < len(numbers):
+        steps = np.diff(numbers[begin:])
+        count = 1 if not len(steps) else 1 + int(np.argmin(np.append(steps == steps[0], False)))
+        first, step = int(numbers[begin]), int(steps[0]) if len(steps) else 1
+        result.append((slice(first, first + (count - 1) * step + 1, step), slice(begin, begin + count)))
+        begin += count
+    return result
 
 
 def cast(total: Array, dtype: Any, result: Array | None = None) -> Array:

@@ -179,6 +179,16 @@ __global__ void accumulate(A* sum, STRIDES(ss), const T* part, STRIDES(sp), Inde
     }
 }
 
+// Copy rows.
+template <typename A, typename T, int V>
+__global__ void copy(T* result, STRIDES(sr), const T* rows_in, STRIDES(ss), Index rows, Index heads, Index tokens, Index dim)
+{
+    FOR_EACH_ROW
+    const T* from = rows_in + AT(ss);
+    T* to = result + AT(sr);
+    for (Index d = lane * V; d < dim; d += 32 * V) *(Pack<T, V>*)(to + d) = *(const Pack<T, V>*)(from + d);
+}
+
 // Round a sum.
 template <typename A, typename T, int V>
 __global__ void cast(T* result, STRIDES(sr), const A* sum, STRIDES(ss), Index rows, Index heads, Index tokens, Index dim)

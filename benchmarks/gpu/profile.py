@@ -1,0 +1,80 @@
+"""Where the time of a forward and backward pass goes on a GPU: its kernels, copies and gaps. Needs torch.
+
+    run/gpu.sh -n 2 python benchmarks/gpu/profile.py --algorithms ring --tokens 16384,65536
+
+Options are those of `mpiattn bench attention`. What torch's profiler records of rank 0, as CUPTI sees it, from the
+first call's output on, which the start of the profiler delays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from mpi4py import MPI
+from torch.profiler import ProfilerActivity, profile
+
+from mpiattn import arrays, bench_attention, gpu, grid
+
+WORLD = MPI.COMM_WORLD
+CALLS = 5
+LEAST = 3  # microseconds of a gap
+
+
+def main() -> None:
+    """Profile each algorithm on each number of tokens, and print on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    bench_attention.add_arguments(parser)
+    args = parser.parse_args()
+    xp = gpu.namespace(args, WORLD, "cupy")
+    torch.cuda.set_device(xp.cuda.Device().id)
+    options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
+    heads = args.heads, args.kv_heads or args.heads, args.head_dim, arrays.dtype(args.dtype or "bfloat16"), args.mask
+    for tokens, text in itertools.product(map(int, args.tokens.split(",")), args.algorithms.split(",")):
+        setting = bench_attention.Setting(WORLD, xp, tokens, *heads, options)
+        name, _, shape = text.partition(":")
+        rows_cols = dict(zip(("rows", "cols"), grid.parse(shape), strict=True)) if shape else {}
+        run = bench_attention.algorithm(setting, text, name, rows_cols)[0].run["forward+backward"]
+        for _ in range(CALLS):
+            run()
+        setting.wait()
+        WORLD.Barrier()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            for _ in range(CALLS):
+                run()
+            setting.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            recorded.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        if WORLD.rank == 0:
+            report(f"{text}, {tokens} tokens, {args.partials} partial sums", events)
+        WORLD.Barrier()
+
+
+def report(title: str, events: list[dict[str, object]]) -> None:
+    """Print the time of each kind of work, and of the gaps, a call."""
+    work = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"])
+    starts = [e["ts"] for e in work if "merge_parts" in e["name"] or "softmax" in e["name"]]
+    marks = starts[:: len(starts) // CALLS]  # passes over an output: as far apart as the calls
+    begin = end = marks[0]
+    idle, times = 0.0, collections.Counter[str]()
+    for event in (e for e in work if begin <= e["ts"] < marks[-1]):
+        times[event["name"].split("<")[0].removeprefix("void ")[:60]] += event["dur"]
+        if "PtoP" in event["name"]:  # beside the kernels
+            continue
+        idle += event["ts"] - end if event["ts"] - end > LEAST else 0
+        end = max(end, event["ts"] + event["dur"])
+    calls = CALLS - 1
+    whole = marks[-1] - begin
+    print(f"{title}: {whole / calls / 1e3:.3f} ms a call, of which the GPU is idle {idle / calls / 1e3:.3f} ms")
+    for name, microseconds in times.most_common():
+        print(f"  {microseconds / calls / 1e3:8.3f} ms  {name}")
+
+
+main()
