@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..arrays import Parcel
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, travels
 from .base import Array, Attention, Options
@@ -37,16 +38,17 @@ class RingAttention(Attention):
         self.source, self.dest = self.ring.Shift(0, 1)
 
     def plan(self, problem: Problem) -> None:
-        """Say whose K/V are here at each step, and how far each chunk travels."""
+        """Say whose K/V are here at each step, and to which hops their users are."""
         self.owners = [(self.rank - step) % self.size for step in range(self.size)]
-        self.travels = travels(problem.needed.T)
+        ways = travels(problem.needed.T)
+        self.first, self.last = ([getattr(ways[o], end) for o in self.owners] for end in ("first", "last"))
         # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
         self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
         # Backward, half of the own block's work is left for the last step, while the own sum comes home.
-        first, last = (slice(None), problem.q_positions[self.rank]), (slice(0), problem.q_positions[self.rank][:0])
-        if self.travels[self.rank].last == self.size - 1 > 0:
-            first, last = problem.halves(self.rank)
-        self.parts = {0: first, self.size: last}
+        own = problem.q_positions[self.rank]
+        self.whole, nothing = (None, own), (slice(0), own[:0])
+        halves = problem.halves(self.rank) if self.last[0] == self.size - 1 > 0 else [self.whole, nothing]
+        self.parts = {0: halves[0], self.size: halves[1]}
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
@@ -66,9 +68,9 @@ class RingAttention(Attention):
     def pass_kv(self, step: int) -> list[Any]:
         """Post the messages that bring the K/V of the next step, and pass this step's on."""
         requests = []
-        if step + 1 < self.size and step < self.travels[self.owners[step + 1]].last:
+        if step + 1 < self.size and step < self.last[step + 1]:
             requests.append(self.ring.Irecv(self.kv[step + 1].message, self.source, Tag.KV))
-        if step < self.travels[self.owners[step]].last:
+        if step < self.size and step < self.last[step]:
             requests.append(self.ring.Isend(self.kv[step].message, self.dest, Tag.KV))
         return requests
 
@@ -80,37 +82,36 @@ class RingAttention(Attention):
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.sums("d_kv", specs, buffers=2, anew=True)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
-        users = self.travels[self.rank]
         self.kernel.begin(*d_q.arrays)
         self.kv[0].pack(k, v)
         for step in range(self.size + 1):
-            requests = self.pass_kv(step) if step < self.size else []
-            owner, sent = self.owners[step % self.size], self.owners[step - 1]
-            travel = self.travels[sent]
-            if travel.first <= step - 1 <= travel.last:
-                # A step's share was computed while the sum of the ranks before arrived: now they are added.
-                self.kernel.settle(
-                    d_kv[step - 1], *[p.arrays for p in arriving[step - 1 : step] if travel.first < step - 1]
-                )
-                dest = self.dest if step - 1 < travel.last else sent
-                requests.append(self.ring.Isend(d_kv[step - 1].message, dest, Tag.D_KV))
+            requests = self.pass_kv(step) + self.pass_sums(step, d_kv, arriving)
+            here, owner = step % self.size, self.owners[step % self.size]
             if step < self.size:
-                if self.travels[owner].first <= step - 1 < self.travels[owner].last:
-                    requests.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
                 self.kernel.begin(*d_kv[step].arrays)
-            if users.last == step - 1 > 0:
-                last = (self.rank + users.last) % self.size
-                requests.append(self.ring.Irecv(arriving[0].message, last, Tag.D_KV))
-            part, positions = self.parts.get(step, (slice(None), problem.q_positions[self.rank]))
+            part, positions = self.parts.get(step, self.whole)
             if problem.needed[self.rank, owner] and len(positions):
-                near = self.kv[step].arrays if owner != self.rank else [k, v]
-                rows = [array[:, :, part] for array in (d_out, lse, row_delta)]
-                where, totals = (positions, problem.kv_positions[owner]), d_kv[step % self.size].arrays
-                progress = partial(Testall, requests)
-                self.kernel.backward(q[:, :, part], *near, *rows, *where, d_q.arrays[0][:, :, part], *totals, progress)
+                rows, near = [q, d_out, lse, row_delta, *d_q.arrays], self.kv[step].arrays if here else [k, v]
+                near_q, *rows, total = rows if part is None else [array[:, :, part] for array in rows]
+                where, sums = (positions, problem.kv_positions[owner]), d_kv[here].arrays
+                self.kernel.backward(near_q, *near, *rows, *where, total, *sums, partial(Testall, requests))
             Waitall(requests)
-        d_k, d_v = self.kernel.complete(own.arrays, *[home.arrays for home in arriving[:1] if users.last > 0])
+        d_k, d_v = self.kernel.complete(own.arrays, *[home.arrays for home in arriving[:1] if self.last[0] > 0])
         return self.kernel.complete(d_q.arrays)[0], d_k, d_v
+
+    def pass_sums(self, step: int, d_kv: list[Parcel], arriving: list[Parcel]) -> list[Any]:
+        """Post the messages of the sums, which follow K/V one step behind; the last user of K/V sends them home."""
+        requests, before = [], step - 1
+        if self.first[before] <= before <= self.last[before]:
+            # The own share was computed while the sum of the ranks before arrived: now they are added.
+            self.kernel.settle(d_kv[before], *([arriving[before].arrays] if self.first[before] < before else []))
+            dest = self.dest if before < self.last[before] else self.owners[before]
+            requests.append(self.ring.Isend(d_kv[before].message, dest, Tag.D_KV))
+        if step < self.size and self.first[step] <= before < self.last[step]:
+            requests.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
+        if self.last[0] == before > 0:
+            requests.append(self.ring.Irecv(arriving[0].message, (self.rank + before) % self.size, Tag.D_KV))
+        return requests
 
     def free(self) -> None:
         """Free the ring's communicator."""
