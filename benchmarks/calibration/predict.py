@@ -20,6 +20,7 @@ from tabulate import tabulate
 from mpiattn import charts, machine, mask
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.planner import Candidate, Task, simulate
+from mpiattn.planner.candidates import APART
 
 HERE = Path(__file__).parent
 
@@ -93,7 +94,8 @@ def measurements(path: Path) -> Iterator[tuple[str, str, int, Task, dict[str, fl
     document = json.loads(path.read_text())
     if isinstance(document, list):
         for row in document:
-            if row["name"].partition(":")[0] in ALGORITHMS and " " not in row["name"]:
+            name = row["name"].partition(":")[0]
+            if name in ALGORITHMS and name not in APART and " " not in row["name"]:
                 task = Task(
                     row["tokens"], row["heads"], row["kv_heads"], row["head_dim"], dtype=row["dtype"],
                     mask=mask.parse(row["mask"]), partials=row["partials"],

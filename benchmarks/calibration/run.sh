@@ -2,6 +2,9 @@
 # Describe the hosts that benchmarks/network/run.sh measured on, and put predicted times beside measured ones.
 # A few minutes; needs root. Run it when the machine is quiet.
 #
+# On GPUs, instead: run/gpu.sh -n 2 mpiattn calibrate --arrays cupy --output h200-2.toml; the bench attention of
+# benchmarks/gpu/all-2.txt; predict.py h200-2.toml=../gpu/all-2.json --name predicted-gpu --title "algorithms on two H200s"
+#
 # usage: sudo benchmarks/calibration/run.sh [PYTHON]        PYTHON with mpiattn, MPICH and matplotlib
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,6 +1,6 @@
 """Where the time of a forward and backward pass goes on a GPU: its kernels, copies and gaps. Needs torch.
 
-    run/gpu.sh -n 2 python benchmarks/gpu/profile.py --algorithms ring --tokens 16384,65536
+    run/gpu.sh -n 2 python benchmarks/gpu/gpu_time.py --algorithms ring --tokens 16384,65536
 
 Options are those of `mpiattn bench attention`. What torch's profiler records of rank 0, as CUPTI sees it, from the
 first call's output on, which the start of the profiler delays.

@@ -1,0 +1,77 @@
+"""What cuDNN takes for a rank's own block, whole and in the two parts of the ring's backward pass.
+
+    python benchmarks/gpu/own_block.py
+
+Milliseconds; early: the queries that see half of the pairs, late: the others. "square" cuts the late part in a
+rectangle and a square, as the package does, "bottom right" leaves it whole. host: until the call is queued.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import cupy as cp
+import numpy as np
+
+from mpiattn import arrays
+from mpiattn.kernels import cudnn, cupy
+from mpiattn.mask import Causal, Positions
+
+HEADS, DIM = 32, 128
+BFLOAT16 = arrays.dtype("bfloat16")
+
+
+def random(*shape: int) -> cp.ndarray:
+    """Return random numbers."""
+    return arrays.cast(cp.random.standard_normal(shape, dtype=np.float32), BFLOAT16)
+
+
+def timed(run: Callable[[], object], calls: int = 10) -> tuple[float, float]:
+    """Return the milliseconds of a call, and those until it is queued."""
+    for _ in range(3):
+        run()
+    cp.cuda.Device().synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    queued = time.perf_counter() - start
+    cp.cuda.Device().synchronize()
+    return (time.perf_counter() - start) / calls * 1e3, queued / calls * 1e3
+
+
+def measure(tokens: int) -> None:
+    """Measure and print, for a block of so many queries."""
+    q, k, v, d_out, saved = (random(1, HEADS, tokens, DIM) for _ in range(5))
+    lse, row_delta = cp.full((1, HEADS, tokens), 9.0, np.float32), cupy.delta(d_out, saved)
+    totals = [cp.zeros(q.shape, np.float32) for _ in "qkv"]
+    out, out_lse = cp.zeros(q.shape, np.float32), cp.zeros((1, HEADS, tokens), np.float32)
+    everything, cut = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
+    parts = [(slice(None), everything), (slice(0, cut), everything[:cut]), (slice(cut, tokens), everything[cut:])]
+
+    def backward(kernel: cudnn.CudnnKernel, part: slice, where: Positions) -> None:
+        kernel.remember(row_delta, saved)
+        for total in totals:
+            kernel.begin(total)
+        rows = [array[:, :, part] for array in (d_out, lse, row_delta)]
+        kernel.backward(q[:, :, part], k, v, *rows, where, everything, totals[0][:, :, part], *totals[1:])
+
+    def forward(kernel: cudnn.CudnnKernel, part: slice, where: Positions) -> None:
+        kernel.begin(out, out_lse)
+        kernel.forward(q[:, :, part], k, v, where, everything, out[:, :, part], out_lse[:, :, part])
+
+    for label, cudnn.SQUARE in (("square", 128), ("bottom right", 0)):
+        kernel = cudnn.CudnnKernel(Causal(), None, BFLOAT16)
+        (w, hw), (e, _), (l, hl) = (timed(partial(backward, kernel, *part)) for part in parts)
+        (fw, _), (fe, _), (fl, fh) = (timed(partial(forward, kernel, *part)) for part in parts)
+        print(
+            f"T={tokens} {label}: bwd whole {w:.3f} early {e:.3f} late {l:.3f} (host {hw:.3f} {hl:.3f}) | "
+            f"fwd whole {fw:.3f} early {fe:.3f} late {fl:.3f} (host {fh:.3f})"
+        )
+
+
+print(f"machine: {cp.cuda.runtime.getDeviceProperties(0)['name'].decode()}")
+for length in (4096, 8192, 16384, 32768):
+    measure(length)
