@@ -154,6 +154,45 @@ def test_a_kernel_that_can_not_do_it_says_which_can() -> None:
         kernels.choose("cupy", posed(Case(dtype="float32"), 1), Causal(), None, "numpy")
 
 
+def test_sums_that_wait_are_those_that_do_not() -> None:
+    """More shares than one pass adds up, of whole rows and of some; a sum that arrives; narrow and wide results."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (
+        cupy.asarray(rng.standard_normal((1, 2, 640, 64)).astype(arrays.dtype("bfloat16"))) for _ in "qkvo"
+    )
+    whole = posed(Case(tokens=640, heads=2, head_dim=64, v_head_dim=64, dtype="bfloat16"), 1)
+    try:
+        kernel = kernels.choose("cupy", whole, whole.mask, None, "cudnn")
+    except InputError as error:
+        pytest.skip(str(error))
+    where = [np.arange(start, start + 64) for start in range(0, 640, 64)]
+    everything = np.arange(640)
+    results = []
+    for waits in (False, True):
+        out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, np.float32)
+        kernel.begin(out, lse) if waits else None
+        for keys in where:
+            kernel.forward(q, k[:, :, keys], v[:, :, keys], everything, keys, out, lse)
+        out, lse = kernel.complete((out, lse)) if waits else (out, lse)
+        d_q, d_k, d_v = (cupy.zeros(q.shape, np.float32) for _ in "qkv")
+        for total in (d_q, d_k, d_v) if waits else ():
+            kernel.begin(total)
+        arrived = cupy.ones(q.shape, np.float32)
+        row_delta = delta(d_out, out.astype(q.dtype))
+        for part in where:  # views of the sum of the queries
+            rows = [array[:, :, part[0] : part[-1] + 1] for array in (q, d_out, lse, row_delta, d_q)]
+            kernel.backward(rows[0], k, v, *rows[1:4], part, everything, rows[4], d_k, d_v)
+        if waits:
+            [d_q], [d_k], [d_v] = kernel.complete([d_q]), kernel.complete([d_k], [arrived]), kernel.complete([d_v])
+        else:
+            d_k += arrived
+        results.append([arrays.on_host(array.astype(np.float32)) for array in (out, lse, d_q, d_k, d_v)])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
+
+
 @pytest.fixture
 def xp(comm: Any) -> Any:
     """CuPy, with a GPU for each rank if there are as many."""

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mpiattn import Causal, gather, scatter
 from mpiattn.layout import LAYOUTS, positions
-from mpiattn.mask import pairs
+from mpiattn.mask import pairs, parse
 from mpiattn.message import InputError
+from mpiattn.problem import GRAIN, Problem
 
 
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 200), st.integers(1, 20))
@@ -74,3 +75,20 @@ def test_gather_of_wrong_shares_is_refused_on_all_ranks(comm: Any) -> None:
         gather(np.zeros((1, 2, tokens, 3)), comm, "contiguous")
     with pytest.raises(InputError, match="rank 1 must give an array"):
         gather(np.zeros((1, 2, 4, 3)) if comm.Get_rank() != 1 else [1, 2], comm, "contiguous")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("mask", ["full", "causal", "window=40", "documents=100,0,300,2600+causal"])
+@pytest.mark.parametrize("tokens", [0, 1, 37, 3000])
+def test_halves_of_an_own_block(name: str, mask: str, tokens: int) -> None:
+    if mask.startswith("documents") and tokens != 3000:
+        pytest.skip("of another length")
+    problem = Problem(3, 1, 2, 2, 8, 8, tokens, tokens, np.dtype(np.float32), name, parse(mask))
+    for rank, (queries, keys) in enumerate(zip(problem.q_positions, problem.kv_positions, strict=True)):
+        halves = problem.halves(rank)
+        assert all((queries[part] == where).all() for part, where in halves)
+        assert np.array_equal(np.concatenate([where for _, where in halves]), queries)
+        early, late = (pairs(problem.mask, where, keys) for _, where in halves)
+        assert abs(early - late) <= 2 * (GRAIN + 1) * len(keys)
+        if tokens == 3000 and mask in ("full", "causal"):
+            assert 0.6 < early / late < 1.1
