@@ -340,7 +340,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         try:
             check(factory, comm, case, traffic, xp)
         except AssertionError as error:
-            wrong.append(f"{error}\n  alone: {reproducer(comm, name, case)}")
+            wrong.append(f"{error}\n  alone: {reproducer(comm, name, case, args)}")
         except Refused as error:
             refused.append(f"{name} refused {error}")
         except InputError as error:
@@ -357,9 +357,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     return 1 if wrong else 0
 
 
-def reproducer(comm: Communicator, name: str, case: Case) -> str:
+def reproducer(comm: Communicator, name: str, case: Case, args: argparse.Namespace | None = None) -> str:
     """Return the command that runs a case of an implementation alone."""
     which = ["--module" if ":" in name else "--algorithms", name, "--case", str(case)]
+    for option, given in (("--arrays", args.arrays), ("--kernel", args.kernel)) if args else ():
+        which += [option, given] if given else []
     return f"mpiexec -n {comm.Get_size()} mpiattn conformance {shlex.join(which)}"
 
 
