@@ -243,9 +243,7 @@ def build(
                     left_out.append(f"{name}: {error}")
                     break
                 case = Case(name, arguments, traced, stack.enter_context(attention))
-                if (name, case.grid, attention.layout) not in [
-                    (c.title, c.grid, c.attention.layout) for c in cases
-                ]:
+                if (name, case.grid, attention.layout) not in [(c.title, c.grid, c.attention.layout) for c in cases]:
                     cases.append(case)  # else the layout makes no difference to it
     if not cases:
         raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
