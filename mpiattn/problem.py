@@ -126,7 +126,7 @@ class Problem:
         queries, keys = self.q_positions[rank], self.kv_positions[rank]
         start, stop = (np.searchsorted(keys, bound) for bound in self.mask.bounds(queries))
         seen = np.cumsum(np.maximum(stop - start, 0))
-        cut = int(np.searchsorted(seen, seen[-1] / 2)) if len(seen) else 0
+        cut = int(np.searchsorted(seen, seen[-1] / 2)) + 1 if len(seen) else 0
         cut -= cut % GRAIN if cut > GRAIN else 0
         return [(part, queries[part]) for part in (slice(cut), slice(cut, len(queries)))]
 
