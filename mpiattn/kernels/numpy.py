@@ -295,7 +295,9 @@ class NumpyKernel(Sums):
         return result
 
     def _product(self, name: str, a: Array, b: Array) -> Array:
-        return np.matmul(a, b, out=self._buffer(name, (a.shape[0], b.shape[1]), a.dtype))
+        # A BLAS may load what lies beyond small arrays, and report that as invalid; its results are right.
+        with np.errstate(invalid="ignore"):
+            return np.matmul(a, b, out=self._buffer(name, (a.shape[0], b.shape[1]), a.dtype))
 
     def _score(self, keys: Array, query: Array, with_slope: bool = False) -> tuple[Array, Array | None]:
         """Return a tile of scores less their rows' shifts, and the slope of the softcap there if asked for."""
