@@ -54,7 +54,8 @@ class RingAttention(Attention):
         """Attend to one owner's K/V a step."""
         out, lse = self.state(problem, q)
         self.kernel.begin(out, lse)
-        self.kv[0].pack(k, v)
+        if self.last[0]:
+            self.kv[0].pack(k, v)
         for step, owner in enumerate(self.owners):
             requests = self.pass_kv(step)
             if problem.needed[self.rank, owner]:
@@ -83,7 +84,8 @@ class RingAttention(Attention):
         [own], d_kv = self.parcels("own d_kv", specs[:1]), self.sums("d_kv", specs, buffers=2, anew=True)
         d_kv[0], arriving = own, self.arriving("d_kv", specs)
         self.kernel.begin(*d_q.arrays)
-        self.kv[0].pack(k, v)
+        if self.last[0]:
+            self.kv[0].pack(k, v)
         for step in range(self.size + 1):
             requests = self.pass_kv(step) + self.pass_sums(step, d_kv, arriving)
             here, owner = step % self.size, self.owners[step % self.size]
