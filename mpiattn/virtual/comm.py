@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,7 @@ class VirtualComm(Collectives):
         channel = self.outgoing.get((dest << 32) + tag)
         if channel is None:
             channel = self.outgoing[(dest << 32) + tag] = self.group.channel(self.place, dest, int(tag))
-        rank = self.me
-        rank.clock += rank.overhead
-        request = Request(rank, channel, buf[0] if type(buf) is list else buf)
-        if rank.progress:
-            channel.send(request)
-        else:
-            rank.pending.append((request, channel.send))
-        return request
+        return self._post(buf, channel, channel.send)
 
     def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
         """Start to receive into a buffer."""
@@ -52,13 +45,17 @@ class VirtualComm(Collectives):
         channel = self.incoming.get((source << 32) + tag)
         if channel is None:
             channel = self.incoming[(source << 32) + tag] = self.group.channel(source, self.place, int(tag))
+        return self._post(buf, channel, channel.receive)
+
+    def _post(self, buf: Any, channel: Channel, take: Callable[[Request], None]) -> Request:
+        """Give a channel a message to take: now, or where MPI works only while it is called, then."""
         rank = self.me
         rank.clock += rank.overhead
         request = Request(rank, channel, buf[0] if type(buf) is list else buf)
         if rank.progress:
-            channel.receive(request)
+            take(request)
         else:
-            rank.pending.append((request, channel.receive))
+            rank.pending.append((request, take))
         return request
 
     def _nothing(self) -> Request:
