@@ -97,6 +97,17 @@ class Case:
         return {"dropout": Dropout(self.dropout, self.seed)} if self.dropout else {}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the global q, k, v, out."""
+        keys = self.tokens if self.kv_tokens is None else self.kv_tokens
+        return {
+            "q": (self.batch, self.heads, self.tokens, self.head_dim),
+            "k": (self.batch, self.kv_heads, keys, self.head_dim),
+            "v": (self.batch, self.kv_heads, keys, self.v_head_dim),
+            "out": (self.batch, self.heads, self.tokens, self.v_head_dim),
+        }
+
+    @property
     def optional(self) -> bool:
         """Whether an implementation may refuse the case."""
         return bool(self.softcap or self.dropout or self.sinks or self.partials != "wide")
@@ -154,15 +165,7 @@ def matrix() -> list[Case]:
 def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the global arrays q, k, v, out (its gradient), sinks, and what the oracle makes of them."""
     rng = np.random.default_rng(case.seed)
-    keys = case.tokens if case.kv_tokens is None else case.kv_tokens
-    shapes = {
-        "q": (case.batch, case.heads, case.tokens, case.head_dim),
-        "k": (case.batch, case.kv_heads, keys, case.head_dim),
-        "v": (case.batch, case.kv_heads, keys, case.v_head_dim),
-        "out": (case.batch, case.heads, case.tokens, case.v_head_dim),
-        "sinks": (case.heads,),
-    }
-    given = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    given = {name: rng.standard_normal(shape) for name, shape in (case.shapes | {"sinks": (case.heads,)}).items()}
     if case.peak:
         for name in "qk":
             given[name][..., 0] = np.sqrt(case.peak / (case.scale or case.head_dim**-0.5))

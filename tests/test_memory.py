@@ -27,15 +27,8 @@ CASES = [case for case in conformance.fast() if not case.sinks]
 
 def shares(attention: Any, case: Case, rank: int) -> list[tuple[int, ...]]:
     """Return the shapes of a rank's q, k, v, out."""
-    keys = case.tokens if case.kv_tokens is None else case.kv_tokens
-    shapes = {
-        "q": (case.batch, case.heads, case.tokens, case.head_dim),
-        "k": (case.batch, case.kv_heads, keys, case.head_dim),
-        "v": (case.batch, case.kv_heads, keys, case.v_head_dim),
-        "out": (case.batch, case.heads, case.tokens, case.v_head_dim),
-    }
-    wholes = {name: np.broadcast_to(np.empty(1), shape) for name, shape in shapes.items()}
-    return [whole[attention.owned(name, shapes)(whole.shape, rank)].shape for name, whole in wholes.items()]
+    wholes = {name: np.broadcast_to(np.empty(1), shape) for name, shape in case.shapes.items()}
+    return [whole[attention.owned(name, case.shapes)(whole.shape, rank)].shape for name, whole in wholes.items()]
 
 
 def counted(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any]) -> tuple[memory.Peak, memory.Peak]:
