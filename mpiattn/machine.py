@@ -51,6 +51,14 @@ class Link:
     cards: int = 0
 
 
+def operations(head_dim: int, v_head_dim: int, backward: bool) -> int:
+    """Return the floating-point operations of a pair of a query and a key, for one head.
+
+    Forward two matrix products: the scores, and out. Backward five: the scores again, dP, dV, dQ, dK.
+    """
+    return 2 * (3 * head_dim + 2 * v_head_dim) if backward else 2 * (head_dim + v_head_dim)
+
+
 @dataclass(frozen=True)
 class Rates:
     """Speed of the kernel for one dtype, by the size of a block.

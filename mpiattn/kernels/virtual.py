@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiattn.machine import operations
 from mpiattn.mask import Mask, Positions, pairs
 from mpiattn.problem import Problem
 from mpiattn.virtual import current
@@ -29,14 +30,14 @@ class VirtualKernel(Sums):
         """Do nothing: the time that it takes isn't part of the machine description."""
 
     def forward(self, q: Any, k: Any, v: Any, q_positions: Positions, k_positions: Positions, *rest: Any) -> None:
-        """Spend the time of two matrix products: 2 (head_dim + v_head_dim) operations a pair and head."""
+        """Spend the time of two matrix products; see `machine.operations`."""
         self._spend(q, v, q_positions, k_positions, False)
 
     def backward(
         self, q: Any, k: Any, v: Any, d_out: Any, lse: Any, delta: Any, q_positions: Positions, k_positions: Positions,
         *rest: Any,
     ) -> None:  # fmt: skip
-        """Spend the time of five: the scores again, dP, dV, dQ, dK."""
+        """Spend the time of five."""
         self._spend(q, v, q_positions, k_positions, True)
 
     def _spend(self, q: Any, v: Any, q_positions: Positions, k_positions: Positions, backward: bool) -> None:
@@ -61,7 +62,7 @@ class VirtualKernel(Sums):
     def _cost(self, q: Any, v: Any, backward: bool) -> tuple[float, float]:
         """Return the seconds of a call, and of a pair, for a block of these sizes."""
         (batch, heads, queries, dim), (_, _, keys, v_dim) = q.shape, v.shape
-        work = 2 * (3 * dim + 2 * v_dim) if backward else 2 * (dim + v_dim)
+        work = operations(dim, v_dim, backward)
         rates = current().machine.rates(q.dtype.name)
         return rates.call, batch * heads * work / rates.at(math.sqrt(queries * keys), backward)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .. import memory
 from ..arrays import nbytes
-from ..machine import Link, Machine
+from ..machine import Link, Machine, operations
 from ..problem import Problem
 from .candidates import GATHERED, Candidate
 from .task import Task
@@ -60,11 +60,10 @@ def _work(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> flo
     pairs = chunks.pairs.reshape(rows, cols, rows, cols).sum((1, 2)).max()
     side = math.sqrt(task.tokens * (task.kv_tokens or task.tokens)) / (rows * cols)
     side *= math.sqrt(rows * cols) if candidate.algorithm == "mesh_gathered" else 1
-    both = chunks.head_dim + chunks.v_head_dim
-    seconds = heads * float(pairs) * 2 * both / rates.at(side, False)
-    if task.backward:
-        seconds += heads * float(pairs) * 2 * (both + both + chunks.head_dim) / rates.at(side, True)
-    return seconds
+    return sum(
+        heads * float(pairs) * operations(chunks.head_dim, chunks.v_head_dim, backward) / rates.at(side, backward)
+        for backward in ((False, True) if task.backward else (False,))
+    )
 
 
 def held(task: Task, ranks: int, candidate: Candidate) -> int:
