@@ -57,18 +57,18 @@ def cast(array: Any, dtype: Any, result: Any = None) -> Any:
     """Return rows of numbers, an array of four axes, rounded to a dtype: a new array, or on a GPU one that is given."""
     if type(array).__module__ != "cupy":
         return array.astype(dtype)
-    from .kernels import cupy
+    from .kernels.cupy import rows
 
-    return cupy.cast(array, dtype, result)
+    return rows.cast(array, dtype, result)
 
 
 def take(array: Any, positions: Array) -> Any:
     """Return array[:, :, positions], for positions that ascend."""
     if type(array).__module__ != "cupy":
         return array[:, :, positions]
-    from .kernels import cupy
+    from .kernels.cupy import rows
 
-    return cupy.take(array, positions)
+    return rows.take(array, positions)
 
 
 def put(array: Any, positions: Array, part: Any) -> None:
@@ -76,17 +76,17 @@ def put(array: Any, positions: Array, part: Any) -> None:
     if type(array).__module__ != "cupy":
         array[:, :, positions] = part
         return
-    from .kernels import cupy
+    from .kernels.cupy import rows
 
-    cupy.put(array, positions, part)
+    rows.put(array, positions, part)
 
 
 def add(total: Any, share: Any) -> None:
     """Add rows of numbers, an array of four axes, to a sum of a dtype as wide or wider."""
     if type(share).__module__ == "cupy" and share.dtype != total.dtype:
-        from .kernels import cupy
+        from .kernels.cupy import rows
 
-        cupy.accumulate(total, share)
+        rows.accumulate(total, share)
     else:
         total += share
 
@@ -251,9 +251,9 @@ class Parcel:
             elif on_gpu and array.dtype.itemsize > place.dtype.itemsize:
                 cast(array, place.dtype, place)
             elif on_gpu:
-                from .kernels import cupy
+                from .kernels.cupy import rows
 
-                cupy.copy(place, array)
+                rows.copy(place, array)
             else:
                 place[...] = array
 

@@ -42,9 +42,9 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
         Natural logarithms of their sums; -inf where a query has attended to nothing.
     """
     if namespace(out).__name__ == "cupy":
-        from .kernels import cupy
+        from .kernels.cupy import rows
 
-        cupy.merge(out, lse, other_out, other_lse)
+        rows.merge(out, lse, other_out, other_lse)
         return
     if lse.max(initial=-np.inf) == -np.inf:  # the neutral state: as a row's first block finds it
         out[...] = other_out
@@ -68,12 +68,13 @@ def delta(d_out: Array, out: Array) -> Array:
 
     The owner of the queries computes it once, so that out itself need not travel.
     """
+    result: Array
     if namespace(d_out).__name__ == "cupy":
-        from .kernels import cupy
+        from .kernels.cupy import rows
 
-        rows: Array = cupy.delta(d_out, out)
-        return rows
-    result: Array = np.einsum("...td,...td->...t", d_out, out, dtype=accumulator(d_out.dtype))
+        result = rows.delta(d_out, out)
+    else:
+        result = np.einsum("...td,...td->...t", d_out, out, dtype=accumulator(d_out.dtype))
     return result
 
 

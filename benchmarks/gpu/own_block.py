@@ -17,7 +17,8 @@ import cupy as cp
 import numpy as np
 
 from mpiattn import arrays
-from mpiattn.kernels import cudnn, cupy
+from mpiattn.kernels import cudnn
+from mpiattn.kernels.cupy import rows
 from mpiattn.mask import Causal, Positions
 
 HEADS, DIM = 32, 128
@@ -45,7 +46,7 @@ def timed(run: Callable[[], object], calls: int = 10) -> tuple[float, float]:
 def measure(tokens: int) -> None:
     """Measure and print, for a block of so many queries."""
     q, k, v, d_out, saved = (random(1, HEADS, tokens, DIM) for _ in range(5))
-    lse, row_delta = cp.full((1, HEADS, tokens), 9.0, np.float32), cupy.delta(d_out, saved)
+    lse, row_delta = cp.full((1, HEADS, tokens), 9.0, np.float32), rows.delta(d_out, saved)
     totals = [cp.zeros(q.shape, np.float32) for _ in "qkv"]
     out, out_lse = cp.zeros(q.shape, np.float32), cp.zeros((1, HEADS, tokens), np.float32)
     everything, cut = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
@@ -55,8 +56,8 @@ def measure(tokens: int) -> None:
         kernel.remember(row_delta, saved)
         for total in totals:
             kernel.begin(total)
-        rows = [array[:, :, part] for array in (d_out, lse, row_delta)]
-        kernel.backward(q[:, :, part], k, v, *rows, where, everything, totals[0][:, :, part], *totals[1:])
+        near = [array[:, :, part] for array in (d_out, lse, row_delta)]
+        kernel.backward(q[:, :, part], k, v, *near, where, everything, totals[0][:, :, part], *totals[1:])
 
     def forward(kernel: cudnn.CudnnKernel, part: slice, where: Positions) -> None:
         kernel.begin(out, out_lse)

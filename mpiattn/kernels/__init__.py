@@ -68,7 +68,8 @@ def choose(
         from .virtual import VirtualKernel
 
         return VirtualKernel(mask, scale, problem)
-    from . import cudnn, cupy
+    from . import cudnn
+    from .cupy.kernel import CupyKernel
 
     reason = "" if name == "cupy" else cudnn.unable(problem)
     if "cudnn" not in able:
@@ -76,9 +77,7 @@ def choose(
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
     return (
-        cupy.CupyKernel(mask, scale, softcap)
-        if name == "cupy" or reason
-        else cudnn.CudnnKernel(mask, scale, problem.dtype)
+        CupyKernel(mask, scale, softcap) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale, problem.dtype)
     )
 
 

@@ -24,7 +24,9 @@ from mpiattn.dropout import Dropout
 from mpiattn.mask import Mask, Positions
 from mpiattn.problem import Problem
 
-from .cupy import BoundsOf, CupyKernel, Progress, RowPass, packed_pass
+from .cupy.bounds import BoundsOf
+from .cupy.kernel import CupyKernel, Progress
+from .cupy.passes import RowPass, packed_pass
 from .sums import Sums
 
 Array = Any

@@ -1,0 +1,149 @@
+"""Block attention on one rank in plain CuPy, tile by tile.
+
+A tile of scores is made by one matrix product of many heads, turned into weights by one pass over it, and
+used by products with the values, the gradients and the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from mpiattn.dropout import Dropout
+from mpiattn.mask import Mask, Positions
+
+from ..sums import Sums
+from .bounds import Bounds, BoundsOf
+from .passes import THREADS, compiled
+from .products import product
+from .rows import merge
+from .tiles import Tile, tiles
+
+Array = Any
+Progress = Callable[[], object]
+
+
+class CupyKernel(Sums):
+    """Attention of one rank's block on a GPU. Parameters, arrays and results: as `NumpyKernel`'s.
+
+    Work is queued on the current stream; nothing waits for the device.
+    """
+
+    name = "cupy"
+
+    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
+        self.scale = scale
+        self.softcap = softcap
+        self.bounds = BoundsOf(mask)
+        self.dropout: Dropout | None = None
+        self.first_head = 0
+
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
+        """Drop probabilities from now on, or none: see `NumpyKernel.drop`."""
+        self.dropout, self.first_head = dropout, first_head
+
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_positions: Positions,
+        k_positions: Positions,
+        out: Array,
+        lse: Array,
+        progress: Progress | None = None,
+    ) -> None:
+        """Merge the attention of q to this block's keys into (out, lse), in place: see `NumpyKernel.forward`."""
+        group = q.shape[1] // k.shape[1]
+        bounds = self.bounds(q_positions, k_positions)
+        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+            heads = slice(tile.heads.start * group, tile.heads.stop * group)
+            for b in range(q.shape[0]):
+                query = _stacked(q[b, heads, tile.queries], group)
+                key, value = (_readable(array[b, tile.heads, tile.keys]) for array in (k, v))
+                score = product(query, key.swapaxes(1, 2))
+                weight, part_lse = _narrow(score, q.dtype), cupy.empty(score.shape[:2], lse.dtype)
+                self._softmax("softmax", tile, b, bounds, q, score, weight, part_lse)
+                place = slice(b, b + 1), heads, tile.queries
+                shape = out[place].shape
+                part = product(weight, value).reshape(shape)
+                merge(out[place], lse[place], part, part_lse.reshape(shape[:3]))
+            if progress:
+                progress()
+
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        d_out: Array,
+        lse: Array,
+        delta: Array,
+        q_positions: Positions,
+        k_positions: Positions,
+        d_q: Array,
+        d_k: Array,
+        d_v: Array,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
+        group = q.shape[1] // k.shape[1]
+        bounds, scale = self.bounds(q_positions, k_positions), self._scale(q)
+        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+            heads = slice(tile.heads.start * group, tile.heads.stop * group)
+            for b in range(q.shape[0]):
+                query, gradient = (_stacked(array[b, heads, tile.queries], group) for array in (q, d_out))
+                key, value = (_readable(array[b, tile.heads, tile.keys]) for array in (k, v))
+                rows = [cupy.ascontiguousarray(row[b, heads, tile.queries]) for row in (lse, delta)]
+                score, d_weight = product(query, key.swapaxes(1, 2)), product(gradient, value.swapaxes(1, 2))
+                weight, d_score = _narrow(score, q.dtype), _narrow(d_weight, q.dtype)
+                self._softmax("softmax_backward", tile, b, bounds, q, score, d_weight, weight, d_score, *rows)
+                product(weight.swapaxes(1, 2), gradient, d_v[b, tile.heads, tile.keys])
+                product(d_score.swapaxes(1, 2), query, d_k[b, tile.heads, tile.keys], scale)
+                share = d_q[b, heads, tile.queries]
+                if group == 1:
+                    product(d_score, key, share, scale)
+                else:
+                    share += product(d_score, key, factor=scale).reshape(share.shape)
+            if progress:
+                progress()
+
+    def _scale(self, q: Array) -> float:
+        return float(1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale)
+
+    def _softmax(
+        self, name: str, tile: Tile, batch: int, bounds: Bounds, q: Array, score: Array, *arrays: Array
+    ) -> None:
+        """Run a pass over a tile of scores."""
+        start, stop, queries, keys = bounds.on_device
+        bound = start[tile.queries], stop[tile.queries]
+        count, rows, columns = score.shape
+        numbers: list[Any] = [tile.keys.start, len(bound[0]), columns, self._scale(q), float(self.softcap or 0)]
+        if self.dropout is None:
+            numbers += [0, 0, 0, 0, 1.0]
+        else:
+            seed = np.uint64(self.dropout.seed).view(np.int64)
+            head = self.first_head + tile.heads.start * (rows // len(bound[0]))
+            numbers += [int(self.dropout.rate * 2**32), int(seed), batch, head, 1 / (1 - self.dropout.rate)]
+        numbers += [queries[tile.queries], keys[tile.keys]]
+        compiled(name, score.dtype, q.dtype)((count * rows,), (THREADS,), (score, *arrays, *bound, *numbers))
+
+
+def _narrow(array: Array, dtype: Any) -> Array:
+    """Return an array of the shape and this dtype to be written: the same one, if that is its dtype."""
+    return array if array.dtype == dtype else cupy.empty(array.shape, dtype)
+
+
+def _readable(matrices: Array) -> Array:
+    """Return the matrices, or a copy where their rows are not contiguous."""
+    return matrices if matrices.strides[2] == matrices.itemsize else cupy.ascontiguousarray(matrices)
+
+
+def _stacked(rows: Array, group: int) -> Array:
+    """Return (heads, tokens, dim) as (kv_heads, group * tokens, dim), in place where there is nothing to stack."""
+    heads, tokens, dim = rows.shape
+    return _readable(rows) if group == 1 else cupy.ascontiguousarray(rows).reshape(heads // group, group * tokens, dim)
