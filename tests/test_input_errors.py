@@ -116,6 +116,26 @@ def test_arguments_that_differ_between_ranks(comm: Any, build: Callable[[Any], A
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "options"), [("ring", {}), ("mesh", {"cols": 1}), ("allgather", {"head_groups": 2}), ("decode", {})]
+)
+def test_one_collective_for_all_arguments(comm: Any, name: str, options: dict[str, Any]) -> None:
+    with mpiattn.ALGORITHMS[name](TracedComm(comm), **options) as attention:
+        assert [event.name for event in attention.comm.trace.events] == ["allgather"]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_first_wrong_argument_decides(comm: Any) -> None:
+    """Whichever rank has it, and before what is wrong with the algorithm's own arguments."""
+    last = comm.Get_rank() == comm.Get_size() - 1
+    wrong = {"softcap": -1.0} if last else {"partials": "wee"}
+    message = refused(comm, lambda c: mpiattn.MeshAttention(c, rows=77, **wrong))
+    assert message == "a softcap is a number above 0, got -1.0"
+    message = refused(comm, lambda c: mpiattn.MeshAttention(c, rows=77, kernel="abacus" if last else None))
+    assert message.startswith("unknown kernel 'abacus'")
+
+
+@pytest.mark.mpi
 def test_documents_of_another_length(comm: Any) -> None:
     q = zeros(comm.Get_rank(), comm.Get_size())
     mask = mpiattn.Documents([5])

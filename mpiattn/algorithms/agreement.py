@@ -19,10 +19,40 @@ from .. import arrays
 from ..dropout import Dropout
 from ..layout import EVERYWHERE
 from ..mask import Mask
-from ..message import InputError
+from ..message import Communicator, InputError
 from ..problem import PARTIALS, Problem
 
 NONE, FITS, WRONG = 0, 1, 2
+
+Check = functools.partial[Any]
+"""A function that raises ValueError where its arguments don't fit; all ranks give it the same ones."""
+
+
+def agree(comm: Communicator, *checks: Check) -> None:
+    """Raise the same InputError on every rank where a check fails on one, or its arguments differ between ranks.
+
+    The first such check decides, and of the ranks with which something is wrong the first. One collective.
+    """
+    everything = comm.allgather([(", ".join(map(repr, check.args)), _wrong(check)) for check in checks])
+    for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not
+        for rank, (given, wrong) in enumerate(answers):
+            if wrong is not None:
+                raise InputError(wrong)
+            if given != answers[0][0]:
+                raise InputError(f"rank {rank} was given ({given}), rank 0 ({answers[0][0]})")
+
+
+def _wrong(check: Check) -> str | None:
+    """Return what is wrong with the arguments of a check."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def alike(*values: object) -> None:
+    """Take any values: they only have to be the same on all ranks."""
 
 
 def numbered(q: Any, sinks: Any = None, dropout: Any = None) -> list[int]:

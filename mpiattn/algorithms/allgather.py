@@ -41,8 +41,7 @@ class AllGatherAttention(Attention):
     """
 
     def __init__(self, comm: Communicator, *, head_groups: int = 1, **options: Unpack[Options]) -> None:
-        super().__init__(comm, **options)
-        self.agree(check_groups, head_groups)
+        super().__init__(comm, partial(check_groups, head_groups), **options)
         self.head_groups = head_groups
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
 

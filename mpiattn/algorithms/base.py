@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -19,7 +20,19 @@ from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem
 from ..softmax import LSE, delta, sink_gradient, with_sinks
-from .agreement import agreed_given, check_partials, check_softcap, described, drawn, numbered, posed, show
+from .agreement import (
+    Check,
+    agree,
+    agreed_given,
+    alike,
+    check_partials,
+    check_softcap,
+    described,
+    drawn,
+    numbered,
+    posed,
+    show,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -72,6 +85,8 @@ class Attention:
     ----------
     comm : mpi4py.MPI.Comm
         All its ranks build and call the algorithm together.
+    *own : functools.partial
+        For subclasses: the checks of their own arguments; see `agree`.
     layout : {"contiguous", "zigzag", "striped"}, optional
         Which tokens each rank owns. By default zigzag with a causal mask, which balances it, else contiguous.
     mask : Mask
@@ -110,7 +125,7 @@ class Attention:
     def __init__(
         self,
         comm: Communicator,
-        *,
+        *own: Check,
         layout: str | None = None,
         mask: Mask | None = None,
         scale: float | None = None,
@@ -134,12 +149,16 @@ class Attention:
         self.dropout: Dropout | None = None
         self.first_head = 0
         """Number, among all, of the first query head that this rank computes."""
-        self.agree(layouts.check, self.layout, comm.Get_size())
-        self.agree(kernels.check, kernel)
-        self.agree(device.check, gpu_messages)
-        self.agree(check_softcap, softcap)
-        self.agree(check_partials, partials)
-        self.agree(None, type(self).__name__, self.mask, scale)
+        agree(
+            comm,
+            partial(layouts.check, self.layout, comm.Get_size()),
+            partial(kernels.check, kernel),
+            partial(device.check, gpu_messages),
+            partial(check_softcap, softcap),
+            partial(check_partials, partials),
+            partial(alike, type(self).__name__, self.mask, scale),
+            *own,
+        )
         self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
 
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
@@ -394,18 +413,3 @@ class Attention:
         everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
         self.comm.Allgather(own, everything)
         return everything
-
-    def agree(self, check: Callable[..., object] | None, *arguments: object) -> None:
-        """Raise ValueError on every rank where a check fails on one, or where their arguments differ."""
-        error = None
-        try:
-            if check is not None:
-                check(*arguments)
-        except ValueError as wrong:
-            error = str(wrong)
-        described = self.comm.allgather((", ".join(map(repr, arguments)), error))
-        for rank, (text, problem) in enumerate(described):
-            if problem is not None:
-                raise InputError(problem)
-            if text != described[0][0]:
-                raise InputError(f"rank {rank} was given ({text}), rank 0 ({described[0][0]})")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,8 +62,7 @@ class DecodeAttention(Attention):
 
     def __init__(self, comm: Communicator, *, combine: str = "allreduce", **options: Unpack[Options]) -> None:
         options["layout"] = options.get("layout") or "contiguous"
-        super().__init__(comm, **options)
-        self.agree(check, combine)
+        super().__init__(comm, partial(check, combine), **options)
         self.combine = combine
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
 

@@ -51,8 +51,7 @@ class DoubleRingAttention(Attention):
     """
 
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
-        super().__init__(comm, **options)
-        self.agree(lambda rows: rows is None or grid.check(comm.Get_size(), rows, None), outer)
+        super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
         hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
         host.Free()

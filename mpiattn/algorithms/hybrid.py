@@ -14,6 +14,7 @@ of the groups: they are Ring Attention or Mesh-Attention of fewer heads on fewer
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid
@@ -54,8 +55,7 @@ class HybridAttention(UlyssesAttention):
         cols: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(comm, **options)
-        self.agree(shape, comm.Get_size(), ulysses, rows, cols)
+        super().__init__(comm, partial(shape, comm.Get_size(), ulysses, rows, cols), **options)
         self.ulysses, self.rows, self.cols = shape(comm.Get_size(), ulysses, rows, cols)
         groups = self.rows * self.cols
         self.grid = comm.Create_cart([groups, self.ulysses], periods=[True, True], reorder=False)

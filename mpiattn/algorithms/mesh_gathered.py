@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +53,7 @@ class GatheredMeshAttention(Attention):
     def __init__(
         self, comm: Communicator, *, rows: int | None = None, cols: int | None = None, **options: Unpack[Options]
     ) -> None:
-        super().__init__(comm, **options)
-        self.agree(grid.check, comm.Get_size(), rows, cols)
+        super().__init__(comm, partial(grid.check, comm.Get_size(), rows, cols), **options)
         self.rows, self.cols = grid.check(comm.Get_size(), rows, cols)
         self.grid = comm.Create_cart([self.rows, self.cols], periods=[True, True], reorder=False)
         self.row = self.grid.Sub([False, True])

@@ -16,6 +16,7 @@ next call's input, and so have read all of this one's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from ..arrays import Parcel, nbytes
 from ..message import Allocate_shared, Communicator, InputError, constant
 from ..problem import Problem
+from .agreement import agree
 from .base import Array, Attention, Options
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class SharedRingAttention(Attention):
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
         here = host.Get_size()
         host.Free()
-        self.agree(one_host, self.size, here)
+        agree(comm, partial(one_host, self.size, here))
         self.owners = [(self.rank - step) % self.size for step in range(self.size)]
         self.window: Any = None
         self.kvs: list[Parcel] = []

@@ -22,6 +22,7 @@ from ..layout import join
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..softmax import delta
+from .agreement import Check
 from .base import Array, Attention, Given, Options, Saved
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class UlyssesAttention(Attention):
     Parameters and errors: see `Attention`.
     """
 
-    def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
-        super().__init__(comm, **options)
+    def __init__(self, comm: Communicator, *own: Check, **options: Unpack[Options]) -> None:
+        super().__init__(comm, *own, **options)
         self.group, self.members = comm, list(range(comm.Get_size()))
 
     def plan(self, problem: Problem) -> None:
