@@ -44,7 +44,7 @@ def attend(comm: Any, **options: Any) -> tuple[list[float], str]:
 
 @pytest.mark.mpi
 def test_the_chosen_algorithm_is_the_same_on_every_rank_and_right(comm: Any) -> None:
-    for options in ({}, {"machine": "ethernet"}, {"layout": "striped"}):
+    for options in ({}, {"machine": "ethernet"}, {"layout": "striped", "kernel": "numpy", "algorithms": ["ring"]}):
         errors, name = attend(comm, **options)
         assert set(comm.allgather(name)) == {name}
         assert comm.Get_rank() or max(errors) < 1e-10
@@ -77,6 +77,13 @@ def test_bad_input_on_every_rank(comm: Any, change: dict[str, Any], message: str
     with pytest.raises(InputError, match=message) as hit:
         mpiattn.choose(comm, **{**SIZES, **change})
     assert len(set(comm.allgather(str(hit.value)))) == 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("arguments", [{**SIZES, "tokns": 60}, {"tokens": 60, "heads": 4}])
+def test_unknown_and_missing_arguments(comm: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"tokns|head_dim"), mpiattn.auto(comm, **arguments):
+        pass
 
 
 @pytest.mark.mpi(min_size=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import arrays, virtual
 from ..algorithms import ALGORITHMS, Attention
+from ..algorithms.base import Options
 from ..machine import Machine, load
 from ..mask import Full, Mask
 from ..message import Communicator, InputError, constant
@@ -19,8 +21,6 @@ from .task import Task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from ..algorithms.base import Options
 
 
 @dataclass(frozen=True)
@@ -138,26 +138,11 @@ def choose(
 
 
 @contextmanager
-def auto(
-    comm: Communicator,
-    *,
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    kv_heads: int | None = None,
-    batch: int = 1,
-    dtype: str = "float32",
-    backward: bool = True,
-    machine: str | Machine | None = None,
-    memory: float | None = None,
-    **options: Unpack[Options],
-) -> Iterator[Attention]:
-    """Build the algorithm that `choose` chooses, for a with block; arguments as there, options as of `Attention`."""
-    choice = choose(
-        comm, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype,
-        mask=options.get("mask"), layout=options.get("layout"), partials=options.get("partials", "wide"),
-        backward=backward, machine=machine, memory=memory,
-    )  # fmt: skip
+def auto(comm: Communicator, **arguments: Any) -> Iterator[Attention]:
+    """Build the algorithm that `choose` chooses, for a with block: arguments as there and, beside, of `Attention`."""
+    options = {name: value for name, value in arguments.items() if name in Options.__annotations__}
+    planned = inspect.signature(choose).parameters
+    choice = choose(comm, **{name: arguments[name] for name in arguments if name in planned or name not in options})
     with choice.attention(comm, **options) as attention:
         yield attention
 
