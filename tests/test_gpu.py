@@ -7,7 +7,6 @@ On one GPU or several, with as many ranks as there are, or more::
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from functools import partial
@@ -19,7 +18,7 @@ import pytest
 from mpiattn import ALGORITHMS, RingAttention, arrays, cli, device, kernels, layout
 from mpiattn.conformance import Case, check, compare, fast, problem
 from mpiattn.costs import COSTS
-from mpiattn.mask import Causal, allowed, parse
+from mpiattn.mask import Causal, parse
 from mpiattn.message import InputError, Tag, Waitall
 from mpiattn.problem import Problem
 from mpiattn.softmax import accumulator, delta, merge
@@ -99,28 +98,6 @@ def test_kernel(name: str, case: Case) -> None:
     for label, result in results.items():
         wrong += compare(label, arrays.on_host(result), right[label], right[label], case.dtype)
     assert not wrong
-
-
-@pytest.mark.parametrize("chosen", layout.LAYOUTS)
-@pytest.mark.parametrize(
-    "mask", ["full", "causal", "window=11", "window=7,4", "documents=20,0,30,14", "documents=20,0,30,14+causal"]
-)
-def test_pieces_cover_what_the_mask_allows_once(chosen: str, mask: str) -> None:
-    from mpiattn.kernels.cudnn import pieces
-
-    for ranks in range(1, 5):
-        whole = posed(Case(layout=chosen, mask=mask, tokens=64), ranks)
-        for queries, keys in itertools.product(whole.q_positions, whole.kv_positions):
-            lo, hi = whole.mask.bounds(queries)
-            start, stop = (np.searchsorted(keys, bound).astype(np.int32) for bound in (lo, hi))
-            covered = np.zeros((len(queries), len(keys)), np.int64)
-            for piece in pieces(start, stop, queries, keys) or []:
-                part = covered[piece.queries, piece.keys]
-                i, j = np.indices(part.shape)
-                shift = part.shape[1] - part.shape[0] if piece.causal else 0
-                assert shift >= 0
-                part += (j <= i + shift if piece.causal else True) & (piece.left is None or j > i + shift - piece.left)
-            np.testing.assert_array_equal(covered, allowed(whole.mask, queries, keys))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -17,7 +17,8 @@ import cupy as cp
 import numpy as np
 
 from mpiattn import arrays
-from mpiattn.kernels import cudnn
+from mpiattn.kernels.cudnn import pieces
+from mpiattn.kernels.cudnn.kernel import CudnnKernel
 from mpiattn.kernels.cupy import rows
 from mpiattn.mask import Causal, Positions
 
@@ -52,19 +53,19 @@ def measure(tokens: int) -> None:
     everything, cut = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
     parts = [(slice(None), everything), (slice(0, cut), everything[:cut]), (slice(cut, tokens), everything[cut:])]
 
-    def backward(kernel: cudnn.CudnnKernel, part: slice, where: Positions) -> None:
+    def backward(kernel: CudnnKernel, part: slice, where: Positions) -> None:
         kernel.remember(row_delta, saved)
         for total in totals:
             kernel.begin(total)
         near = [array[:, :, part] for array in (d_out, lse, row_delta)]
         kernel.backward(q[:, :, part], k, v, *near, where, everything, totals[0][:, :, part], *totals[1:])
 
-    def forward(kernel: cudnn.CudnnKernel, part: slice, where: Positions) -> None:
+    def forward(kernel: CudnnKernel, part: slice, where: Positions) -> None:
         kernel.begin(out, out_lse)
         kernel.forward(q[:, :, part], k, v, where, everything, out[:, :, part], out_lse[:, :, part])
 
-    for label, cudnn.SQUARE in (("square", 128), ("bottom right", 0)):
-        kernel = cudnn.CudnnKernel(Causal(), None, BFLOAT16)
+    for label, pieces.SQUARE in (("square", 128), ("bottom right", 0)):
+        kernel = CudnnKernel(Causal(), None, BFLOAT16)
         (w, hw), (e, _), (l, hl) = (timed(partial(backward, kernel, *part)) for part in parts)
         (fw, _), (fe, _), (fl, fh) = (timed(partial(forward, kernel, *part)) for part in parts)
         print(

@@ -68,17 +68,16 @@ def choose(
         from .virtual import VirtualKernel
 
         return VirtualKernel(mask, scale, problem)
-    from . import cudnn
+    from .cudnn.kernel import CudnnKernel
+    from .cudnn.library import unable
     from .cupy.kernel import CupyKernel
 
-    reason = "" if name == "cupy" else cudnn.unable(problem)
+    reason = "" if name == "cupy" else unable(problem)
     if "cudnn" not in able:
         reason = reason or "it has no softcap and no dropout"
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
-    return (
-        CupyKernel(mask, scale, softcap) if name == "cupy" or reason else cudnn.CudnnKernel(mask, scale, problem.dtype)
-    )
+    return CupyKernel(mask, scale, softcap) if name == "cupy" or reason else CudnnKernel(mask, scale, problem.dtype)
 
 
 def on_gpus() -> str:
@@ -87,9 +86,9 @@ def on_gpus() -> str:
         return "none: CuPy is not installed"
     if not gpus():
         return "none: CuPy finds no GPU"
-    from . import cudnn
+    from .cudnn.library import loaded
 
-    library, reason = cudnn.library()
-    if library is None:
+    cudnn, reason = loaded()
+    if cudnn is None:
         return f"cupy: {reason}"
-    return f"cudnn {library.backend_version_string()}, frontend {library.__version__}: float16, bfloat16; else cupy"
+    return f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}: float16, bfloat16; else cupy"

@@ -1,0 +1,107 @@
+"""What computes a piece of a block: prepared for arrays of some shapes, then called with any such arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cupy
+
+from ..cupy.kernel import CupyKernel
+from ..cupy.passes import RowPass
+from .pieces import Piece
+from .plans import Plan, Tensor, build
+from .scratch import Scratch
+from .waiting import WaitingSums
+
+Array = Any
+Call = Callable[..., None]
+
+
+class Calls:
+    """Prepares calls of cuDNN, each with the pass that adds to the sums what comes out, or of the plain kernel."""
+
+    def __init__(self, scale: float | None, sums: WaitingSums, plain: CupyKernel) -> None:
+        self.scale, self.sums, self.plain = scale, sums, plain
+        self.scratch = Scratch()
+
+    def forward(self, piece: Piece, *arrays: Array) -> Call | None:
+        """Return what computes a piece forward, on arrays of these shapes; None where cuDNN can't."""
+        views = _part(piece, arrays)
+        plan = self._plan(piece, arrays[0], *map(Tensor.of, views[:3]))
+        if plan is None:
+            return None
+        q, _, v, out, lse = views
+        rows, dtype, first = q.shape[:3], q.dtype, piece.queries.start
+        shape, wide, offsets = (*rows, v.shape[3]), lse.dtype, _offsets(views, arrays)
+        merge = RowPass("merge", wide, dtype, out, lse, cupy.empty(shape, dtype), cupy.empty(rows, wide))
+
+        def call(*arrays: Array) -> None:
+            q, k, v, out, lse = (array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True))
+            part, part_lse = cupy.empty(shape, dtype), cupy.empty(rows, wide)
+            plan(self.scratch, q, k, v, part.data.ptr, part_lse.data.ptr)
+            if not self.sums.wait(arrays[3], part, first, part_lse):
+                merge(out, lse, part.data.ptr, part_lse.data.ptr)
+
+        return call
+
+    def backward(self, piece: Piece, *arrays: Array) -> Call | None:
+        """Return what computes a piece backward, on arrays of these shapes; None where cuDNN can't."""
+        views = _part(piece, arrays)
+        q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
+        rows, dtype = q.shape[:3], q.dtype
+        near = cupy.empty(d_out.shape, dtype), cupy.empty(rows, lse.dtype)
+        plan = self._plan(piece, q, *map(Tensor.of, (q, k, v, d_out, known[0] if known else near[0])))
+        if plan is None:
+            return None
+        shapes = [array.shape for array in (q, k, v)]
+        stand_in = RowPass("stand_in", lse.dtype, dtype, *near, d_out, lse, delta)
+        adds = [
+            RowPass("accumulate", lse.dtype, dtype, total, cupy.empty(shape, dtype))
+            for total, shape in zip((d_q, d_k, d_v), shapes, strict=True)
+        ]
+        sizes, offsets, lse_packed = [array.nbytes for array in near], _offsets(views, arrays), lse.flags.c_contiguous
+        firsts = piece.queries.start, piece.keys.start, piece.keys.start
+
+        def call(*arrays: Array) -> None:
+            pointers = [array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True)]
+            (q, k, v, d_out, lse, delta), totals = pointers[:6], pointers[6:9]
+            shares = [cupy.empty(shape, dtype) for shape in shapes]
+            if len(pointers) > 9:
+                out, near_lse = pointers[9], lse if lse_packed else self.scratch.copied(_part(piece, arrays)[4])
+            else:
+                out, near_lse = self.scratch.buffers(sizes)
+                stand_in(out, near_lse, d_out, lse, delta)
+            plan(self.scratch, q, k, v, out, d_out, near_lse, *(share.data.ptr for share in shares))
+            for add, array, total, share, first in zip(adds, arrays[6:9], totals, shares, firsts, strict=True):
+                if not self.sums.wait(array, share, first):
+                    add(total, share.data.ptr)
+
+        return call
+
+    def by_plain_kernel(self, piece: Piece, count: int) -> Call:
+        """Return what computes a piece with the plain kernel."""
+        compute: Any
+        inputs, end, compute = (3, 5, self.plain.forward) if count == 5 else (6, 9, self.plain.backward)
+
+        def call(*arrays: Array) -> None:
+            self.sums.write(*arrays)  # the plain kernel adds at once
+            views = _part(piece, arrays)
+            compute(*views[:inputs], piece.q_positions, piece.k_positions, *views[inputs:end])
+
+        return call
+
+    def _plan(self, piece: Piece, q: Array, *tensors: Tensor) -> Plan | None:
+        scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
+        return build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *tensors)
+
+
+def _part(piece: Piece, arrays: Sequence[Array]) -> list[Array]:
+    """Return a piece of a block's arrays: forward q, k, v, out, lse; backward q, k, v, ..., d_q, d_k, d_v."""
+    of_keys = (1, 2) if len(arrays) == 5 else (1, 2, 7, 8)
+    return [array[:, :, piece.keys if i in of_keys else piece.queries] for i, array in enumerate(arrays)]
+
+
+def _offsets(views: Sequence[Array], arrays: Sequence[Array]) -> list[int]:
+    return [view.data.ptr - array.data.ptr for view, array in zip(views, arrays, strict=True)]
