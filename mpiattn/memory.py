@@ -17,8 +17,9 @@ the rows of lse and delta):
     mesh a x b   2a + 3 + 2b/g                 5a + 6 + (4b + 6)/g               (a ranks in a row, b in a column)
     gathered     5a + 2 + 4b/g                 10a + 3 + (10b + 4)/g             (mesh_gathered)
     allgather    2 + 2(n + 1)/g                3 + (4n + 8)/g
-    ulysses      7 + 1/n + 6/g                 14 + 1/n + (14 + 2/n)/g
-    hybrid u x   a ring of n/u and 5 + 1/u + 6/g, or a mesh of n/u and 6 + 6/g; backward either and 12 + 12/g
+    ulysses      7 - 1/n + (6 - 2/n)/g         14 - 3/n + (14 - 2/n)/g
+    hybrid u x   a ring of n/u and 5 - 1/u + (6 - 2/u)/g, or a mesh of n/u and (6 - 2/u)(1 + 1/g); backward either
+                 and (12 - 4/u)(1 + 1/g)
     tensor parallel: 2 forward, 3 + 4/g backward, in units of the Q of all tokens and 1/n of the heads
     decode: 3 forward, 5 (as a tree 6) and twice K/V of the rank's part of the cache backward; Q is of the new tokens
 
@@ -261,11 +262,13 @@ def exchange(
     `lse` is the dtype of the lse that comes from inside.
     """
     parts = [part for *_, part in problem.by_heads(len(members))]
-    own = parts[members.index(rank)]
+    place = members.index(rank)
+    own = parts[place]
     partial = sum(part.kv_heads for part in parts) > problem.kv_heads
 
     def exchanged(spec: Callable[[Problem, int], list[Spec]]) -> int:
-        return total([spec(part, rank) for part in parts]) + total([spec(own, member) for member in members])
+        leaving = [spec(part, rank) for part in parts[:place] + parts[place + 1 :]]
+        return total(leaving) + total([spec(own, member) for member in members])
 
     def out(member: int) -> list[list[Spec]]:
         values, (rows, _) = own.o(member)

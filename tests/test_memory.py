@@ -72,9 +72,14 @@ def test_the_table_in_units_of_q(n: int, g: int) -> None:
         ("mesh_gathered", 0, {"rows": b, "cols": a}, (5 * a + 2 + 4 * b / g, 10 * a + 3 + (10 * b + 4) / g)),
         ("allgather", 0, {}, (2 + 2 * (n + 1) / g, 3 + (4 * n + 8) / g)),
         ("allgather", 0, {"head_groups": 4}, (2 + (n + 1) / g, 3 + (6 + 2 * n + 1) / g)),
-        ("ulysses", 0, {}, (7 + 1 / n + 6 / g, 14 + 1 / n + (14 + 2 / n) / g)),
-        ("hybrid", 0, {"ulysses": u, "rows": m}, (ring[0] + 5 + 1 / u + 6 / g, ring[1] + 12 + 12 / g)),
-        ("hybrid", 0, {"ulysses": u, "rows": 1, "cols": m}, (2 * m + 9 + 8 / g, 5 * m + 18 + 22 / g)),
+        ("ulysses", 0, {}, (7 - 1 / n + (6 - 2 / n) / g, 14 - 3 / n + (14 - 2 / n) / g)),
+        (
+            "hybrid",
+            0,
+            {"ulysses": u, "rows": m},
+            (ring[0] + 5 - 1 / u + (6 - 2 / u) / g, ring[1] + (12 - 4 / u) * (1 + 1 / g)),
+        ),
+        ("hybrid", 0, {"ulysses": u, "rows": 1, "cols": m}, (2 * m + 8 + 7 / g, 5 * m + 16 + 20 / g)),
     ]
     for name, rank, arguments, formula in table:
         peak = memory.peak(name, problem, rank, **arguments)

@@ -24,6 +24,7 @@ from mpiattn import arrays, bench_attention, gpu, grid
 WORLD = MPI.COMM_WORLD
 CALLS = 5
 LEAST = 3  # microseconds of a gap
+MOST = 8  # gaps printed, by what is before and after
 
 
 def main() -> None:
@@ -63,18 +64,23 @@ def report(title: str, events: list[dict[str, object]]) -> None:
     starts = [e["ts"] for e in work if "merge_parts" in e["name"] or "softmax" in e["name"]]
     marks = starts[:: len(starts) // CALLS]  # passes over an output: as far apart as the calls
     begin = end = marks[0]
-    idle, times = 0.0, collections.Counter[str]()
+    last, times, gaps = "", collections.Counter[str](), collections.Counter[str]()
     for event in (e for e in work if begin <= e["ts"] < marks[-1]):
-        times[event["name"].split("<")[0].removeprefix("void ")[:60]] += event["dur"]
-        if "PtoP" in event["name"]:  # beside the kernels
+        name = event["name"].split("<")[0].removeprefix("void ")[:60]
+        times[name] += event["dur"]
+        if "PtoP" in name:  # beside the kernels
             continue
-        idle += event["ts"] - end if event["ts"] - end > LEAST else 0
-        end = max(end, event["ts"] + event["dur"])
+        if event["ts"] - end > LEAST:
+            gaps[f"{last} -> {name}"] += event["ts"] - end
+        last, end = name, max(end, event["ts"] + event["dur"])
     calls = CALLS - 1
     whole = marks[-1] - begin
+    idle = sum(gaps.values())
     print(f"{title}: {whole / calls / 1e3:.3f} ms a call, of which the GPU is idle {idle / calls / 1e3:.3f} ms")
     for name, microseconds in times.most_common():
         print(f"  {microseconds / calls / 1e3:8.3f} ms  {name}")
+    for name, microseconds in gaps.most_common(MOST):
+        print(f"  {microseconds / calls / 1e3:8.3f} ms  idle: {name}")
 
 
 main()

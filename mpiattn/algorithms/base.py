@@ -144,7 +144,7 @@ class Attention:
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
         self.uses: dict[str, list[arrays.Uses | None]] = {}
-        self.made: dict[str, dict[tuple[int, int], tuple[Parcel, Sequence[arrays.Spec]]]] = {}
+        self.made: dict[tuple[Any, ...], dict[int, Parcel]] = {}
         self.sinks: Array | None = None
         self.dropout: Dropout | None = None
         self.first_head = 0
@@ -298,14 +298,16 @@ class Attention:
             different = [{id(group): group for group in specs[start::count]} for start in range(count)]
             largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
-        keys = [(step % count, id(group)) for step, group in enumerate(specs)]
-        made = self.made.get(name, {})
-        if not all(key in made for key in keys):
-            made = self.made[name] = {}  # chunks of one shape in one buffer are one parcel
-            for key, group in zip(keys, specs, strict=True):
-                if key not in made:  # with the group, so that its number is not given to another
-                    made[key] = Parcel(group, self.storage[name][key[0]], self.uses[name][key[0]]), group
-        return [made[key][0] for key in keys]
+        # Chunks of one shape in one buffer are one parcel. Most share one list, which is then looked at once.
+        alike = {id(group): group for group in specs}
+        made = {number: self.made.setdefault((name, *group), {}) for number, group in alike.items()}
+        result = []
+        for step, group in enumerate(specs):
+            known, place = made[id(group)], step % count
+            if place not in known:
+                known[place] = Parcel(group, self.storage[name][place], self.uses[name][place])
+            result.append(known[place])
+        return result
 
     def state(self, problem: Problem, q: Array) -> tuple[Array, Array]:
         """Return the (out, lse) of some queries that have attended to nothing."""

@@ -124,10 +124,11 @@ class UlyssesAttention(Attention):
         self, tag: Tag, leaving: list[list[Spec]], arriving: list[list[Spec]], contents: Contents
     ) -> list[Parcel]:
         """All-to-all: one message to each other rank of the group that has something to get."""
+        leaving[self.place] = []
         to, here = self.parcels(f"to {tag.name}", leaving), self.parcels(f"here {tag.name}", arriving)
+        to[self.place] = here[self.place]
         for parcel, arrays in zip(to, contents, strict=True):
             parcel.pack(*arrays)
-        here[self.place].pack(*to[self.place].arrays)
         # Pairwise: in each step every rank receives from one other and sends to one other. Sends that all start at once
         # meet at some ranks, whose links are busy long after the others are done.
         for step in range(1, len(self.members)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import cupy
@@ -16,8 +15,22 @@ from .passes import RowPass
 Array = Any
 
 
+KEPT = 2**12  # of what is prepared; then all of it is forgotten
+
+
+_prepared: dict[tuple[Any, ...], RowPass] = {}
+"""Passes by name, dtypes, and what matters of the arrays: to prepare one takes longer than to queue it."""
+
+
 def _rows(name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
-    RowPass(name, wide, dtype, *arrays)(*(array.data.ptr for array in arrays))
+    pointers = [array.data.ptr for array in arrays]
+    layouts = [(array.shape, array.strides, pointer % 64) for array, pointer in zip(arrays, pointers, strict=True)]
+    key = name, wide, dtype, *layouts
+    if key not in _prepared:
+        if len(_prepared) == KEPT:
+            _prepared.clear()
+        _prepared[key] = RowPass(name, wide, dtype, *arrays)
+    _prepared[key](*pointers)
 
 
 def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
@@ -42,29 +55,37 @@ def copy(place: Array, array: Array) -> None:
 def take(array: Array, positions: Positions) -> Array:
     """Return array[:, :, positions]."""
     result = cupy.empty((*array.shape[:2], len(positions), *array.shape[3:]), array.dtype)
-    for there, here in _runs(positions.tobytes()):
+    for there, here in _runs(positions):
         copy(result[:, :, here], array[:, :, there])
     return result
 
 
 def put(array: Array, positions: Positions, part: Array) -> None:
     """Set array[:, :, positions] to a part."""
-    for there, here in _runs(positions.tobytes()):
+    for there, here in _runs(positions):
         copy(array[:, :, there], part[:, :, here])
 
 
-@functools.lru_cache(maxsize=256)
-def _runs(positions: bytes) -> list[tuple[slice, slice]]:
+Runs = list[tuple[slice, slice]]
+
+_cut: dict[int, tuple[Positions, Runs]] = {}
+"""Runs of positions, by their identity: to look at all of them takes longer than to copy what is there."""
+
+
+def _runs(positions: Positions) -> Runs:
     """Cut positions into runs with even steps; return where each lies among all, and which of the given ones it has."""
-    numbers = np.frombuffer(positions, np.int64)
-    result, begin = [], 0
-    while begin < len(numbers):
-        steps = np.diff(numbers[begin:])
-        count = 1 if not len(steps) else 1 + int(np.argmin(np.append(steps == steps[0], False)))
-        first, step = int(numbers[begin]), int(steps[0]) if len(steps) else 1
-        result.append((slice(first, first + (count - 1) * step + 1, step), slice(begin, begin + count)))
-        begin += count
-    return result
+    if id(positions) not in _cut:
+        if len(_cut) == KEPT:
+            _cut.clear()
+        result, begin = [], 0
+        while begin < len(positions):
+            steps = np.diff(positions[begin:])
+            count = 1 if not len(steps) else 1 + int(np.argmin(np.append(steps == steps[0], False)))
+            first, step = int(positions[begin]), int(steps[0]) if len(steps) else 1
+            result.append((slice(first, first + (count - 1) * step + 1, step), slice(begin, begin + count)))
+            begin += count
+        _cut[id(positions)] = positions, result
+    return _cut[id(positions)][1]
 
 
 def cast(total: Array, dtype: Any, result: Array | None = None) -> Array:
