@@ -11,13 +11,12 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -30,6 +29,7 @@ from .layout import LAYOUTS, gather, owned_heads, scatter
 from .mask import Positions
 from .message import Communicator, InputError, clock
 from .progress import bar
+from .root import on_root, patiently
 from .timeline import write
 from .trace import Trace, TracedComm, watch
 
@@ -39,7 +39,6 @@ ORACLE_SCORES = 2**28
 AUTO = "auto"
 PASSES = ("forward", "backward")
 RESULTS = ("out", "d_q", "d_k", "d_v")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -149,7 +148,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
     xp = gpu.namespace(args, comm)
     environment = env.environment(comm)
-    given = inputs.on_root(comm, lambda: load(args))
+    given = on_root(comm, lambda: load(args))
     with ExitStack() as stack:
         cases, left_out = build(args, comm, stack, given[0] if given else None)
         kept = Trace()
@@ -248,15 +247,6 @@ def build(
     if not cases:
         raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
     return cases, left_out
-
-
-def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
-    """Return what `work` returns on rank 0, None elsewhere; the others leave the cores to it."""
-    result = work() if comm.Get_rank() == 0 else None
-    done = comm.Ibarrier()
-    while not done.Test():
-        time.sleep(0.01)
-    return result
 
 
 def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Array]:

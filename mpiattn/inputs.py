@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,12 +18,11 @@ from .arrays import FLOATS
 from .arrays import dtype as dtype_of
 from .dropout import Dropout
 from .mask import Mask
-from .message import Communicator, InputError
+from .message import Communicator
 from .planner import Choice
 from .problem import PARTIALS
 
 Array = NDArray[Any]
-Result = TypeVar("Result")
 
 SAMPLE = "smollm2_layer15_gpl3_2048.npz"
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
@@ -117,20 +115,6 @@ def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, b
     sizes = comm.bcast(sizes)
     asked = {name: getattr(args, name) for name in ("mask", "layout", "partials", "machine")}
     return planner.choose(comm, **sizes, **asked, backward=backward)
-
-
-def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:
-    """Return what `work` returns on rank 0, None elsewhere; what it finds wrong is raised on every rank."""
-    result, error = None, None
-    if comm.Get_rank() == 0:
-        try:
-            result = work()
-        except (OSError, ValueError) as wrong:
-            error = str(wrong)
-    error = comm.bcast(error)
-    if error is not None:
-        raise InputError(error)
-    return result
 
 
 def check_output(path: Path) -> None:

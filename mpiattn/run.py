@@ -14,6 +14,7 @@ from .algorithms import ALGORITHMS
 from .arrays import on_host
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
+from .root import on_root
 from .timeline import write
 from .trace import TracedComm, watch
 
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
-    given = inputs.on_root(comm, lambda: inputs.load(args))
-    inputs.on_root(comm, lambda: inputs.check_output(args.output))
+    given = on_root(comm, lambda: inputs.load(args))
+    on_root(comm, lambda: inputs.check_output(args.output))
     if args.trace and not args.trace.parent.is_dir():
         raise InputError(f"{args.trace.parent}: no such folder")
     xp = gpu.namespace(args, comm)

@@ -19,7 +19,8 @@ import torch
 from mpi4py import MPI
 from torch.profiler import ProfilerActivity, profile
 
-from mpiattn import arrays, bench_attention, gpu, grid
+from mpiattn import arrays, gpu, grid
+from mpiattn.bench import attention, contenders
 
 WORLD = MPI.COMM_WORLD
 CALLS = 5
@@ -30,17 +31,17 @@ MOST = 8  # gaps printed, by what is before and after
 def main() -> None:
     """Profile each algorithm on each number of tokens, and print on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bench_attention.add_arguments(parser)
+    attention.add_arguments(parser)
     args = parser.parse_args()
     xp = gpu.namespace(args, WORLD, "cupy")
     torch.cuda.set_device(xp.cuda.Device().id)
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
     heads = args.heads, args.kv_heads or args.heads, args.head_dim, arrays.dtype(args.dtype or "bfloat16"), args.mask
     for tokens, text in itertools.product(map(int, args.tokens.split(",")), args.algorithms.split(",")):
-        setting = bench_attention.Setting(WORLD, xp, tokens, *heads, options)
+        setting = contenders.Setting(WORLD, xp, tokens, *heads, options)
         name, _, shape = text.partition(":")
         rows_cols = dict(zip(("rows", "cols"), grid.parse(shape), strict=True)) if shape else {}
-        run = bench_attention.algorithm(setting, text, name, rows_cols)[0].run["forward+backward"]
+        run = contenders.algorithm(setting, text, name, rows_cols)[0].run["forward+backward"]
         for _ in range(CALLS):
             run()
         setting.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
@@ -14,16 +13,17 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from . import arrays, env, inputs, machine, oracle
-from .algorithms import ALGORITHMS
-from .compare import RESULTS, patiently
-from .layout import gather
-from .mask import Causal
-from .message import Communicator, InputError
-from .oracle import Array
-from .progress import bar
+from .. import env
+from ..algorithms import ALGORITHMS
+from ..compare import RESULTS
+from ..message import Communicator, InputError
+from ..progress import bar
+from ..root import patiently
+from .exactness import attend, attend_virtually, errors, reference, sample
 
-DESCRIPTION = """\
+MOST = 1.5
+
+DESCRIPTION = f"""\
 Measure the error against textbook attention in float64 of one problem on 1, 2, 3, ... ranks, as many as mpiexec
 started, and further on virtual ranks: the same algorithms and the same arithmetic on rank 0 alone.
 
@@ -32,15 +32,19 @@ The input is part of the real queries, keys and values that come with mpiattn, c
   rms      root mean square of the differences, over that of the right values
   largest  largest difference, over the largest right value
 
-and for each result as a multiple of the error on one rank. The first is to stay within {most} of them. The second
+and for each result as a multiple of the error on one rank. The first is to stay within {MOST} of them. The second
 is that of a single number, and varies more. Exit status 1 if the first does not stay there. What partial sums that
 travel rounded to bfloat16 (partials "narrow") add to the errors is shown as well, and may exceed it.
 """
 
-MOST = 1.5
-DESCRIPTION = DESCRIPTION.format(most=MOST)
+EXAMPLES = """\
+example:
+  mpiexec -n 9 mpiattn bench error --plot error.png
+"""
+
 KINDS = ("float32", "wide"), ("bfloat16", "wide"), ("bfloat16", "narrow")
 """Dtype of the input, and how partial sums travel."""
+
 MEASURES = "rms", "largest"
 
 
@@ -105,54 +109,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     wide = [result for result in results if result["partials"] == "wide"]
     good = all(ratio <= MOST for result in wide for ratio in result["rms_ratio"])
     return 0 if comm.bcast(good) else 1
-
-
-def sample(tokens: int, dtype: str) -> dict[str, Array]:
-    """Return q, k, v and the gradient of out: the first tokens of a group of heads of the sample."""
-    with importlib.resources.as_file(importlib.resources.files("mpiattn") / "data" / inputs.SAMPLE) as path:
-        whole = inputs.read(path)
-    group = whole["q"].shape[1] // whole["k"].shape[1]
-    given = {"q": whole["q"][:, :group, :tokens], "k": whole["k"][:, :1, :tokens], "v": whole["v"][:, :1, :tokens]}
-    given["out"] = np.random.default_rng(0).standard_normal((*given["q"].shape[:3], given["v"].shape[3]))
-    return {name: array.astype(arrays.dtype(dtype)) for name, array in given.items()}
-
-
-def reference(given: dict[str, Array]) -> list[Array]:
-    """Return what the oracle makes of it."""
-    q, k, v, d_out = given.values()
-    return [oracle.attention(q, k, v, Causal())[0], *oracle.gradients(q, k, v, d_out, Causal())]
-
-
-def attend(name: str, comm: Communicator, given: dict[str, Array], partials: str) -> list[Array] | None:
-    """Return out, d_q, d_k, d_v of the whole sequence on rank 0 of a communicator."""
-    with ALGORITHMS[name](comm, mask=Causal(), partials=partials) as attention:
-        shapes = {name: whole.shape for name, whole in given.items()}
-        places = {name: attention.owned(name, shapes) for name in given}
-        q, k, v, d_out = (
-            np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]) for name, whole in given.items()
-        )
-        out, saved = attention.forward(q, k, v)
-        results = out, *attention.backward(d_out, saved)
-        whole = [
-            gather(array, comm, places[name], shape=shapes[name], copies=name in attention.copied)
-            for name, array in zip(("out", "q", "k", "v"), results, strict=True)
-        ]
-    return None if comm.Get_rank() else [array for array in whole if array is not None]
-
-
-def attend_virtually(name: str, ranks: int, given: dict[str, Array], partials: str) -> list[Array]:
-    """Return the same from a cluster of virtual ranks."""
-    from .virtual import run
-
-    results: list[Array] = run(ranks, machine.load("laptop"), lambda comm: attend(name, comm, given, partials))[0]
-    return results
-
-
-def errors(results: Sequence[Array], right: Sequence[Array]) -> dict[str, list[float]]:
-    """Return both measures of each result."""
-    pairs = list(zip(results, right, strict=True))
-    rms = [float(np.sqrt(((result - exact) ** 2).mean() / (exact**2).mean())) for result, exact in pairs]
-    return {"rms": rms, "largest": [oracle.error(result, exact) for result, exact in pairs]}
 
 
 def compare_with_one(results: Sequence[dict[str, Any]]) -> None:
