@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mpiattn import ALGORITHMS
-from mpiattn.conformance import Case, check, fast
+from mpiattn.conformance.case import Case, fast
+from mpiattn.conformance.check import check
 from mpiattn.costs import COSTS
 
 CASES = fast()

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpiattn import ALGORITHMS, RingAttention, conformance, oracle, softmax
+from mpiattn import ALGORITHMS, RingAttention, oracle, softmax
 from mpiattn import layout as layouts
+from mpiattn.conformance.case import Case, fast
+from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout, philox
 from mpiattn.kernels.numpy import NumpyKernel
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
@@ -332,11 +334,11 @@ def test_refusals_count_apart(comm: Any) -> None:
         def forward(self, q: Array, k: Array, v: Array) -> Any:  # type: ignore[override]
             return super().forward(q, k, v)
 
-    for case in conformance.fast():
+    for case in fast():
         if case.optional:
-            with pytest.raises(conformance.Refused):
-                conformance.check(Plain, comm, case)
-    conformance.check(Plain, comm, conformance.Case(layout="zigzag"))
+            with pytest.raises(Refused):
+                check(Plain, comm, case)
+    check(Plain, comm, Case(layout="zigzag"))
 
 
 @pytest.mark.mpi(sizes=[3])
@@ -349,6 +351,6 @@ def test_wrong_decisions_are_found(comm: Any, name: str, monkeypatch: pytest.Mon
         drop(kernel, dropout, first_head + (comm.Get_rank() == 0))
 
     monkeypatch.setattr(NumpyKernel, "drop", off)
-    case = conformance.Case(dropout=0.4, heads=6, kv_heads=3)
+    case = Case(dropout=0.4, heads=6, kv_heads=3)
     with pytest.raises(AssertionError, match="error of"):
-        conformance.check(partial(ALGORITHMS[name]), comm, case)
+        check(partial(ALGORITHMS[name]), comm, case)

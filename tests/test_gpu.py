@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from mpiattn import ALGORITHMS, RingAttention, arrays, cli, device, kernels, layout
-from mpiattn.conformance import Case, check, compare, fast, problem
+from mpiattn.conformance.case import Case, fast, problem
+from mpiattn.conformance.check import check, compare
 from mpiattn.costs import COSTS
 from mpiattn.mask import Causal, parse
 from mpiattn.message import InputError, Tag, Waitall

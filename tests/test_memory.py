@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import arrays, conformance, machine, memory, virtual
+from mpiattn import arrays, machine, memory, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
-from mpiattn.conformance import Case
+from mpiattn.conformance.case import Case, fast
 from mpiattn.mask import Full
 from mpiattn.problem import Problem
 from mpiattn.virtual import VirtualComm
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Small messages aren't copied on their way.
 MACHINE = dataclasses.replace(machine.load("laptop"), eager=0)
-CASES = [case for case in conformance.fast() if not case.sinks]
+CASES = [case for case in fast() if not case.sinks]
 
 
 def shares(attention: Any, case: Case, rank: int) -> list[tuple[int, ...]]:

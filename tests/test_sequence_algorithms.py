@@ -13,7 +13,8 @@ import mpiattn
 from mpiattn import ALGORITHMS, layout
 from mpiattn.algorithms import hybrid
 from mpiattn.arrays import Array
-from mpiattn.conformance import Case, check
+from mpiattn.conformance.case import Case
+from mpiattn.conformance.check import check
 from mpiattn.costs import COSTS, allreduce
 from mpiattn.message import InputError
 from mpiattn.oracle import error

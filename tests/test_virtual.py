@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import conformance, costs, machine, virtual
+from mpiattn import costs, machine, virtual
 from mpiattn.algorithms import ALGORITHMS
-from mpiattn.conformance import Case
+from mpiattn.conformance.case import Case, fast, problem
+from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout
 from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
@@ -284,7 +285,7 @@ def test_a_ring_of_a_thousand_ranks_takes_less_than_a_minute(ranks: int, seconds
 
 def conform(ranks: int, factory: Any, case: Case, traffic: Any = None) -> None:
     """Check an algorithm on virtual ranks against the oracle."""
-    virtual.run(ranks, one_host(ranks), lambda comm: conformance.check(factory, comm, case, traffic))
+    virtual.run(ranks, one_host(ranks), lambda comm: check(factory, comm, case, traffic))
 
 
 @pytest.mark.parametrize("ranks", range(1, 10))
@@ -292,8 +293,8 @@ def test_conformance_in_one_process(ranks: int) -> None:
     for name in ALGORITHMS:
         for arguments in ALGORITHMS[name].variants(ranks):
             factory = partial(ALGORITHMS[name], **arguments)
-            for case in conformance.fast()[:: 4 if ranks in (4, 6) else 7]:
-                with contextlib.suppress(conformance.Refused):
+            for case in fast()[:: 4 if ranks in (4, 6) else 7]:
+                with contextlib.suppress(Refused):
                     conform(ranks, factory, case)
 
 
@@ -318,7 +319,7 @@ def in_order(name: str, arguments: dict[str, Any]) -> int:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_same_bits_as_under_mpi(comm: MPI.Intracomm, name: str, dtype: str) -> None:
     case = Case(tokens=150, heads=4, kv_heads=2, head_dim=16, v_head_dim=16, dtype=dtype)
-    given = {key: conformance.problem(case)[0][key] for key in ("q", "k", "v", "out")}
+    given = {key: problem(case)[0][key] for key in ("q", "k", "v", "out")}
 
     def program(comm: Any, arguments: dict[str, Any]) -> list[bytes]:
         with ALGORITHMS[name](comm, **case.options, **arguments) as attention:
@@ -341,9 +342,11 @@ def test_no_mpi_is_needed() -> None:
     code = """
 import sys
 sys.modules["mpi4py.MPI"] = sys.modules["mpi4py"] = None
-from mpiattn import conformance, machine, virtual
+from mpiattn import machine, virtual
+from mpiattn.conformance.case import Case
+from mpiattn.conformance.check import check
 from mpiattn.algorithms import RingAttention
-virtual.run(3, machine.load("laptop"), lambda comm: conformance.check(RingAttention, comm, conformance.Case()))
+virtual.run(3, machine.load("laptop"), lambda comm: check(RingAttention, comm, Case()))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
