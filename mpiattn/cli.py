@@ -11,8 +11,9 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import calibrate, compare, env, machine, run, schedule, timeline, virtual
+from . import calibrate, env, machine, run, schedule, timeline, virtual
 from .bench import command as bench
+from .compare import command as compare
 from .conformance import command as conformance
 from .documents import command as documents
 from .message import InputError

@@ -24,6 +24,9 @@ from .problem import PARTIALS
 
 Array = NDArray[Any]
 
+AUTO = "auto"
+"""In place of an algorithm: what the planner chooses."""
+
 SAMPLE = "smollm2_layer15_gpl3_2048.npz"
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
 

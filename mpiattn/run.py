@@ -12,13 +12,12 @@ from typing import Any
 from . import gpu, grid, inputs
 from .algorithms import ALGORITHMS
 from .arrays import on_host
+from .inputs import AUTO
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
 from .root import on_root
 from .timeline import write
 from .trace import TracedComm, watch
-
-AUTO = "auto"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ import pytest
 from launch import mpiexec
 from safetensors.numpy import load_file, save_file
 
-from mpiattn import compare, oracle
+from mpiattn import oracle
+from mpiattn.compare import command as compare
 from mpiattn.mask import Causal
 
 SMALL = ("--tokens", "37", "--heads", "4", "--kv-heads", "2", "--head-dim", "8")

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from .. import env
 from ..algorithms import ALGORITHMS
-from ..compare import RESULTS
+from ..compare.case import RESULTS
 from ..message import Communicator, InputError
 from ..progress import bar
 from ..root import patiently
