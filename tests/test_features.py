@@ -18,7 +18,7 @@ from mpiattn import layout as layouts
 from mpiattn.conformance.case import Case, fast
 from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout, philox
-from mpiattn.kernels.numpy import NumpyKernel
+from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
 from mpiattn.trace import TracedComm
 

@@ -133,7 +133,7 @@ def measured(comm: Any, name: str, case: Case, arguments: dict[str, Any]) -> lis
 def scratch(attention: Any) -> int:
     """Return the bytes of the NumPy kernel's tiles."""
     inside = attention.inner if isinstance(attention, HybridAttention) else attention
-    return sum(tile.nbytes for tile in inside.kernel._work.values())
+    return sum(tile.nbytes for tile in inside.kernel.work.held.values())
 
 
 LARGE = Case(layout="zigzag", tokens=400, heads=8, kv_heads=4, head_dim=64, v_head_dim=64, dtype="float32")

@@ -16,7 +16,7 @@ import pytest
 
 from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter, timeline, trace
 from mpiattn.figures import draw_trace
-from mpiattn.kernels.numpy import NumpyKernel
+from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.schedule import Op, Step
 from mpiattn.trace import Event, Trace, TracedComm
 

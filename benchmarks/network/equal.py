@@ -24,7 +24,7 @@ from mpi4py import MPI
 from mpiattn import MeshAttention, schedule
 from mpiattn.arrays import Parcel
 from mpiattn.env import environment
-from mpiattn.kernels.numpy import NumpyKernel
+from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.schedule import Op
 
 HOPS = 3  # timed together: the ranks leave a barrier one after the other

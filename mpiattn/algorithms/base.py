@@ -15,7 +15,7 @@ from .. import arrays, device, kernels
 from .. import layout as layouts
 from ..arrays import Parcel
 from ..dropout import Dropout
-from ..kernels.numpy import NumpyKernel
+from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full, Mask, Positions
 from ..message import Communicator, InputError
 from ..problem import Problem

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..kernels.numpy import NumpyKernel, plan
+from ..kernels.numpy.kernel import NumpyKernel
+from ..kernels.numpy.tiles import plan
 from ..mask import Mask
 from ..softmax import Array, accumulator, delta
 

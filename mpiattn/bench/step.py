@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Parcel
-from ..kernels.numpy import NumpyKernel
+from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full
 from ..message import Communicator, Tag, Testall, Waitall, constant
 

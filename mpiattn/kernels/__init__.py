@@ -56,7 +56,7 @@ def choose(
         others = [kernel for kernel in ("numpy", *names) if not LACKS.get(kernel, set()) & wanted]
         raise InputError(f"kernel {name or names[0]!r} has no {' and '.join(sorted(wanted))}: {', '.join(others)} can")
     if kind == "numpy":
-        from .numpy import NumpyKernel
+        from .numpy.kernel import NumpyKernel
 
         kernel = NumpyKernel(mask, scale, softcap)
         if virtual_time() is None:

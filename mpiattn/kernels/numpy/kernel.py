@@ -1,0 +1,213 @@
+"""Block attention on one rank in NumPy: forward and backward, tile by tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiattn.dropout import Dropout
+from mpiattn.mask import Mask, Positions
+from mpiattn.softmax import accumulator, merge
+
+from ..sums import Sums
+from .scores import FAR, LN2, LOG2E, SAFE, exp2, longest, shift
+from .tiles import plan
+from .work import Work
+
+Array = NDArray[Any]
+Progress = Callable[[], object]
+
+
+class NumpyKernel(Sums):
+    """Attention of one rank's block: merged into a running (out, lse), or added to running gradients.
+
+    Arrays are (batch, heads, tokens, head_dim) of float64, float32, float16 or bfloat16, contiguous or
+    not. k and v may have fewer heads: query head h uses head h // (heads / kv_heads). What is computed
+    and accumulated is `softmax.accumulator(dtype)`, float32 or float64. As in a textbook's 0 * NaN, a NaN in v
+    reaches all rows of its tile, not only those that see it; one in q or k reaches the rows that see it.
+
+    Parameters
+    ----------
+    mask : Mask
+        Evaluated on the global positions given with each block.
+    scale : float, optional
+        Of the scores; 1/sqrt(head_dim) if not given.
+    softcap : float, optional
+        Scores are softcap * tanh(scale q k^T / softcap).
+    """
+
+    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
+        self.mask = mask
+        self.scale = scale
+        self.softcap = softcap
+        self.unit = LOG2E if softcap is None else 1 / softcap  # of the products of queries and keys
+        self.dropout: Dropout | None = None
+        self.first_head = 0
+        self.work = Work()
+
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
+        """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
+        self.dropout, self.first_head = dropout, first_head
+
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        q_positions: Positions,
+        k_positions: Positions,
+        out: Array,
+        lse: Array,
+        progress: Progress | None = None,
+    ) -> None:
+        """Merge the attention of q to this block's keys into (out, lse), in place.
+
+        Parameters
+        ----------
+        q : (batch, heads, q_tokens, head_dim)
+        k : (batch, kv_heads, k_tokens, head_dim)
+        v : (batch, kv_heads, k_tokens, v_head_dim)
+        q_positions, k_positions : int64, (q_tokens,) and (k_tokens,)
+            Global positions, ascending.
+        out : float32 or float64, (batch, heads, q_tokens, v_head_dim)
+            Normalised output so far; zeros at the start.
+        lse : the same dtype, (batch, heads, q_tokens)
+            Natural logarithm of the sum of exponentials so far; -inf at the start.
+        progress : callable, optional
+            Called before each tile, so that an MPI library can move messages.
+        """
+        dtype, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+        rows_of_tiles = plan(self.mask, q_positions, k_positions)
+        for b, g in np.ndindex(k.shape[:2]):
+            keys = self.work.with_ones("keys", k[b, g], dtype)
+            values = self.work.with_ones("values", v[b, g], dtype)
+            longest_key = longest(keys[:, :-1])
+            for h in range(g * group, (g + 1) * group):
+                for rows, tiles in rows_of_tiles:
+                    query = self.work.query(q[b, h, rows], self._scale(q) * self.unit, dtype)
+                    query[-1] = 0
+                    limit = longest_key * longest(query[:-1].T)
+                    if self.softcap is not None:
+                        limit = min(limit, 1) * self.softcap * LOG2E  # in this order: NaN stays
+                    safe = limit < SAFE
+                    total = self.work.buffer("total", (values.shape[1], query.shape[1]), dtype)
+                    total[...] = 0
+                    for tile in tiles:
+                        if progress:
+                            progress()
+                        seeing, sums = query[:, tile.queries], total[:, tile.queries]
+                        score, _ = self._score(keys[tile.keys], seeing)
+                        if not safe:
+                            shift(score, seeing, sums, tile.visible)
+                        exp2(score, tile.visible, bounded=safe)
+                        if self.dropout is None:
+                            sums += self.work.product("part", values[tile.keys].T, score)
+                        else:
+                            sums[-1] += score.sum(axis=0)
+                            score *= self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            sums[:-1] += self.work.product("part", values[tile.keys, :-1].T, score)
+                    weight = total[-1]
+                    with np.errstate(divide="ignore"):
+                        part_lse = LN2 * (np.log2(weight, dtype=np.float64) - query[-1])
+                    total[:-1] /= np.where(weight == 0, 1, weight)
+                    merge(out[b, h, rows], lse[b, h, rows], total[:-1].T, part_lse)
+
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        d_out: Array,
+        lse: Array,
+        delta: Array,
+        q_positions: Positions,
+        k_positions: Positions,
+        d_q: Array,
+        d_k: Array,
+        d_v: Array,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add this block's share of the gradients to d_q, d_k and d_v, in place.
+
+        Parameters
+        ----------
+        q, k, v, q_positions, k_positions, progress
+            As in `forward`.
+        d_out : (batch, heads, q_tokens, v_head_dim)
+            Gradient with respect to the output.
+        lse, delta : float32 or float64, (batch, heads, q_tokens)
+            Of the whole rows, all keys: the final lse, and rowsum(d_out * out).
+        d_q, d_k, d_v : float32 or float64, shapes of q, k, v
+            Gradients so far; zeros at the start.
+        """
+        dtype, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+        rows_of_tiles = plan(self.mask, q_positions, k_positions)
+        for b, g in np.ndindex(k.shape[:2]):
+            keys = self.work.with_ones("keys", k[b, g], dtype)
+            values = self.work.with_ones("values", v[b, g], dtype)
+            d_keys = self.work.buffer("d_keys", k.shape[2:], dtype)
+            d_keys[...] = 0
+            for h in range(g * group, (g + 1) * group):
+                for rows, tiles in rows_of_tiles:
+                    query = self.work.query(q[b, h, rows], self._scale(q) * self.unit, dtype)
+                    nothing = np.isneginf(lse[b, h, rows])
+                    query[-1] = np.where(nothing, -FAR, -LOG2E * lse[b, h, rows])
+                    d_row = self.work.buffer("d_row", (values.shape[1], query.shape[1]), dtype)
+                    d_row[:-1] = d_out[b, h, rows].T
+                    d_row[-1] = -delta[b, h, rows]
+                    d_row[:, nothing] = 0
+                    d_query = self.work.buffer("d_query", (k.shape[3], query.shape[1]), dtype)
+                    d_query[...] = 0
+                    for tile in tiles:
+                        if progress:
+                            progress()
+                        seeing, d_seeing = query[:, tile.queries], d_row[:, tile.queries]
+                        weight, slope = self._score(keys[tile.keys], seeing, with_slope=True)
+                        exp2(weight, tile.visible)
+                        if self.dropout is None:
+                            d_score = self.work.product("d_score", values[tile.keys], d_seeing)
+                            d_score *= weight
+                        else:
+                            kept = self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            d_score = self.work.product("d_score", values[tile.keys, :-1], d_seeing[:-1])
+                            d_score *= kept
+                            d_score += d_seeing[-1]
+                            d_score *= weight
+                            weight *= kept
+                        if slope is not None:
+                            d_score *= slope
+                        d_v[b, g, tile.keys] += self.work.product("part", weight, d_seeing[:-1].T)
+                        d_keys[tile.keys] += self.work.product("part", d_score, seeing[:-1].T)
+                        d_query[:, tile.queries] += self.work.product("part", keys[tile.keys, :-1].T, d_score)
+                    d_query *= self._scale(q)
+                    d_q[b, h, rows] += d_query.T
+            d_keys /= self.unit  # `query` holds q * scale * unit
+            d_k[b, g] += d_keys
+
+    def _scale(self, q: Array) -> float:
+        return 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
+
+    def _score(self, keys: Array, query: Array, with_slope: bool = False) -> tuple[Array, Array | None]:
+        """Return a tile of scores less their rows' shifts, and the slope of the softcap there if asked for."""
+        if self.softcap is None:
+            return self.work.product("score", keys, query), None
+        score = self.work.product("score", keys[:, :-1], query[:-1])
+        np.tanh(score, out=score)
+        slope = None
+        if with_slope:
+            slope = np.square(score, out=self.work.buffer("slope", score.shape, score.dtype))
+            np.subtract(1, slope, out=slope)
+        score *= self.softcap * LOG2E
+        score += query[-1]
+        return score, slope
+
+    def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[Any]) -> Array:
+        """Return what dropout multiplies a tile of weights by: 0 or 1 / (1 - rate)."""
+        assert self.dropout is not None
+        kept = self.dropout.kept(batch, self.first_head + head, queries, keys)
+        factor: Array = np.multiply(kept.T, 1 / (1 - self.dropout.rate), dtype=dtype)
+        return factor
