@@ -1,13 +1,14 @@
 """The algorithms, one file each, and their registry by name."""
 
 from .allgather import AllGatherAttention
-from .base import Attention, Saved
+from .base import Attention
 from .decode import DecodeAttention
 from .dense import DenseAttention
 from .double_ring import DoubleRingAttention
 from .hybrid import HybridAttention
 from .mesh import MeshAttention
 from .mesh_gathered import GatheredMeshAttention
+from .prepared import Saved
 from .ring import RingAttention
 from .shared_ring import SharedRingAttention
 from .tensor_parallel import TensorParallelAttention

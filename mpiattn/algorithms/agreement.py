@@ -1,4 +1,4 @@
-"""What the ranks agree on before the first message.
+"""The problem that the ranks' arrays pose together, or what is wrong with them.
 
 Each describes what it was given in integers, one collective brings all of them to every rank, and functions of
 them alone, here, say what fits. So every rank says the same.
@@ -7,8 +7,6 @@ them alone, here, say what fits. So every rank says the same.
 from __future__ import annotations
 
 import functools
-import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,106 +14,10 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from ..dropout import Dropout
 from ..layout import EVERYWHERE
 from ..mask import Mask
-from ..message import Communicator, InputError
-from ..problem import PARTIALS, Problem
-
-NONE, FITS, WRONG = 0, 1, 2
-
-Check = functools.partial[Any]
-"""A function that raises ValueError where its arguments don't fit; all ranks give it the same ones."""
-
-
-def agree(comm: Communicator, *checks: Check) -> None:
-    """Raise the same InputError on every rank where a check fails on one, or its arguments differ between ranks.
-
-    The first such check decides, and of the ranks with which something is wrong the first. One collective.
-    """
-    everything = comm.allgather([(", ".join(map(repr, check.args)), _wrong(check)) for check in checks])
-    for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not
-        for rank, (given, wrong) in enumerate(answers):
-            if wrong is not None:
-                raise InputError(wrong)
-            if given != answers[0][0]:
-                raise InputError(f"rank {rank} was given ({given}), rank 0 ({answers[0][0]})")
-
-
-def _wrong(check: Check) -> str | None:
-    """Return what is wrong with the arguments of a check."""
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def alike(*values: object) -> None:
-    """Take any values: they only have to be the same on all ranks."""
-
-
-def numbered(q: Any, sinks: Any = None, dropout: Any = None) -> list[int]:
-    """Return as integers what a rank is given beside q, k, v: whether sinks fit q, their checksum, and `drawn`."""
-    if sinks is None:
-        return [NONE, 0, *drawn(dropout)]
-    fits = arrays.described(arrays.describe(sinks)) in [(np.shape(q)[1:2], dtype) for dtype in arrays.FLOATS]
-    alike = fits and arrays.namespace(sinks) is arrays.namespace(q)
-    return [FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
-
-
-def drawn(dropout: Any) -> list[int]:
-    """Return as integers whether there is dropout, its rate and its seed."""
-    if dropout is None:
-        return [NONE, 0, 0]
-    if not isinstance(dropout, Dropout):
-        return [WRONG, 0, 0]
-    return [
-        FITS,
-        *np.array([dropout.rate]).view(np.int64).tolist(),
-        *np.array([dropout.seed], np.uint64).view(np.int64),
-    ]
-
-
-def checksum(array: Any) -> int:
-    """Return a number that differs where an array does; 0 of arrays that aren't in the memory of the host."""
-    return zlib.crc32(array.tobytes()) if isinstance(array, np.ndarray) else 0
-
-
-def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
-    """Raise InputError where what the ranks are given beside q, k, v does not fit or differs.
-
-    Parameters
-    ----------
-    rows : for each rank, what `numbered` returned
-    alike : bool
-        Whether sinks must be the same on all ranks.
-    """
-    for rank, (sinks, numbers, *dropout) in enumerate(rows):
-        if sinks == WRONG:
-            raise InputError(
-                f"sinks on rank {rank} must be an array like q with a number for each of its heads, "
-                f"of {', '.join(d.name for d in arrays.FLOATS)}"
-            )
-        if dropout[0] == WRONG:
-            raise InputError(f"dropout on rank {rank} must be a mpiattn.Dropout(rate, seed)")
-        if sinks != rows[0][0] or (alike and numbers != rows[0][1]):
-            raise InputError(f"sinks on rank {rank} are others than on rank 0")
-        if dropout != rows[0][2:]:
-            raise InputError(f"dropout on rank {rank} is another than on rank 0")
-
-
-def check_softcap(softcap: object) -> None:
-    """Raise ValueError where that is no softcap."""
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
-        raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
-
-
-def check_partials(partials: object) -> None:
-    """Raise ValueError where that is no way for partial sums to travel."""
-    if partials not in PARTIALS:
-        raise ValueError(f"unknown partials {partials!r}: choose from {', '.join(PARTIALS)}")
-
+from ..message import InputError
+from ..problem import Problem
 
 # The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Parcel, nbytes
+from ..arrays import Array, Parcel, nbytes
 from ..message import Communicator, Pieces, Testall, Waitall
 from ..problem import Problem
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class AllGatherAttention(Attention):

@@ -1,84 +1,25 @@
-"""What every algorithm shares: its signature, the agreement on its input, and its end."""
+"""What every algorithm is to those who call it: how it is built, forward and backward."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .. import arrays, device, kernels
+from .. import arrays
 from .. import layout as layouts
-from ..arrays import Parcel
-from ..dropout import Dropout
-from ..kernels.numpy.kernel import NumpyKernel
-from ..mask import Full, Mask, Positions
-from ..message import Communicator, InputError
+from ..arrays import Array
+from ..mask import Positions
+from ..message import InputError
 from ..problem import Problem
-from ..softmax import LSE, delta, sink_gradient, with_sinks
-from .agreement import (
-    Check,
-    agree,
-    agreed_given,
-    alike,
-    check_partials,
-    check_softcap,
-    described,
-    drawn,
-    numbered,
-    posed,
-    show,
-)
+from ..softmax import delta, sink_gradient, with_sinks
+from .given import Given
+from .prepared import Prepared, Saved
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack as Unpack
-
-Array = NDArray[Any]
+    from typing_extensions import Unpack
 
 
-class Options(TypedDict, total=False):
-    """What every algorithm's constructor takes; see `Attention`."""
-
-    layout: str | None
-    mask: Mask | None
-    scale: float | None
-    softcap: float | None
-    partials: str
-    kernel: str | None
-    gpu_messages: str
-
-
-class Given(TypedDict, total=False):
-    """What `forward` takes beside q, k, v; see `Attention.forward`."""
-
-    sinks: Array | None
-    dropout: Dropout | None
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
-
-    `out` and `lse` belong to the queries that `forward` was given; `lse` is the natural logarithm of the sum of
-    exponentials of each query's scores, its sink included, (batch, heads, tokens), -inf where there are none.
-    q, k, v are what this rank computed with: its tokens, or where heads are exchanged, its heads.
-    """
-
-    q: Array
-    k: Array
-    v: Array
-    out: Array
-    lse: Array
-    problem: Problem
-    sinks: Array | None = None
-    dropout: Dropout | None = None
-
-
-class Attention:
+class Attention(Prepared):
     """Exact attention of a sequence that is spread over the ranks of a communicator.
 
     Parameters
@@ -116,50 +57,8 @@ class Attention:
     rank's tokens.
     """
 
-    final = True
-    """Whether what it computes is the result, and not a part of another algorithm's sums."""
-
     copied: frozenset[str] = frozenset()
     """Which of "q", "k", "v", "out" are the same on every rank, as are their gradients; see `owned`."""
-
-    def __init__(
-        self,
-        comm: Communicator,
-        *own: Check,
-        layout: str | None = None,
-        mask: Mask | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        partials: str = "wide",
-        kernel: str | None = None,
-        gpu_messages: str = "auto",
-    ) -> None:
-        self.mask = Full() if mask is None else mask
-        self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
-        self.comm = comm
-        self.scale, self.softcap, self.partials = scale, softcap, partials
-        self.kernel_name, self.gpu_messages = kernel, gpu_messages
-        self.problem: Problem | None = None
-        self.xp: Any = np
-        """Namespace of the arrays at hand: NumPy, CuPy, ..."""
-        self.storage: dict[str, list[NDArray[np.uint8]]] = {}
-        self.uses: dict[str, list[arrays.Uses | None]] = {}
-        self.made: dict[tuple[Any, ...], dict[int, Parcel]] = {}
-        self.sinks: Array | None = None
-        self.dropout: Dropout | None = None
-        self.first_head = 0
-        """Number, among all, of the first query head that this rank computes."""
-        agree(
-            comm,
-            partial(layouts.check, self.layout, comm.Get_size()),
-            partial(kernels.check, kernel),
-            partial(device.check, gpu_messages),
-            partial(check_softcap, softcap),
-            partial(check_partials, partials),
-            partial(alike, type(self).__name__, self.mask, scale),
-            *own,
-        )
-        self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
 
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Return this rank's rows of softmax(scale q k^T) v, and what `backward` needs.
@@ -262,10 +161,6 @@ class Attention:
         result: Array = total if total.dtype == dtype != self.problem.wide else arrays.cast(total, dtype)
         return result
 
-    def plan(self, problem: Problem) -> None:
-        """Make what depends on the problem only: called when it differs from the last one."""
-        raise NotImplementedError
-
     def positions(self, tokens: int) -> Positions:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
         return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
@@ -282,57 +177,6 @@ class Attention:
         """
         return layouts.by_tokens(self.layout, self.comm.Get_size())
 
-    def parcels(
-        self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0, anew: bool = False
-    ) -> list[Parcel]:
-        """Return a parcel for each list of specs; they keep their storage until the problem changes.
-
-        Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own. `anew` says that a parcel's
-        arrays are asked for anew before each kernel call. On GPUs, which do what is queued, its messages then
-        wait only for what is queued on its own buffer; and one more buffer lets them run ahead of the queue.
-        """
-        tracked = anew and self.xp.__name__ == "cupy"
-        count = min(buffers + (tracked and buffers > 0), len(specs)) or len(specs)
-        if name not in self.storage:
-            self.uses[name] = [arrays.Uses() if tracked else None for _ in range(count)]
-            different = [{id(group): group for group in specs[start::count]} for start in range(count)]
-            largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
-            self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
-        # Chunks of one shape in one buffer are one parcel. Most share one list, which is then looked at once.
-        alike = {id(group): group for group in specs}
-        made = {number: self.made.setdefault((name, *group), {}) for number, group in alike.items()}
-        result = []
-        for step, group in enumerate(specs):
-            known, place = made[id(group)], step % count
-            if place not in known:
-                known[place] = Parcel(group, self.storage[name][place], self.uses[name][place])
-            result.append(known[place])
-        return result
-
-    def state(self, problem: Problem, q: Array) -> tuple[Array, Array]:
-        """Return the (out, lse) of some queries that have attended to nothing."""
-        out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
-        return out, self.xp.full(q.shape[:3], -math.inf, problem.wide if self.xp.__name__ == "cupy" else LSE)
-
-    def sums(self, name: str, specs: Sequence[list[arrays.Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
-        """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""
-        sums = self.parcels(name, specs, buffers, anew)
-        travelling = self.travelling(specs)
-        if travelling != list(specs):
-            for own, rounded in zip(sums, self.parcels(f"rounded {name}", travelling, buffers, anew), strict=True):
-                own.sent_as = rounded
-        return sums
-
-    def arriving(self, name: str, specs: Sequence[list[arrays.Spec]]) -> list[Parcel]:
-        """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
-        specs = self.travelling(specs)
-        return self.parcels(f"home {name}", specs[:1]) + self.parcels(f"arriving {name}", specs, buffers=1)[1:]
-
-    def travelling(self, specs: Sequence[list[arrays.Spec]]) -> list[list[arrays.Spec]]:
-        """Return partial sums as they travel; see `Problem.sent`."""
-        assert self.problem is not None
-        return [self.problem.sent(sums) for sums in specs]
-
     def free(self) -> None:
         """Free the communicators that this object made."""
 
@@ -343,75 +187,3 @@ class Attention:
         # After an exception the other ranks may be elsewhere: freeing is collective and could hang.
         if exception[0] is None:
             self.free()
-
-    def agree_forward(self, q: object, k: object, v: object, **given: Unpack[Given]) -> Problem:
-        """Agree with all ranks on the problem that the arrays pose, and plan for it."""
-        table = self._gather(q, k, v, numbers=numbered(q, **given))
-        descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
-        problem = posed(descriptions.tobytes(), self.comm.Get_size(), self.layout, self.mask, self.partials)
-        return self.accept(others, problem, q, **given)
-
-    def accept(
-        self, table: NDArray[np.int64], problem: Problem, like: object, sinks: Array | None = None,
-        dropout: Dropout | None = None,
-    ) -> Problem:  # fmt: skip
-        """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
-        agreed_given(table.tolist(), alike=self.layout != layouts.EVERYWHERE)
-        self.sinks = sinks
-        return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
-
-    def agree_backward(self, d_out: object, saved: Saved) -> Problem:
-        """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
-        problem = saved.problem
-        own = (problem.layout, problem.mask) == (self.layout, self.mask)
-        given = saved.sinks is not None, *drawn(saved.dropout)
-        table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes, *given))
-        specs = described(table.tobytes(), self.comm.Get_size(), 2)
-        if not own:
-            raise InputError("saved is of an attention with another layout or mask")
-        for rank, (out, gradient) in enumerate(specs):
-            if gradient != out:
-                raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")
-        return self.prepare(problem, saved.q, saved.dropout)
-
-    def prepare(self, problem: Problem, like: Any, dropout: Dropout | None = None) -> Problem:
-        """Plan for a problem of arrays like this one, unless it is the last one."""
-        xp = arrays.namespace(like)
-        same = problem == self.problem and xp is self.xp
-        if not same or (dropout is None) != (self.dropout is None):
-            self.choose(problem, xp, dropout)
-        if not same:
-            self.replan(problem, xp)
-        if dropout is not None or self.dropout is not None:
-            self.kernel.drop(dropout, self.first_head)
-        self.dropout = dropout
-        assert self.problem is not None
-        return self.problem
-
-    def choose(self, problem: Problem, xp: Any, dropout: Dropout | None) -> None:
-        """Choose the kernel for a problem of arrays of that namespace."""
-        if self.problem is None or xp is not np or xp is not self.xp:
-            options = self.mask, self.scale, self.kernel_name, self.softcap, dropout
-            kernel = kernels.choose(xp.__name__, problem, *options)
-            kernel.rounds = self.final
-            if hasattr(self.kernel, "kernel"):  # a TracedKernel
-                self.kernel.kernel = kernel
-            else:
-                self.kernel = kernel
-
-    def replan(self, problem: Problem, xp: Any) -> None:
-        """Plan for a problem of arrays of that namespace."""
-        if xp.__name__ == "cupy":
-            device.attach(self, xp, self.gpu_messages)
-        self.xp = xp
-        self.storage.clear()
-        self.made.clear()
-        self.plan(problem)
-        self.problem = problem
-
-    def _gather(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
-        """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""
-        own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
-        everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
-        self.comm.Allgather(own, everything)
-        return everything

@@ -23,17 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import DESCRIPTION, Parcel
+from ..arrays import DESCRIPTION, Array, Parcel
 from ..layout import Where
 from ..mask import Positions
 from ..message import Communicator, Tag, Waitall, constant
 from ..problem import CacheProblem, Problem, posed_to_cache, span
 from ..softmax import merge, normalised, weighted
-from .agreement import checksum, described, fit_together, numbered
-from .base import Array, Attention, Given, Options, Saved
+from .agreement import described, fit_together
+from .base import Attention
+from .given import Given, checksum, numbered
+from .options import Options
+from .prepared import Saved
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 COMBINE = ("allreduce", "tree")
 

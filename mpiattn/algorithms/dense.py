@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Parcel, Spec, nbytes
+from ..arrays import Array, Parcel, Spec, nbytes
 from ..layout import join
 from ..message import Tag, Waitall
 from ..problem import Problem
-from .base import Array, Attention
+from .base import Attention
 
 ROOT = 0
 

@@ -21,13 +21,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid
-from ..arrays import Parcel, Spec
+from ..arrays import Array, Parcel, Spec
 from ..message import Communicator, Tag, Testall, Waitall, constant
 from ..problem import Problem, windows
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 Posted = tuple[list[Any], list[tuple[Parcel, Parcel]]]
 """Requests, and the pairs (sum, share to be added to it) that they bring."""

@@ -18,15 +18,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid
+from ..arrays import Array
 from ..message import Communicator
 from ..problem import Problem
-from .base import Array, Attention, Options
+from .base import Attention
 from .mesh import MeshAttention
+from .options import Options
 from .ring import RingAttention
 from .ulysses import UlyssesAttention
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class HybridAttention(UlyssesAttention):

@@ -21,15 +21,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid, schedule
-from ..arrays import Parcel
+from ..arrays import Array, Parcel
 from ..mask import Positions
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
 from ..schedule import Op, Step
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 Block = tuple[int, int, slice, Positions]

@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import grid
-from ..arrays import Parcel, Spec, nbytes, take
+from ..arrays import Array, Parcel, Spec, nbytes, take
 from ..layout import join
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
 from ..problem import Problem
 from ..softmax import merge
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class GatheredMeshAttention(Attention):

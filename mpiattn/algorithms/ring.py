@@ -15,13 +15,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Parcel
+from ..arrays import Array, Parcel
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, travels
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class RingAttention(Attention):

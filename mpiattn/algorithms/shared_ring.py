@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import Parcel, nbytes
+from ..arrays import Array, Parcel, nbytes
 from ..message import Allocate_shared, Communicator, InputError, constant
 from ..problem import Problem
-from .agreement import agree
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options, agree
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class SharedRingAttention(Attention):

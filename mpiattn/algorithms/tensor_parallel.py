@@ -17,16 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..arrays import FLOATS
+from ..arrays import FLOATS, Array
 from ..layout import EVERYWHERE, Where, heads
 from ..message import Communicator, InputError
 from ..problem import Problem
 from ..softmax import accumulator
 from .agreement import described
-from .base import Array, Attention, Options
+from .base import Attention
+from .options import Options
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class TensorParallelAttention(Attention):

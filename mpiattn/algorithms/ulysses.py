@@ -17,16 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..arrays import Parcel, Spec, take
+from ..arrays import Array, Parcel, Spec, take
 from ..layout import join
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..softmax import delta
-from .agreement import Check
-from .base import Array, Attention, Given, Options, Saved
+from .base import Attention
+from .given import Given
+from .options import Check, Options
+from .prepared import Saved
 
 if TYPE_CHECKING:
-    from .base import Unpack
+    from typing_extensions import Unpack
 
 
 class UlyssesAttention(Attention):

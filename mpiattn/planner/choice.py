@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import arrays, virtual
 from ..algorithms import ALGORITHMS, Attention
-from ..algorithms.base import Options
+from ..algorithms.options import Options
 from ..machine import Machine, load
 from ..mask import Full, Mask
 from ..message import Communicator, InputError, constant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import arrays, layout
-from ..algorithms.agreement import check_partials
+from ..algorithms.options import check_partials
 from ..mask import Full, Mask
 from ..message import InputError
 from ..problem import Problem

@@ -1,0 +1,73 @@
+"""What `forward` is given beside q, k, v, and how the ranks agree on it: in the collective that describes these."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..dropout import Dropout
+from ..message import InputError
+
+NONE, FITS, WRONG = 0, 1, 2
+
+
+class Given(TypedDict, total=False):
+    """What `forward` takes beside q, k, v; see `base.Attention.forward`."""
+
+    sinks: Array | None
+    dropout: Dropout | None
+
+
+def numbered(q: Any, sinks: Any = None, dropout: Any = None) -> list[int]:
+    """Return as integers what a rank is given beside q, k, v: whether sinks fit q, their checksum, and `drawn`."""
+    if sinks is None:
+        return [NONE, 0, *drawn(dropout)]
+    fits = arrays.described(arrays.describe(sinks)) in [(np.shape(q)[1:2], dtype) for dtype in arrays.FLOATS]
+    alike = fits and arrays.namespace(sinks) is arrays.namespace(q)
+    return [FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
+
+
+def drawn(dropout: Any) -> list[int]:
+    """Return as integers whether there is dropout, its rate and its seed."""
+    if dropout is None:
+        return [NONE, 0, 0]
+    if not isinstance(dropout, Dropout):
+        return [WRONG, 0, 0]
+    return [
+        FITS,
+        *np.array([dropout.rate]).view(np.int64).tolist(),
+        *np.array([dropout.seed], np.uint64).view(np.int64),
+    ]
+
+
+def checksum(array: Any) -> int:
+    """Return a number that differs where an array does; 0 of arrays that aren't in the memory of the host."""
+    return zlib.crc32(array.tobytes()) if isinstance(array, np.ndarray) else 0
+
+
+def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
+    """Raise InputError where what the ranks are given beside q, k, v does not fit or differs.
+
+    Parameters
+    ----------
+    rows : for each rank, what `numbered` returned
+    alike : bool
+        Whether sinks must be the same on all ranks.
+    """
+    for rank, (sinks, numbers, *dropout) in enumerate(rows):
+        if sinks == WRONG:
+            raise InputError(
+                f"sinks on rank {rank} must be an array like q with a number for each of its heads, "
+                f"of {', '.join(d.name for d in arrays.FLOATS)}"
+            )
+        if dropout[0] == WRONG:
+            raise InputError(f"dropout on rank {rank} must be a mpiattn.Dropout(rate, seed)")
+        if sinks != rows[0][0] or (alike and numbers != rows[0][1]):
+            raise InputError(f"sinks on rank {rank} are others than on rank 0")
+        if dropout != rows[0][2:]:
+            raise InputError(f"dropout on rank {rank} is another than on rank 0")

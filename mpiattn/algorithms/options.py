@@ -1,0 +1,66 @@
+"""What an algorithm is built with, and how its ranks agree on it: one collective, before there is any message."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, TypedDict
+
+from ..mask import Mask
+from ..message import Communicator, InputError
+from ..problem import PARTIALS
+
+
+class Options(TypedDict, total=False):
+    """What every algorithm's constructor takes; see `base.Attention`."""
+
+    layout: str | None
+    mask: Mask | None
+    scale: float | None
+    softcap: float | None
+    partials: str
+    kernel: str | None
+    gpu_messages: str
+
+
+Check = partial[Any]
+"""A function that raises ValueError where its arguments don't fit; all ranks give it the same ones."""
+
+
+def agree(comm: Communicator, *checks: Check) -> None:
+    """Raise the same InputError on every rank where a check fails on one, or its arguments differ between ranks.
+
+    The first such check decides, and of the ranks with which something is wrong the first. One collective.
+    """
+    everything = comm.allgather([(", ".join(map(repr, check.args)), _wrong(check)) for check in checks])
+    for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not
+        for rank, (given, wrong) in enumerate(answers):
+            if wrong is not None:
+                raise InputError(wrong)
+            if given != answers[0][0]:
+                raise InputError(f"rank {rank} was given ({given}), rank 0 ({answers[0][0]})")
+
+
+def _wrong(check: Check) -> str | None:
+    """Return what is wrong with the arguments of a check."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def alike(*values: object) -> None:
+    """Take any values: they only have to be the same on all ranks."""
+
+
+def check_softcap(softcap: object) -> None:
+    """Raise ValueError where that is no softcap."""
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+        raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
+
+
+def check_partials(partials: object) -> None:
+    """Raise ValueError where that is no way for partial sums to travel."""
+    if partials not in PARTIALS:
+        raise ValueError(f"unknown partials {partials!r}: choose from {', '.join(PARTIALS)}")
