@@ -2,9 +2,10 @@
 
 Latency and bandwidth between two ranks of one host and of two hosts, with all ranks busy at once as in the
 algorithms; how large a message may be that leaves before its receive is posted; the kernel's rate for several
-sizes of a block, with all ranks computing at once; copies in memory. On GPUs messages are of device memory, or
-go through the host, as the algorithms' do; a block is called as often as fills some milliseconds, and what it takes
-to queue a call and to post a message is measured apart. Run it as the algorithms will run:
+sizes of a block, with all ranks computing at once; copies in memory, and what it takes to start one. On GPUs
+messages are of device memory, or go through the host, as the algorithms' do; a block is called as often as fills some
+milliseconds, and what it takes to queue a call and to post a message is measured apart. Run it as the algorithms will
+run:
 
     mpiexec -n 4 mpiattn calibrate --output here.toml
     run/gpu.sh -n 4 mpiattn calibrate --arrays cupy --output here.toml
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from . import env, gpu, kernels, machine
-from .arrays import cast
+from .arrays import Parcel, add, cast, take
 from .arrays import dtype as dtype_of
 from .device import Channel, DeviceComm
 from .machine import Link, Machine, Rates
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if len(set(hosts)) > 1 and per_node > 1:  # all ranks of a host have sent at once: what one got is its share
         wire = links["network"]
         links["network"] = Link(wire.latency, wire.bandwidth * per_node, cards=1)
-    bandwidth = copies(comm, args, xp)
+    bandwidth, launch = copies(comm, args, xp), launches(comm, args, xp)
     progress.update()
     compute = {}
     for dtype in dtypes:
@@ -116,6 +117,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             ranks_per_node=per_node,
             memory=memory() / per_node if xp is np else xp.cuda.Device().mem_info[1],
             memory_bandwidth=bandwidth,
+            launch=launch,
             links=links,
             compute=compute,
             overhead=overhead,
@@ -185,6 +187,23 @@ def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
     return 2 * size / best(comm, args.rounds, lambda: xp.copyto(target, source), xp)
 
 
+def launches(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
+    """Return the seconds that it takes to start a pass over arrays: the mean of a gather, a copy, a sum, a rounding."""
+    dtype = dtype_of(args.dtypes.split(",")[0])
+    shape = 1, 1, 8, args.head_dim
+    part, total = cast(xp.ones(shape, np.float32), dtype), xp.ones(shape, accumulator(dtype))
+    where, parcel = np.array([0, 1, 6, 7]), Parcel([(shape, dtype)], xp.empty(part.nbytes, np.uint8))
+
+    def passes() -> None:
+        for _ in range(SOME):
+            take(part, where)
+            parcel.pack(part)
+            add(total, part)
+            cast(total, dtype)
+
+    return best(comm, args.rounds, passes, xp) / (4 * SOME)
+
+
 def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, xp: Any) -> tuple[float, float, float]:
     """Return the operations per second of a block, forward and backward, all ranks at once.
 
@@ -231,6 +250,9 @@ def kernel(comm: Communicator, size: int, dtype: Any, args: argparse.Namespace, 
 
 QUEUED = 10
 """Calls that a GPU has certainly room for in its queue."""
+
+SOME = 25
+"""Times that passes are started one after the other."""
 
 ENOUGH = 0.01
 """Seconds that calls on a GPU fill: the first ones wait for nothing, and the end of the last is waited for."""

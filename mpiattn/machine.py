@@ -103,6 +103,8 @@ class Machine:
         Bytes that one rank may use.
     memory_bandwidth : float
         Bytes per second, read and written together, of copies, sums and merges.
+    launch : float
+        Seconds that each copy, sum or merge takes at least, however small: what it costs to start it.
     overhead : float
         Seconds of the rank's own time for each message that it posts.
     eager : int
@@ -123,6 +125,7 @@ class Machine:
     compute: Mapping[str, Rates]
     ranks_per_device: int = 1
     nodes_per_rack: int = 0
+    launch: float = 0.0
     overhead: float = 0.0
     eager: int = 0
     progress: bool = True
@@ -301,6 +304,7 @@ def parse(text: str, where: str = "machine") -> Machine:
         compute=compute,
         ranks_per_device=top.integer("ranks_per_device", 1),
         nodes_per_rack=top.integer("nodes_per_rack", 0, zero=True),
+        launch=top.number("launch", 0.0, zero=True),
         overhead=top.number("overhead", 0.0, zero=True),
         eager=top.integer("eager", 0, zero=True),
         progress=top.boolean("progress", True),
@@ -316,7 +320,8 @@ def parse(text: str, where: str = "machine") -> Machine:
 def write(machine: Machine, path: Path) -> None:
     """Write a machine description that `load` reads."""
     lines = [f'name = "{machine.name}"', f'source = "{machine.source}"']
-    for key in ("ranks_per_node", "ranks_per_device", "nodes_per_rack", "memory", "memory_bandwidth", "overhead"):
+    whole = "ranks_per_node", "ranks_per_device", "nodes_per_rack"
+    for key in (*whole, "memory", "memory_bandwidth", "launch", "overhead"):
         lines.append(f"{key} = {getattr(machine, key):.6g}")
     lines.append(f"eager = {machine.eager}")
     lines += [f"{key} = {str(getattr(machine, key)).lower()}" for key in ("progress", "duplex")]

@@ -25,6 +25,7 @@ from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, counts, p
 from mpiattn.message import InputError, Tag, Testall, Waitall
 from mpiattn.planner import Candidate, Task, simulate
 from mpiattn.virtual import VirtualComm
+from mpiattn.virtual import arrays as virtual_arrays
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -87,6 +88,19 @@ def test_ranks_of_a_node_share_its_cards() -> None:
 def test_ranks_of_a_node_share_its_memory() -> None:
     four = dataclasses.replace(PLAIN, ranks_per_node=4, links={**PLAIN.links, "node": Link(1.0, 1.0, shared=1.0)})
     assert max(virtual.run(4, four, pass_bytes((0, 1, 5), (2, 3, 5)))) == 11
+
+
+def test_a_pass_over_memory_takes_its_bytes_or_what_it_costs_to_start() -> None:
+    machine = dataclasses.replace(PLAIN, memory_bandwidth=2.0, launch=3.0)
+
+    def program(comm: VirtualComm) -> list[float]:
+        times = [comm.me.clock]
+        for size in (4, 40):
+            virtual_arrays.zeros(size, np.int8)
+            times.append(comm.me.clock)
+        return times
+
+    assert virtual.run(1, machine, program) == [[0, 3, 23]]
 
 
 def test_a_message_waits_for_its_receive_unless_it_is_small() -> None:

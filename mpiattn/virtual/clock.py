@@ -60,6 +60,7 @@ class Rank:
         "greenlet",
         "held",
         "latest",
+        "launch",
         "machine",
         "missing",
         "number",
@@ -75,7 +76,7 @@ class Rank:
     def __init__(self, number: int, machine: Machine, agenda: Agenda) -> None:
         self.number, self.machine, self.agenda = number, machine, agenda
         self.overhead, self.progress = machine.overhead, machine.progress
-        self.bandwidth = machine.memory_bandwidth
+        self.bandwidth, self.launch = machine.memory_bandwidth, machine.launch
         self.clock = self.computed = self.waiting = 0.0
         self.held = self.peak = self.received = 0
         # Of the wait it is in: how many messages aren't complete, and when the last of the others was.
@@ -90,8 +91,9 @@ class Rank:
         self.computed += seconds
 
     def touch(self, nbytes: float) -> None:
-        """Spend the time that memory takes to move so many bytes."""
-        self.clock += nbytes / self.bandwidth
+        """Spend the time that a pass over memory takes, which moves so many bytes."""
+        seconds = nbytes / self.bandwidth
+        self.clock += seconds if seconds > self.launch else self.launch
 
     def allocate(self, nbytes: int) -> None:
         """Count memory that this rank holds."""

@@ -69,7 +69,7 @@ class Calls:
             (q, k, v, d_out, lse, delta), totals = pointers[:6], pointers[6:9]
             shares = [cupy.empty(shape, dtype) for shape in shapes]
             if len(pointers) > 9:
-                out, near_lse = pointers[9], lse if lse_packed else self.scratch.copied(_part(piece, arrays)[4])
+                out, near_lse = pointers[9], lse if lse_packed else self.scratch.copied(arrays[4][:, :, piece.queries])
             else:
                 out, near_lse = self.scratch.buffers(sizes)
                 stand_in(out, near_lse, d_out, lse, delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from typing import Any
@@ -16,6 +17,13 @@ def loaded() -> tuple[Any, str]:
     """Return cuDNN's frontend, or None and why it can't be used."""
     if importlib.util.find_spec("cudnn") is None:
         return None, "nvidia-cudnn-frontend is not installed"
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    for name in ("cudart", "nvrtc"):
+        # The frontend looks for these where the system's libraries are, not pip's. Without the first one it takes
+        # the GPU for an older one, and attention 6 to 8 times as long. Those that are loaded it finds.
+        with contextlib.suppress(DynamicLibNotFoundError):
+            load_nvidia_dynamic_lib(name)
     import cudnn
 
     try:
