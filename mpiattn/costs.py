@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 
 from .arrays import Spec, nbytes
 from .problem import CacheProblem, Problem, Travel, travels, windows
+from .reduction import even
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,12 @@ def sent(problem: Problem, sums: Callable[[int], list[Spec]]) -> Callable[[int],
     return lambda rank: problem.sent(sums(rank))
 
 
-def allreduce_parts(length: int, ranks: int, rank: int) -> list[int]:
-    """Return what a rank receives in an all-reduce of a buffer of that length, round a ring.
-
-    The buffer is cut in as many parts as there are ranks, as even as can be. Their sums go round until each
-    is complete on the rank of its number, and then round again: all parts but one come each time.
-    """
-    parts = [(part + 1) * length // ranks - part * length // ranks for part in range(ranks)]
-    return [parts[p] for absent in ((rank - 1) % ranks, rank) for p in range(ranks) if p != absent]
-
-
 def allreduce(spec: Spec, ranks: int, rank: int) -> Traffic:
-    """Return the traffic of an all-reduce of an array."""
+    """Return the traffic of an all-reduce of an array: each one's share of the own part, and all other parts."""
     shape, dtype = spec
-    sizes = [part * dtype.itemsize for part in allreduce_parts(math.prod(shape), ranks, rank) if part]
-    return Traffic(len(sizes), sum(sizes))
+    parts: list[list[Spec]] = [[((length,), dtype)] for length in even(math.prod(shape), ranks)]
+    own = parts.pop(rank)
+    return pieces([own] * (ranks - 1) + parts)
 
 
 def dense(problem: Problem, rank: int) -> Costs:
@@ -186,11 +178,12 @@ def mesh_gathered(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
 
 
 def allgather(problem: Problem, rank: int, head_groups: int = 1) -> Costs:
-    """K/V of each group of heads from every other rank; backward each one's share of dK/dV, too."""
+    """K/V of each group of heads from every other rank; backward dK/dV of each one that has computed any, too."""
     others = [owner for owner in range(problem.ranks) if owner != rank]
     parts = [part for *_, part in problem.by_heads(min(head_groups, problem.kv_heads))]
     kv = pieces([part.kv(owner) for part in parts for owner in others])
-    return Costs(kv, kv + pieces([part.d_kv(rank) for part in parts for _ in others]))
+    users = [user for user in others if problem.needed[user, rank]]
+    return Costs(kv, kv + pieces([part.d_kv(rank) for part in parts for _ in users]))
 
 
 def ulysses(problem: Problem, rank: int) -> Costs:

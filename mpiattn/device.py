@@ -179,7 +179,7 @@ class Transfer:
 
 
 class DeviceComm:
-    """A communicator with mpi4py's methods that sends, receives, gathers and adds up device memory.
+    """A communicator with mpi4py's methods that sends, receives and gathers device memory.
 
     Messages of NumPy arrays, and all other methods, are the communicator's own. Collectives on device memory
     are made of messages: MPI libraries differ in which ones they do there, and how fast.
@@ -254,42 +254,12 @@ class DeviceComm:
         received[rank][...] = sent[rank]
         Transfer.Waitall([self._exchange(sent, received)])
 
-    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, counts: Sequence[int], op: Any = None) -> Transfer:
-        """Start to add up the ranks' arrays, each piece on its rank, in the order of ranks."""
-        if isinstance(sendbuf, np.ndarray):
-            operation = constant("SUM") if op is None else op
-            return Transfer(self.channel, _posted([self.comm.Ireduce_scatter(sendbuf, recvbuf, counts, operation)]))
-        combine = self.channel.xp.maximum if op is not None and op == constant("MAX") else self.channel.xp.add
-        parts, rank = _split(sendbuf.reshape(-1), counts), self.comm.Get_rank()
-        shares = [part if other == rank else self.channel.xp.empty_like(recvbuf) for other, part in enumerate(parts)]
-
-        def total() -> None:
-            recvbuf[...] = shares[0]
-            for share in shares[1:]:
-                combine(recvbuf, share, out=recvbuf)
-
-        return self._exchange(parts, shares, total)
-
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = None) -> None:
-        """Add up the ranks' arrays on all ranks, or take their maximum."""
-        if isinstance(sendbuf, np.ndarray):
-            self.comm.Allreduce(sendbuf, recvbuf, constant("SUM") if op is None else op)
-            return
-        size = self.comm.Get_size()
-        edges = [sendbuf.size * part // size for part in range(size + 1)]
-        counts = [after - before for before, after in itertools.pairwise(edges)]
-        own = self.channel.xp.empty(counts[self.comm.Get_rank()], sendbuf.dtype)
-        Transfer.Waitall([self.Ireduce_scatter(sendbuf, own, counts, op)])
-        self.Allgatherv(own, [recvbuf, [count * own.itemsize for count in counts], None, None])
-
-    def _exchange(
-        self, sent: Sequence[Array], received: Sequence[Array], then: Callable[[], object] = lambda: None
-    ) -> Transfer:
+    def _exchange(self, sent: Sequence[Array], received: Sequence[Array]) -> Transfer:
         """Start to send a piece to each other rank, and to receive one from each, where there is anything in it."""
         others = [other for other in range(len(sent)) if other != self.comm.Get_rank()]
         transfers = [self.Irecv(received[other], other, TAGS - 1) for other in others if received[other].size]
         transfers += [self.Isend(sent[other], other, TAGS - 1) for other in others if sent[other].size]
-        return Transfer(self.channel, _completed(transfers, then))
+        return Transfer(self.channel, _completed(transfers))
 
 
 def _array(buf: Any) -> Array:
@@ -308,20 +278,14 @@ def _parts(buf: Any) -> list[Array]:
     return [data[start * width : (start + n) * width] for start, n in zip(starts, counts, strict=False)]
 
 
-def _split(array: Array, counts: Sequence[int]) -> list[Array]:
-    ends = itertools.accumulate(counts)
-    return [array[end - count : end] for end, count in zip(ends, counts, strict=True)]
-
-
 def _posted(requests: Sequence[Any]) -> Iterator[None]:
     while not Testall(requests):
         yield
 
 
-def _completed(transfers: Sequence[Transfer], then: Callable[[], object]) -> Iterator[None]:
+def _completed(transfers: Sequence[Transfer]) -> Iterator[None]:
     while not all(transfer.done for transfer in transfers):
         yield
-    then()
 
 
 def attach(attention: Any, xp: Any, mode: str = "auto") -> None:

@@ -16,14 +16,14 @@ the rows of lse and delta):
     shared ring  2 + 4/g                       3 + 6/g
     mesh a x b   2a + 3 + 2b/g                 5a + 6 + (4b + 6)/g               (a ranks in a row, b in a column)
     gathered     5a + 2 + 4b/g                 10a + 3 + (10b + 4)/g             (mesh_gathered)
-    allgather    2 + 2(n + 1)/g                3 + (4n + 8)/g
+    allgather    2 + 2(n + 1)/g                3 + (6n + 4)/g
     ulysses      7 - 1/n + (6 - 2/n)/g         14 - 3/n + (14 - 2/n)/g
     hybrid u x   a ring of n/u and 5 - 1/u + (6 - 2/u)/g, or a mesh of n/u and (6 - 2/u)(1 + 1/g); backward either
                  and (12 - 4/u)(1 + 1/g)
     tensor parallel: 2 forward, 3 + 4/g backward, in units of the Q of all tokens and 1/n of the heads
-    decode: 3 forward, 5 (as a tree 6) and twice K/V of the rank's part of the cache backward; Q is of the new tokens
+    decode: 3 forward, 4 (as a tree 6) and twice K/V of the rank's part of the cache backward; Q is of the new tokens
 
-Allgather with m > 1 head groups: 2 + 4(n + 1)/mg forward, 3 + (6 + 4(2n + 1)/m)/g backward. The rings have fewer
+Allgather with m > 1 head groups: 2 + 4(n + 1)/mg forward, 3 + (4 + (10n + 2)/m)/g backward. The rings have fewer
 buffers where they are of one rank. A mask changes nothing: what it saves on the way has its buffer all the same.
 
 Below, the same sums over chunks of any length.
@@ -39,6 +39,7 @@ import numpy as np
 
 from .arrays import Spec, nbytes
 from .problem import CacheProblem, Problem
+from .reduction import even
 from .softmax import LSE
 
 
@@ -230,15 +231,14 @@ def mesh_gathered(problem: Problem, rank: int, rows: int, cols: int) -> tuple[Pa
 
 
 def allgather(problem: Problem, rank: int, head_groups: int = 1) -> tuple[Pass, Pass]:
-    """K/V of two groups of heads from all ranks, and their dK/dV; the own ones of all heads."""
+    """K/V of two groups of heads from all ranks, and dK/dV for all; of one group what the others have of its own."""
     ranks = range(problem.ranks)
     parts = [part for *_, part in problem.by_heads(min(head_groups, problem.kv_heads))]
     kv = turns([part.kv(rank) for part in parts], 2) + turns(
         [[s for r in ranks for s in part.kv(r)] for part in parts], 2
     )
-    d_kv = total([part.d_kv(rank) for part in parts]) + turns(
-        [[s for r in ranks for s in part.d_kv(r)] for part in parts], 2
-    )
+    d_kv = sum(turns([part.d_kv(r) for part in parts], 2) for r in ranks)
+    d_kv += (problem.ranks - 1) * largest([part.d_kv(rank) for part in parts])
     return (
         Pass(kv, total(running(problem, rank))),
         Pass(d_kv, nbytes(problem.d_q(rank)) + nbytes(problem.d_kv(rank))),
@@ -316,14 +316,19 @@ def tensor_parallel(problem: Problem, rank: int) -> tuple[Pass, Pass]:
 
 
 def decode(problem: CacheProblem, rank: int, combine: str = "allreduce") -> tuple[Pass, Pass]:
-    """Partial results of the new tokens; what is weighted, its sum, and rows to normalise it; or what arrives."""
+    """Partial results of the new tokens; their sums, and what arrives of these, or rows to normalise them."""
     o, d_q, d_kv = nbytes(problem.o(rank)), nbytes(problem.d_q(rank)), nbytes(problem.d_kv(rank))
     if combine == "tree":
         return Pass(2 * o), Pass(2 * d_q, d_kv)
-    (shape, _), row = problem.o(rank)[1], nbytes(problem.o(rank)[1:])
+    (shape, wide), row = problem.o(rank)[1], nbytes(problem.o(rank)[1:])
+
+    def arriving(nbytes: int) -> int:
+        size = int(wide.itemsize)
+        return (problem.ranks - 1) * even(nbytes // size, problem.ranks)[rank] * size
+
     return (
-        Pass(o, inside=2 * o + 4 * row + math.prod(shape)),
-        Pass(d_q, d_q + d_kv),
+        Pass(o, o + row, o + row + max(3 * row + math.prod(shape), arriving(o))),
+        Pass(d_q, d_kv, d_kv + arriving(d_q)),
     )
 
 

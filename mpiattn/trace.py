@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import costs, message
+from . import message
 from .message import Communicator
 
 
@@ -193,50 +193,31 @@ class TracedComm:
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
-        self._collective(self.comm.Allgatherv, self._pieces(recvbuf), sendbuf, recvbuf)
+        self._collective(self.comm.Allgatherv, sendbuf, recvbuf)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give each rank its piece of every other's; recvbuf is `message.Pieces`."""
-        self._collective(self.comm.Alltoallv, self._pieces(recvbuf), sendbuf, recvbuf)
-
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, *op: Any) -> None:
-        """Combine the buffers of all; counted as round a ring."""
-        size, rank = self.Get_size(), self.Get_rank()
-        parts = costs.allreduce_parts(recvbuf.size, size, rank)
-        pieces = [((rank - 1) % size, part * recvbuf.itemsize) for part in parts]
-        self._collective(self.comm.Allreduce, pieces, sendbuf, recvbuf, *op)
+        self._collective(self.comm.Alltoallv, sendbuf, recvbuf)
 
     def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> TracedRequest:
         """Start to give every rank the pieces of all; recvbuf is `message.Pieces`."""
-        return self._start(self.comm.Iallgatherv, self._pieces(recvbuf), sendbuf, recvbuf)
-
-    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int]) -> TracedRequest:
-        """Start to add up the buffers of all, and give each rank its piece; counted as a piece from each other."""
-        nbytes = recvcounts[self.Get_rank()] * recvbuf.itemsize
-        pieces = self._from_others([nbytes] * self.Get_size())
-        return self._start(self.comm.Ireduce_scatter, pieces, sendbuf, recvbuf, recvcounts)
-
-    def _start(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> TracedRequest:
         start = message.clock()
-        events = [Event("receive", call.__name__, self.ranks[peer], nbytes, start) for peer, nbytes in pieces if nbytes]
+        pieces = self._pieces(recvbuf)
+        events = [Event("receive", "Iallgatherv", self.ranks[peer], nbytes, start) for peer, nbytes in pieces]
         self.trace.events += events
-        return TracedRequest(call(*arguments), events, self.trace)
+        return TracedRequest(self.comm.Iallgatherv(sendbuf, recvbuf), events, self.trace)
 
     def _pieces(self, recvbuf: Sequence[Any]) -> list[tuple[int, int]]:
         buffer, counts, _, datatype = recvbuf
         unit = datatype.Get_size() if datatype else buffer.itemsize
-        return self._from_others([count * unit for count in counts])
+        return [(peer, count * unit) for peer, count in enumerate(counts) if count and peer != self.Get_rank()]
 
-    def _from_others(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        return [(peer, size) for peer, size in enumerate(sizes) if peer != self.Get_rank()]
-
-    def _collective(self, call: Any, pieces: Sequence[tuple[int, int]], *arguments: Any) -> None:
+    def _collective(self, call: Any, sendbuf: Any, recvbuf: Any) -> None:
         start = message.clock()
-        call(*arguments)
+        call(sendbuf, recvbuf)
         end = message.clock()
-        for peer, nbytes in pieces:
-            if nbytes:
-                self.trace.events.append(Event("receive", call.__name__, self.ranks[peer], nbytes, start, end))
+        for peer, nbytes in self._pieces(recvbuf):
+            self.trace.events.append(Event("receive", call.__name__, self.ranks[peer], nbytes, start, end))
         self.trace.events.append(Event("wait", call.__name__, -1, 0, start, end))
 
     # Memory of a host

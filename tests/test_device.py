@@ -12,6 +12,7 @@ import pytest
 from mpiattn import device, staging
 from mpiattn.device import Channel, DeviceComm, Transfer
 from mpiattn.message import Tag, Testall, Waitall, constant
+from mpiattn.reduction import all_reduce, maximum
 
 
 class Memory:
@@ -22,6 +23,9 @@ class Memory:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.host, name)
+
+    def __array_namespace__(self) -> Any:
+        return XP
 
     @property
     def data(self) -> Any:
@@ -67,14 +71,8 @@ def memcpy(to: int, source: int, size: int, kind: int, stream: int) -> None:
     ctypes.memmove(to, source, size)
 
 
-def combined(ufunc: Any) -> Any:
-    return lambda a, b, out: ufunc(a.host, b.host, out=out.host)
-
-
 XP = SimpleNamespace(
-    add=combined(np.add),
-    maximum=combined(np.maximum),
-    empty_like=lambda array: Memory(np.empty_like(array.host)),
+    maximum=lambda a, b, out: np.maximum(a.host, b.host, out=out.host),
     empty=lambda size, dtype: Memory(np.empty(size, dtype)),
     cuda=SimpleNamespace(
         Event=Event,
@@ -146,22 +144,24 @@ def test_collectives(around: DeviceComm) -> None:
     whole = Memory(np.zeros(sum(counts), np.uint8))
     Waitall([around.Iallgatherv(Memory(np.full(counts[rank], rank + 1, np.uint8)), [whole, counts, None, None])])
     assert (whole.host == np.repeat(np.arange(size) + 1, counts)).all()
-    numbers = [count // 4 for count in counts]
-    share, total = Memory(np.arange(sum(numbers), dtype=np.float32) + rank), Memory(np.zeros(numbers[rank], np.float32))
-    Waitall([around.Ireduce_scatter(share, total, numbers)])
-    start = sum(numbers[:rank])
-    assert (total.host == size * np.arange(start, start + numbers[rank]) + size * (size - 1) / 2).all()
-    top = Memory(np.zeros(5))
-    around.Allreduce(Memory(np.arange(5.0) * (-1) ** rank), top, constant("MAX"))
-    assert (top.host == (np.arange(5) if size > 1 or rank == 0 else 0)).all()
     sent, got = Memory(np.full(5 * size, rank, np.uint8)), Memory(np.full(8 * size, 99, np.uint8))
     places = [8 * other for other in range(size)]
     around.Alltoallv([sent, [5] * size, None, None], [got, [5] * size, places, None])
     assert (got.host.reshape(size, 8)[:, :5] == np.arange(size)[:, None]).all() and (got.host == 99).sum() == 3 * size
+    got[8 * rank] = rank + 50
     around.Allgatherv(constant("IN_PLACE"), [got, [1] * size, places, None])
-    result = Memory(np.zeros((7, 3), np.float64))
-    around.Allreduce(Memory(np.full((7, 3), rank + 1.0)), result)
-    assert (result.host == size * (size + 1) / 2).all()
+    assert (got.host.reshape(size, 8)[:, 0] == np.arange(size) + 50).all()
+
+
+@pytest.mark.mpi
+def test_reductions(around: DeviceComm) -> None:
+    rank, size = around.Get_rank(), around.Get_size()
+    total = Memory(np.full((7, 300), rank + 1.0))
+    all_reduce(around, total)
+    assert (total.host == size * (size + 1) / 2).all()
+    top = Memory(np.arange(5.0) * (-1) ** rank)
+    all_reduce(around, top, maximum)
+    assert (top.host == (np.arange(5) if size > 1 or rank == 0 else 0)).all()
 
 
 @pytest.mark.mpi

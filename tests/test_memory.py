@@ -70,8 +70,8 @@ def test_the_table_in_units_of_q(n: int, g: int) -> None:
         ("shared_ring", 0, {}, (2 + 4 / g, 3 + 6 / g)),
         ("mesh", 0, {"rows": b, "cols": a}, (2 * a + 3 + 2 * b / g, 5 * a + 6 + (4 * b + 6) / g)),
         ("mesh_gathered", 0, {"rows": b, "cols": a}, (5 * a + 2 + 4 * b / g, 10 * a + 3 + (10 * b + 4) / g)),
-        ("allgather", 0, {}, (2 + 2 * (n + 1) / g, 3 + (4 * n + 8) / g)),
-        ("allgather", 0, {"head_groups": 4}, (2 + (n + 1) / g, 3 + (6 + 2 * n + 1) / g)),
+        ("allgather", 0, {}, (2 + 2 * (n + 1) / g, 3 + (6 * n + 4) / g)),
+        ("allgather", 0, {"head_groups": 4}, (2 + (n + 1) / g, 3 + (4 + (5 * n + 1) / 2) / g)),
         ("ulysses", 0, {}, (7 - 1 / n + (6 - 2 / n) / g, 14 - 3 / n + (14 - 2 / n) / g)),
         (
             "hybrid",

@@ -5,6 +5,9 @@ them; one reduce-scatter of partial dK/dV takes the gradients home. With head gr
 of the heads at a time: while the heads of one group are computed, the K/V of the next group arrive and the
 dK/dV of the group before leave, and only two groups' K/V are held.
 
+The reduce-scatter is one message from each rank that has computed something of a chunk's dK/dV to the owner,
+who adds them up in the order of the ranks: the same bits with every MPI library. See `reduction.py`.
+
     all-gather K/V          0    1    2               of head groups, backward
     compute                      0    1    2
     reduce-scatter dK/dV              0    1    2
@@ -12,12 +15,14 @@ dK/dV of the group before leave, and only two groups' K/V are held.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Array, Parcel, nbytes
-from ..message import Communicator, Pieces, Testall, Waitall
+from ..arrays import Array, Parcel, add, nbytes
+from ..message import Communicator, Pieces, Tag, Testall, Waitall
 from ..problem import Problem
+from ..reduction import exchange
 from .base import Attention
 from .options import Options
 
@@ -37,8 +42,8 @@ class AllGatherAttention(Attention):
 
     Notes
     -----
-    The collectives leave the ways of the messages to the MPI library. They bring all K/V to all ranks: a mask
-    saves compute but no messages. On an MPI-3 library a group's dK/dV must have less than 2**31 elements.
+    The all-gather leaves the ways of the messages to the MPI library. It brings all K/V to all ranks: a mask saves
+    compute and messages of dK/dV, but none of K/V.
     """
 
     def __init__(self, comm: Communicator, *, head_groups: int = 1, **options: Unpack[Options]) -> None:
@@ -58,8 +63,9 @@ class AllGatherAttention(Attention):
         parts = [part for *_, part in self.groups]
         self.own = self.parcels("own kv", [part.kv(self.rank) for part in parts], buffers=2)
         self.kv = self.parcels("kv", [[spec for o in self.owners for spec in part.kv(o)] for part in parts], buffers=2)
-        # The blocks of this rank's queries that the mask leaves something of.
+        # The blocks of this rank's queries that the mask leaves something of, and those of its keys.
         self.blocks = [owner for owner in self.owners if problem.needed[self.rank, owner]]
+        self.users = [user for user in self.owners if problem.needed[user, self.rank]]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all K/V, some heads at a time."""
@@ -90,37 +96,47 @@ class AllGatherAttention(Attention):
         if self.dropout is not None:
             self.kernel.drop(self.dropout, heads.start)
 
-    def reduce(self, part: Problem, sums: Parcel, own: Parcel) -> list[Any]:
-        """Start to add up what all ranks have of a group's dK/dV, each owner's on its rank."""
-        counts = [nbytes(part.d_kv(owner)) // part.wide.itemsize for owner in self.owners]
-        return [self.comm.Ireduce_scatter(sums.buffer.view(part.wide), own.buffer.view(part.wide), counts)]
-
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
     ) -> tuple[Array, Array, Array]:
         """Compute what this rank adds to all dK/dV, some heads at a time, and take them home."""
         d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
         parts = [part for *_, part in self.groups]
-        own = self.parcels("own d_kv", [part.d_kv(self.rank) for part in parts])
-        sums = self.parcels("d_kv", [[spec for o in self.owners for spec in part.d_kv(o)] for part in parts], buffers=2)
+        specs = [part.d_kv(owner) for part in parts for owner in self.owners]
+        sums = self.parcels("d_kv", specs, buffers=2 * self.size)
+        specs = [part.d_kv(self.rank) for part in parts for _ in range(self.size - 1)]
+        arriving = self.parcels("arriving d_kv", specs, buffers=self.size - 1)
         Waitall(self.gather(0, k, v))
         requests: list[Any] = []
-        for step, (heads, _, part) in enumerate(self.groups):
+        shares: dict[int, Parcel] = {}
+        totals = d_k, d_v
+        for step, (heads, kv_heads, _) in enumerate(self.groups):
             requests += self.gather(step + 1, k, v)
-            sums[step].buffer.fill(0)
+            computed, arrived = sums[step * self.size :][: self.size], arriving[step * (self.size - 1) :]
+            rows = d_out[:, heads], lse[:, heads], row_delta[:, heads]
             self.drop(heads)
             for owner in self.blocks:
                 where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                pair = slice(2 * owner, 2 * owner + 2)
-                (near_k, near_v), (sum_k, sum_v) = self.kv[step].arrays[pair], sums[step].arrays[pair]
-                rows, totals = (d_out[:, heads], lse[:, heads], row_delta[:, heads]), (d_q[:, heads], sum_k, sum_v)
-                self.kernel.backward(q[:, heads], near_k, near_v, *rows, *where, *totals, partial(Testall, requests))
+                near_k, near_v = self.kv[step].arrays[2 * owner : 2 * owner + 2]
+                computed[owner].fill(0, 0)
+                d_kv, progress = computed[owner].arrays, partial(Testall, requests)
+                self.kernel.backward(q[:, heads], near_k, near_v, *rows, *where, d_q[:, heads], *d_kv, progress)
             Waitall(requests)
-            requests = self.reduce(part, sums[step], own[step])
+            add_up(totals, shares)
+            totals = d_k[:, kv_heads], d_v[:, kv_heads]
+            by_rank = [*arrived[: self.rank], computed[self.rank], *arrived[self.rank :]]
+            shares = {user: by_rank[user] for user in self.users}
+            requests = exchange(self.comm, Tag.D_KV, {owner: computed[owner] for owner in self.blocks}, shares)
         Waitall(requests)
-        for (_, kv_heads, _), total in zip(self.groups, own, strict=True):
-            d_k[:, kv_heads], d_v[:, kv_heads] = total.arrays
+        add_up(totals, shares)
         return d_q, d_k, d_v
+
+
+def add_up(totals: tuple[Array, Array], shares: Mapping[int, Parcel]) -> None:
+    """Add what the ranks have of some heads' dK/dV, in the order of the ranks."""
+    for share in shares.values():
+        for total, array in zip(totals, share.arrays, strict=True):
+            add(total, array)
 
 
 def check_groups(head_groups: int) -> None:

@@ -11,6 +11,7 @@ from ..arrays import Array
 from ..mask import Positions
 from ..message import InputError
 from ..problem import Problem
+from ..reduction import all_reduce
 from ..softmax import delta, sink_gradient, with_sinks
 from .given import Given
 from .prepared import Prepared, Saved
@@ -38,8 +39,8 @@ class Attention(Prepared):
         Scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv 2408.00118).
     partials : {"wide", "narrow"}
         How partial sums (out, dQ, dK, dV) travel: as they are added up, in float32 or wider, or rounded to the dtype
-        of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. Where
-        the MPI library adds them up (allgather, decode, tensor_parallel), they are always wide.
+        of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. In
+        allgather, decode and tensor_parallel they are always wide.
     kernel : {"numpy", "cupy", "cudnn"}, optional
         What computes a block. By default the fastest that can do the problem at hand.
     gpu_messages : {"auto", "device", "host"}
@@ -113,11 +114,9 @@ class Attention(Prepared):
         problem = self.agree_backward(d_out, saved)
         if saved.sinks is None:
             raise InputError("there are no sinks in what was saved: give some to forward")
-        own = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
-        if not problem.q_spread:
-            return own
-        total: Array = self.xp.empty(own.shape, own.dtype)
-        self.comm.Allreduce(own, total)
+        total = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
+        if problem.q_spread:
+            all_reduce(self.comm, total)
         return total
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """Decoding: a few new tokens attend to a K/V cache that is spread over the ranks.
 
 Every rank has the new queries and its shard of the cache. It attends to its shard; what is left is to combine
-the partial (out, lse) of all ranks, on all ranks. Either by all-reduces (Tree Attention, arXiv 2408.04093):
+the partial (out, lse) of all ranks, on all ranks. Either by all-reduces (Tree Attention, arXiv 2408.04093), of
+plain messages that are added up in the order of the ranks, see `reduction.py`:
 
     top = max of lse        sums = sum of exp(lse - top) (out, 1)        out = sums / the last of them
 
@@ -26,8 +27,9 @@ import numpy as np
 from ..arrays import DESCRIPTION, Array, Parcel
 from ..layout import Where
 from ..mask import Positions
-from ..message import Communicator, Tag, Waitall, constant
+from ..message import Communicator, Tag, Waitall
 from ..problem import CacheProblem, Problem, posed_to_cache, span
+from ..reduction import all_reduce, maximum
 from ..softmax import merge, normalised, weighted
 from .agreement import described, fit_together
 from .base import Attention
@@ -49,8 +51,9 @@ class DecodeAttention(Attention):
     comm, options
         See `Attention`; the layout, that of the cache, is contiguous by default.
     combine : {"allreduce", "tree"}
-        Two all-reduces, which spread the bytes over the ranks, or a tree there and back, which does with fewer
-        messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to say.
+        Two all-reduces, which spread the bytes and the sums over the ranks, or a tree there and back, which does
+        with fewer messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to
+        say. With either, the bits of the result are the same with every MPI library.
 
     Notes
     -----
@@ -120,11 +123,10 @@ class DecodeAttention(Attention):
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse
-        top = self.xp.empty(lse.shape, lse.dtype)
-        self.comm.Allreduce(lse, top, constant("MAX"))
-        share = weighted(out, lse, top)
-        sums = self.xp.empty(share.shape, share.dtype)
-        self.comm.Allreduce(share, sums)
+        top = lse.copy()
+        all_reduce(self.comm, top, maximum)
+        sums = weighted(out, lse, top)
+        all_reduce(self.comm, sums)
         return normalised(sums, top)
 
     def gradients(
@@ -140,10 +142,9 @@ class DecodeAttention(Attention):
             self.kernel.backward(q, k, v, *rows, *where, d_q, d_k, d_v)
         if self.combine == "tree":
             self.tree(own, Tag.D_Q, Parcel.add)
-            return d_q, d_k, d_v
-        total = self.xp.empty(d_q.shape, d_q.dtype)
-        self.comm.Allreduce(d_q, total)
-        return total, d_k, d_v
+        else:
+            all_reduce(self.comm, d_q)
+        return d_q, d_k, d_v
 
     def tree(self, own: Parcel, tag: Tag, combine: Callable[[Parcel, Parcel], None]) -> None:
         """Combine the parcels of all ranks on rank 0, up the tree, and send the result back down to all."""

@@ -21,6 +21,7 @@ from ..arrays import FLOATS, Array
 from ..layout import EVERYWHERE, Where, heads
 from ..message import Communicator, InputError
 from ..problem import Problem
+from ..reduction import all_reduce
 from ..softmax import accumulator
 from .agreement import described
 from .base import Attention
@@ -119,8 +120,8 @@ class TensorParallelAttention(Attention):
                 raise InputError(
                     f"an all-reduce takes float32 or float64 of one shape: rank {rank} has {spec}, rank 0 {specs[0]}"
                 )
-        total: Array = self.xp.empty(share.shape, share.dtype)
-        self.comm.Allreduce(self.xp.ascontiguousarray(share), total)
+        total: Array = share.copy()
+        all_reduce(self.comm, total)
         return total
 
 

@@ -34,12 +34,12 @@ class Quiet:
         """Send nothing."""
         return Nothing()
 
-    Irecv = Iallgatherv = Ireduce_scatter = Isend
+    Irecv = Iallgatherv = Isend
 
     def Allgatherv(self, *arguments: Any) -> None:
         """Gather nothing."""
 
-    Alltoallv = Allreduce = Allgatherv
+    Alltoallv = Allgatherv
 
 
 def silence(attention: Attention) -> None:

@@ -11,9 +11,7 @@ To read in this order, each on top of those before:
 - `cluster`: all of it, started
 
 Arrays with data work as well; only messages, collectives and the kernel then take virtual time. All results are
-those of MPI bit for bit but for sums that the MPI library orders as it likes: dK, dV of all-gather, by
-Ireduce_scatter, and all of decode by all-reduces. Here these add up in the order of the ranks. (To do so under MPI
-as well, each rank would have to take in n pieces before it adds them, in n - 1 messages and as much memory again.)
+those of MPI bit for bit.
 """
 
 from __future__ import annotations

@@ -8,14 +8,13 @@ to be busy at once. All that a call does is done by the rank that comes last.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..costs import allreduce_parts
 from ..message import constant
-from .arrays import VirtualArray
 from .clock import Rank
 from .group import Group, Meeting
 from .messages import Request, copy
@@ -90,7 +89,12 @@ class Collectives:
 
     def allreduce(self, value: Any, op: Any = "SUM") -> Any:
         """Give every rank the sum, or the maximum, of the objects of all."""
-        return combined(self._tell("allreduce", value), op)
+        values = self._tell("allreduce", value)
+        if op == constant("MAX"):
+            return max(values)
+        if op not in ("SUM", constant("SUM")):
+            raise ValueError(f"a virtual communicator adds and takes maxima; it knows no {op}")
+        return functools.reduce(operator.add, values)
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """Give every rank the root's object."""
@@ -150,33 +154,6 @@ class Collectives:
 
         self._meet("Alltoallv", (_pieces(sendbuf), _pieces(recvbuf)), finish)[0].Wait()
 
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = "SUM") -> None:
-        """Combine the buffers of all, in the order of the ranks; counted as round a ring."""
-
-        def finish(meeting: Meeting) -> float:
-            total = combined([sent for sent, _ in meeting.values], op)
-            size = self.Get_size()
-            for place, (rank, (_, target)) in enumerate(zip(self.group.ranks, meeting.values, strict=True)):
-                copy(total, target)
-                rank.received += sum(allreduce_parts(target.size, size, place)) * target.dtype.itemsize
-            return self.group.seconds(2 * self.group.depth, 2 * recvbuf.nbytes * (1 - 1 / size))
-
-        self._meet("Allreduce", (sendbuf, recvbuf), finish)[0].Wait()
-
-    def Ireduce_scatter(self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int]) -> Request:
-        """Start to add up the buffers of all, in the order of the ranks, and give each rank its piece."""
-
-        def finish(meeting: Meeting) -> float:
-            total = combined([sent for sent, _ in meeting.values], "SUM")
-            ends = np.cumsum([0, *recvcounts])
-            for place, (_, target) in enumerate(meeting.values):
-                copy(total[ends[place] : ends[place + 1]], target)
-            for rank, count in zip(self.group.ranks, recvcounts, strict=True):  # its piece from each of the others
-                rank.received += count * recvbuf.dtype.itemsize * (self.Get_size() - 1)
-            return self.group.seconds(self.group.depth, sendbuf.nbytes * (1 - 1 / self.Get_size()))
-
-        return self._meet("Reduce_scatter", (sendbuf, recvbuf), finish)[0]
-
     def _receive(self, meeting: Meeting) -> int:
         """Count the pieces that each rank receives from others; return the bytes of the one with the most."""
         most = 0
@@ -221,14 +198,3 @@ def _pieces(described: Sequence[Any]) -> tuple[Any, list[slice]]:
         starts = [sum(counts[:place]) for place in range(len(counts))]
     slices = [slice(start * unit, (start + count) * unit) for start, count in zip(starts, counts, strict=True)]
     return buffer.reshape(-1).view(np.uint8), slices
-
-
-def combined(buffers: Sequence[Any], op: Any) -> Any:
-    """Return the sum, or the maximum, of the ranks' buffers."""
-    if isinstance(buffers[0], VirtualArray):
-        return buffers[0]
-    if op == constant("MAX"):
-        return functools.reduce(np.maximum, buffers)
-    if op not in ("SUM", constant("SUM")):
-        raise ValueError(f"a virtual communicator adds and takes maxima; it knows no {op}")
-    return functools.reduce(np.add, buffers)
