@@ -344,10 +344,13 @@ def test_the_same_bits_as_under_mpi(comm: MPI.Intracomm, name: str, dtype: str, 
                 results.append(attention.project(out, np.ones((out.shape[1] * 16, 5))))
             return [array.tobytes() for array in results]
 
+    different = []
     for arguments in ALGORITHMS[name].variants(comm.Get_size()):
         real = program(comm, arguments)
         imitated = virtual.run(comm.Get_size(), one_host(comm.Get_size()), partial(program, arguments=arguments))
-        assert imitated[comm.Get_rank()] == real
+        if imitated[comm.Get_rank()] != real:
+            different.append(arguments)
+    assert not different
 
 
 def test_no_mpi_is_needed() -> None:
