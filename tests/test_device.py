@@ -156,10 +156,10 @@ def test_collectives(around: DeviceComm) -> None:
 @pytest.mark.mpi
 def test_reductions(around: DeviceComm) -> None:
     rank, size = around.Get_rank(), around.Get_size()
-    total = Memory(np.full((7, 300), rank + 1.0))
+    total: Any = Memory(np.full((7, 300), rank + 1.0))
     all_reduce(around, total)
     assert (total.host == size * (size + 1) / 2).all()
-    top = Memory(np.arange(5.0) * (-1) ** rank)
+    top: Any = Memory(np.arange(5.0) * (-1) ** rank)
     all_reduce(around, top, maximum)
     assert (top.host == (np.arange(5) if size > 1 or rank == 0 else 0)).all()
 
