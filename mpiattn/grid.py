@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+
+from .message import Communicator, constant
 
 
 def grids(ranks: int) -> list[tuple[int, int]]:
@@ -25,6 +28,14 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
         fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))
         raise ValueError(f"a grid of {choice[0]}x{choice[1]} does not hold {ranks} ranks: choose from {fits}")
     return choice
+
+
+def by_host(comm: Communicator) -> tuple[list[int], int]:
+    """Return the ranks host by host, and how many are on each: where these differ, their greatest common divisor."""
+    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+    hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
+    host.Free()
+    return sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank)), math.gcd(*map(len, hosts))
 
 
 def parse(text: str) -> tuple[int, int]:

@@ -15,15 +15,14 @@ each rank of the row adds; the last one that adds sends them home, and that mess
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid
 from ..arrays import Array, Parcel, Spec
-from ..message import Communicator, Tag, Testall, Waitall, constant
-from ..problem import Problem, windows
+from ..message import Communicator, Tag, Testall, Waitall
+from ..problem import Problem, Travel, windows
 from .base import Attention
 from .options import Options
 
@@ -53,12 +52,9 @@ class DoubleRingAttention(Attention):
 
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
         super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
-        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-        hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
-        host.Free()
-        self.inner = math.gcd(*map(len, hosts)) if outer is None else len(hosts) // outer
-        self.outer = len(hosts) // self.inner
-        self.order = sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank))
+        self.order, near = grid.by_host(comm)
+        self.inner = near if outer is None else len(self.order) // outer
+        self.outer = len(self.order) // self.inner
         self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))
         self.grid = self.ordered.Create_cart([self.outer, self.inner], periods=[True, True], reorder=False)
         self.row = self.grid.Sub([False, True])
@@ -76,10 +72,13 @@ class DoubleRingAttention(Attention):
         at = [self.order[row * self.inner :][: self.inner] for row in range(self.outer)]
         self.rank = at[self.r][self.c]
         self.owners = [[at[self.r - w][self.c - step] for step in range(self.inner)] for w in range(self.outer)]
-        self.in_col, self.in_row = windows(problem.needed, at)
-        self.kv = self.slots(
-            self.parcels, "kv", [[problem.kv(owner) for owner in owners] for owners in self.owners], far=0
-        )
+        down, along = windows(problem.needed, at)
+        self.down = [down[owners[0]] for owners in self.owners]
+        self.along = [[ways[owner] for owner in owners] for ways, owners in zip(along, self.owners, strict=True)]
+        self.back = [ways[self.rank] for ways in along]  # how far this rank's own chunk travels in each window
+        specs = [[problem.kv(owner) for owner in owners] for owners in self.owners]
+        self.kv = self.slots(self.parcels, "kv", specs, far=0)
+        self.first = [window[0] for window in self.kv]
 
     def slots(
         self, make: Callable[..., list[Parcel]], name: str, specs: Sequence[Sequence[list[Spec]]], far: int
@@ -98,9 +97,9 @@ class DoubleRingAttention(Attention):
         out, lse = self.state(problem, q)
         self.kv[0][0].pack(k, v)
         for window, owners in enumerate(self.owners):
-            far = self.pass_down(window)
+            far = pass_on(self.col, self.first, self.down, window)
             for step, owner in enumerate(owners):
-                near = self.pass_along(window, step)
+                near = pass_on(self.row, self.kv[window], self.along[window], step)
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
                     near_k, near_v = self.kv[window][step].arrays
@@ -108,27 +107,6 @@ class DoubleRingAttention(Attention):
                 Waitall(near)
             Waitall(far)
         return out, lse
-
-    def pass_down(self, window: int) -> list[Any]:
-        """Post the messages that bring the K/V with which the next window begins, and pass this one's on."""
-        source, dest = self.col.Shift(0, 1)
-        requests = []
-        if window + 1 < self.outer and window < self.in_col[self.owners[window + 1][0]].last:
-            requests.append(self.col.Irecv(self.kv[window + 1][0].message, source, Tag.KV))
-        if window < self.in_col[self.owners[window][0]].last:
-            requests.append(self.col.Isend(self.kv[window][0].message, dest, Tag.KV))
-        return requests
-
-    def pass_along(self, window: int, step: int) -> list[Any]:
-        """Post the messages that bring the K/V of the window's next step, and pass this step's on."""
-        source, dest = self.row.Shift(0, 1)
-        ways, owners, slots = self.in_row[window], self.owners[window], self.kv[window]
-        requests = []
-        if step + 1 < self.inner and step < ways[owners[step + 1]].last:
-            requests.append(self.row.Irecv(slots[step + 1].message, source, Tag.KV))
-        if step < ways[owners[step]].last:
-            requests.append(self.row.Isend(slots[step].message, dest, Tag.KV))
-        return requests
 
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
@@ -145,10 +123,10 @@ class DoubleRingAttention(Attention):
         far: list[Any] = []
         returned: list[tuple[Parcel, Parcel]] = []
         for window, owners in enumerate(self.owners):
-            far += self.pass_down(window)
+            far += pass_on(self.col, self.first, self.down, window)
             for step, owner in enumerate(owners):
-                near, arrived = self.pass_sums(window, step)
-                near += self.pass_along(window, step)
+                near, arrived = self.pass_sums(window, step) if step else ([], [])
+                near += pass_on(self.row, self.kv[window], self.along[window], step)
                 self.d_kv[window][step].fill(0, 0)
                 if problem.needed[self.rank, owner]:
                     where = problem.q_positions[self.rank], problem.kv_positions[owner]
@@ -167,29 +145,26 @@ class DoubleRingAttention(Attention):
 
     def pass_sums(self, window: int, step: int) -> Posted:
         """Post the sums that follow K/V: those for this step's K/V arrive, those of the step before move on."""
-        if step == 0:
-            return [], []
         source, dest = self.row.Shift(0, 1)
-        ways, owners, sums = self.in_row[window], self.owners[window], self.d_kv[window]
+        ways, sums = self.along[window], self.d_kv[window]
         requests, arrived = self.send_home(window, step - 1)
-        if ways[owners[step]].first < step <= ways[owners[step]].last:
-            arriving = self.shares[window * self.inner + step]
-            requests.append(self.row.Irecv(arriving.message, source, Tag.D_KV))
-            arrived.append((sums[step], arriving))
-        if ways[owners[step - 1]].first < step <= ways[owners[step - 1]].last:
+        if ways[step].first < step <= ways[step].last:
+            share = self.shares[window * self.inner + step]
+            requests.append(self.row.Irecv(share.message, source, Tag.D_KV))
+            arrived.append((sums[step], share))
+        if ways[step - 1].first < step <= ways[step - 1].last:
             requests.append(self.row.Isend(sums[step - 1].message, dest, Tag.D_KV))
         return requests, arrived
 
     def send_home(self, window: int, step: int) -> Posted:
         """Post the sums that were complete at that step: one goes home, the share of the own one arrives."""
-        ways, owner = self.in_row[window], self.owners[window][step]
         requests, arrived = [], []
-        if ways[self.rank].first <= ways[self.rank].last == step:
+        if self.back[window].first <= self.back[window].last == step:
             source = self.grid.Get_cart_rank([self.r + window, self.c + step])
             share = self.home[window % 2]
             requests.append(self.grid.Irecv(share.message, source, Tag.D_KV))
             arrived.append((self.d_kv[0][0], share))
-        if ways[owner].first <= ways[owner].last == step:
+        if self.along[window][step].first <= self.along[window][step].last == step:
             dest = self.grid.Get_cart_rank([self.r - window, self.c - step])
             requests.append(self.grid.Isend(self.d_kv[window][step].message, dest, Tag.D_KV))
         return requests, arrived
@@ -198,6 +173,17 @@ class DoubleRingAttention(Attention):
         """Free the communicators of the grid, its row and its column."""
         for comm in (self.row, self.col, self.grid, self.ordered):
             comm.Free()
+
+
+def pass_on(ring: Communicator, slots: Sequence[Parcel], ways: Sequence[Travel], step: int) -> list[Any]:
+    """Post a hop of K/V round a row or a column: the next ones arrive, these travel on."""
+    source, dest = ring.Shift(0, 1)
+    requests = []
+    if step + 1 < len(slots) and step < ways[step + 1].last:
+        requests.append(ring.Irecv(slots[step + 1].message, source, Tag.KV))
+    if step < ways[step].last:
+        requests.append(ring.Isend(slots[step].message, dest, Tag.KV))
+    return requests
 
 
 def add(arrived: Sequence[tuple[Parcel, Parcel]]) -> None:

@@ -16,16 +16,15 @@ One column is Ring Attention; one row passes queries only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import grid, schedule
-from ..arrays import Array, Parcel
-from ..mask import Positions
+from .. import grid, tile
+from ..arrays import Array, Parcel, Spec
 from ..message import Communicator, Tag, Testall, Waitall
 from ..problem import Problem, Travel, travels
-from ..schedule import Op, Step
+from ..schedule import Op
 from .base import Attention
 from .options import Options
 
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-Block = tuple[int, int, slice, Positions]
-"""KV slot and Q slot of a block, which of the queries, and their positions."""
+Posts = dict[Op, Callable[[int], list[Any]]]
+"""What posts the messages of a hop, for each kind."""
 
 
 class MeshAttention(Attention):
@@ -69,82 +68,65 @@ class MeshAttention(Attention):
         return [{"rows": rows, "cols": cols} for rows, cols in grid.grids(ranks)]
 
     def plan(self, problem: Problem) -> None:
-        """Make the order of steps, and how far each chunk of this row and this column travels."""
+        """Say whose chunk is in each slot, and how far it travels; make the order of steps and their blocks."""
         a, b = self.cols, self.rows
         self.q_owners = [self.r * a + (self.c - hop) % a for hop in range(a)]
         self.kv_owners = [(self.r - hop) % b * a + self.c for hop in range(b)]
-        tile = problem.needed.reshape(b, a, b, a)  # row and column of the queries, then of the keys
-        costs = {
-            "heads": problem.heads, "kv_heads": problem.kv_heads, "head_dim": problem.head_dim,
-            "itemsize": problem.dtype.itemsize, "partial_itemsize": problem.sent(problem.d_q(0))[0][1].itemsize,
-        }  # fmt: skip
-        self.forward_steps, self.backward_steps = (
-            order(b, a, schedule.relative(backward=backward, **costs).balanced(b, a))
-            for order, backward in ((schedule.forward, False), (schedule.backward, True))
-        )
+        needed = problem.needed.reshape(b, a, b, a)  # row and column of the queries, then of the keys
+        in_row, in_col = travels(needed[self.r].any(axis=1)), travels(needed[:, :, :, self.c].any(axis=1).T)
+        self.q_ways = [in_row[(self.c - hop) % a] for hop in range(a)]
+        self.kv_ways = [in_col[(self.r - hop) % b] for hop in range(b)]
+        self.forward_steps, self.backward_steps = tile.steps(problem, b, a)
         self.forward_blocks, self.backward_blocks = (
-            self.blocks(problem, steps) for steps in (self.forward_steps, self.backward_steps)
+            tile.blocks(problem, steps, self.q_owners, self.kv_owners)
+            for steps in (self.forward_steps, self.backward_steps)
         )
-        self.q_travels = travels(tile[self.r].any(axis=1))
-        self.kv_travels = travels(tile[:, :, :, self.c].any(axis=1).T)
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Follow the forward schedule."""
-        qs = self.parcels("q", [problem.q(owner) for owner in self.q_owners], anew=True)
-        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
+        qs = self.slots("q", [problem.q(owner) for owner in self.q_owners], self.q_ways, q)
+        kvs = self.slots("kv", [problem.kv(owner) for owner in self.kv_owners], self.kv_ways, k, v)
         specs = [problem.o(owner) for owner in self.q_owners]
         outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
         for state in outs:
             self.kernel.begin(*state.arrays)
-        if self.q_travels[self.c].last:
-            qs[0].pack(q)
-        if self.kv_travels[self.r].last:
-            kvs[0].pack(k, v)
+        post: Posts = {
+            Op.Q: partial(spread, self.row, qs, self.q_ways, Tag.Q),
+            Op.KV: partial(spread, self.col, kvs, self.kv_ways, Tag.KV),
+            Op.O: partial(self.collect, self.row, outs, shares, self.q_ways, Tag.O),
+        }
         for step, blocks in zip(self.forward_steps, self.forward_blocks, strict=True):
-            requests: list[Any] = []
-            match step.message:
-                case Op.Q:
-                    requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
-                case Op.KV:
-                    requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
-                case Op.O:
-                    requests = self.collect(self.row, outs, shares, step.hop, self.q_travels, Tag.O)
+            requests = post[step.message](step.hop) if step.message else []
             for i, j, part, positions in blocks:
                 rows, near = qs[j].arrays if j else [q], kvs[i].arrays if i else [k, v]
                 near_q, out, lse = (array[:, :, part] for array in (*rows, *outs[j].arrays))
                 where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
                 self.kernel.forward(near_q, *near, *where, out, lse, progress)
             Waitall(requests)
-        out, lse = self.kernel.complete(outs[0].arrays, *home(self.row, shares, self.q_travels))
+        out, lse = self.kernel.complete(outs[0].arrays, *home(shares, self.q_ways))
         return out, lse
 
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
     ) -> tuple[Array, Array, Array]:
         """Follow the backward schedule."""
-        qs = self.parcels("q backward", [problem.q_backward(owner) for owner in self.q_owners], anew=True)
-        kvs = self.parcels("kv", [problem.kv(owner) for owner in self.kv_owners], anew=True)
+        specs = [problem.q_backward(owner) for owner in self.q_owners]
+        qs = self.slots("q backward", specs, self.q_ways, lse, row_delta, q, d_out)
+        kvs = self.slots("kv", [problem.kv(owner) for owner in self.kv_owners], self.kv_ways, k, v)
         specs = [problem.d_q(owner) for owner in self.q_owners]
         d_qs, q_shares = self.sums("d_q", specs), self.arriving("d_q", specs)
         specs = [problem.d_kv(owner) for owner in self.kv_owners]
         d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             self.kernel.begin(*total.arrays)
-        if self.q_travels[self.c].last:
-            qs[0].pack(lse, row_delta, q, d_out)
-        if self.kv_travels[self.r].last:
-            kvs[0].pack(k, v)
+        post: Posts = {
+            Op.Q: partial(spread, self.row, qs, self.q_ways, Tag.Q),
+            Op.KV: partial(spread, self.col, kvs, self.kv_ways, Tag.KV),
+            Op.DQ: partial(self.collect, self.row, d_qs, q_shares, self.q_ways, Tag.D_Q),
+            Op.DKV: partial(self.collect, self.col, d_kvs, kv_shares, self.kv_ways, Tag.D_KV),
+        }
         for step, blocks in zip(self.backward_steps, self.backward_blocks, strict=True):
-            requests: list[Any] = []
-            match step.message:
-                case Op.Q:
-                    requests = spread(self.row, qs, step.hop, self.q_travels, Tag.Q)
-                case Op.KV:
-                    requests = spread(self.col, kvs, step.hop, self.kv_travels, Tag.KV)
-                case Op.DQ:
-                    requests = self.collect(self.row, d_qs, q_shares, step.hop, self.q_travels, Tag.D_Q)
-                case Op.DKV:
-                    requests = self.collect(self.col, d_kvs, kv_shares, step.hop, self.kv_travels, Tag.D_KV)
+            requests = post[step.message](step.hop) if step.message else []
             for i, j, part, positions in blocks:
                 rows, near = qs[j].arrays if j else [lse, row_delta, q, d_out], kvs[i].arrays if i else [k, v]
                 near_lse, near_delta, near_q, gradient, d_q = (a[:, :, part] for a in (*rows, *d_qs[j].arrays))
@@ -152,35 +134,21 @@ class MeshAttention(Attention):
                 rows = [gradient, near_lse, near_delta]
                 self.kernel.backward(near_q, *near, *rows, *where, d_q, *d_kvs[i].arrays, progress)
             Waitall(requests)
-        [d_q] = self.kernel.complete(d_qs[0].arrays, *home(self.row, q_shares, self.q_travels))
-        d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(self.col, kv_shares, self.kv_travels))
+        [d_q] = self.kernel.complete(d_qs[0].arrays, *home(q_shares, self.q_ways))
+        d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(kv_shares, self.kv_ways))
         return d_q, d_k, d_v
 
-    def blocks(self, problem: Problem, steps: Sequence[Step]) -> list[list[Block]]:
-        """Return the blocks of each step that the mask leaves something of.
-
-        Where the first or the last message has none to hide behind, the own block is shared out to both.
-        """
-        own = self.q_owners[0]
-        table = []
-        for step in steps:
-            needed = [(i, j) for i, j in step.blocks if problem.needed[self.q_owners[j], self.kv_owners[i]]]
-            table.append([(i, j, slice(None), problem.q_positions[self.q_owners[j]]) for i, j in needed])
-        if problem.needed[own, own] and len(steps) > 1 and not (table[0] and table[-1]):
-            table = [[block for block in blocks if block[:2] != (0, 0)] for blocks in table]
-            for blocks, (part, positions) in zip((table[0], table[-1]), problem.halves(own), strict=True):
-                blocks += [(0, 0, part, positions)] if len(positions) else []
-        return table
+    def slots(self, name: str, specs: Sequence[list[Spec]], ways: Sequence[Travel], *own: Array) -> list[Parcel]:
+        """Return parcels for the chunks of a row or a column, with the own one in slot 0 if it travels."""
+        slots = self.parcels(name, specs, anew=True)
+        if ways[0].last:
+            slots[0].pack(*own)
+        return slots
 
     def collect(
-        self,
-        ring: Communicator,
-        slots: Sequence[Parcel],
-        shares: Sequence[Parcel],
+        self, ring: Communicator, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
         hop: int,
-        ways: Sequence[Travel],
-        tag: Tag,
-    ) -> list[Any]:
+    ) -> list[Any]:  # fmt: skip
         """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
 
         The sum for an owner starts at the first user of its chunk and passes the others, who add what they have
@@ -189,15 +157,12 @@ class MeshAttention(Attention):
         size, rank = ring.Get_size(), ring.Get_rank()
         source, dest = ring.Shift(0, 1)
         requests = []
-        owner = (rank - hop) % size
-        way = ways[owner]
-        if way.first <= hop <= way.last:
-            self.kernel.settle(slots[hop], *([shares[hop].arrays] if way.first < hop else []))
-            requests.append(ring.Isend(slots[hop].message, dest if hop < way.last else owner, tag))
-        way = ways[(rank - hop - 1) % size]
-        if way.first <= hop < way.last:
+        if ways[hop].first <= hop <= ways[hop].last:
+            self.kernel.settle(sums[hop], *([shares[hop].arrays] if ways[hop].first < hop else []))
+            requests.append(ring.Isend(sums[hop].message, dest if hop < ways[hop].last else (rank - hop) % size, tag))
+        if hop + 1 < size and ways[hop + 1].first <= hop < ways[hop + 1].last:
             requests.append(ring.Irecv(shares[hop + 1].message, source, tag))
-        if ways[rank].last == hop:
+        if ways[0].last == hop:
             requests.append(ring.Irecv(shares[0].message, (rank + hop) % size, tag))
         return requests
 
@@ -207,18 +172,17 @@ class MeshAttention(Attention):
             comm.Free()
 
 
-def spread(ring: Communicator, slots: Sequence[Parcel], hop: int, ways: Sequence[Travel], tag: Tag) -> list[Any]:
+def spread(ring: Communicator, slots: Sequence[Parcel], ways: Sequence[Travel], tag: Tag, hop: int) -> list[Any]:
     """Post one hop of the chunks that travel round a row or a column: slot hop-1 leaves, slot hop arrives."""
-    size, rank = ring.Get_size(), ring.Get_rank()
     source, dest = ring.Shift(0, 1)
     requests = []
-    if hop <= ways[(rank - hop) % size].last:
+    if hop <= ways[hop].last:
         requests.append(ring.Irecv(slots[hop].message, source, tag))
-    if hop <= ways[(rank - hop + 1) % size].last:
+    if hop <= ways[hop - 1].last:
         requests.append(ring.Isend(slots[hop - 1].message, dest, tag))
     return requests
 
 
-def home(ring: Communicator, shares: Sequence[Parcel], ways: Sequence[Travel]) -> list[Sequence[Array]]:
+def home(shares: Sequence[Parcel], ways: Sequence[Travel]) -> list[Sequence[Array]]:
     """Return the sum for this rank that has come home, if its chunk has travelled."""
-    return [shares[0].arrays] if ways[ring.Get_rank()].last > 0 else []
+    return [shares[0].arrays] if ways[0].last > 0 else []

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import arrays, virtual
+from .. import arrays, grid, virtual
 from ..algorithms import ALGORITHMS, Attention
 from ..algorithms.options import Options
 from ..machine import Machine, load
 from ..mask import Full, Mask
-from ..message import Communicator, InputError, constant
+from ..message import Communicator, InputError
 from .search import Plan, plan
 from .task import Task
 
@@ -120,7 +119,7 @@ def choose(
     for rank, text in enumerate(texts):
         if text != texts[0]:
             raise InputError(f"rank {rank} asks for a plan of {text}, rank 0 of {texts[0]}")
-    hosts, near = by_host(comm)
+    hosts, near = grid.by_host(comm)
     found, error = None, None
     if comm.Get_rank() == 0:
         try:
@@ -145,14 +144,6 @@ def auto(comm: Communicator, **arguments: Any) -> Iterator[Attention]:
     choice = choose(comm, **{name: arguments[name] for name in arguments if name in planned or name not in options})
     with choice.attention(comm, **options) as attention:
         yield attention
-
-
-def by_host(comm: Communicator) -> tuple[list[int], int]:
-    """Return the ranks host by host, and how many are on each: where these differ, their greatest common divisor."""
-    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-    hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
-    host.Free()
-    return sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank)), math.gcd(*map(len, hosts))
 
 
 def here(several: bool) -> Machine:
