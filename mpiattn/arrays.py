@@ -111,9 +111,6 @@ def use_gpu(comm: Communicator) -> ModuleType:
     InputError
         On every rank, where one has no CuPy or finds no GPU.
     """
-    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-    local, here = host.Get_rank(), host.Get_size()
-    host.Free()
     if importlib.util.find_spec("cupy") is None:
         missing = "CuPy is not installed: pip install 'mpiattn[cuda13]'"
     else:
@@ -123,10 +120,14 @@ def use_gpu(comm: Communicator) -> ModuleType:
     for rank, reason in enumerate(comm.allgather(missing)):
         if reason:
             raise InputError(f"rank {rank} has no GPU: {reason}")
-    count = cupy.cuda.runtime.getDeviceCount()
-    if local == 0 and here > count:
-        warnings.warn(f"{here} ranks share {count} GPUs on {socket.gethostname()}", stacklevel=2)
-    cupy.cuda.Device(local % count).use()
+    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+    # A launcher may have left each rank one GPU to see, another one for each rank: then all are number 0.
+    device = cupy.cuda.Device(host.Get_rank() % cupy.cuda.runtime.getDeviceCount())
+    device.use()
+    used = host.allgather(device.pci_bus_id)
+    if host.Get_rank() == 0 and len(used) > len(set(used)):
+        warnings.warn(f"{len(used)} ranks share {len(set(used))} GPUs on {socket.gethostname()}", stacklevel=2)
+    host.Free()
     return cupy  # type: ignore[no-any-return]
 
 

@@ -92,6 +92,15 @@ def test_conformance_of_a_variant() -> None:
     assert done.returncode == 0 and done.stdout.startswith("3 passed, 0 failed on 2 ranks"), (done.stdout, done.stderr)
 
 
+def test_shares_of_conformance_are_all_of_it() -> None:
+    counts = []
+    for share in ("1/1", "1/3", "2/3", "3/3"):
+        done = mpiattn(1, "conformance", "--algorithms", "ring", "--virtual", "2", "--share", share)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        counts.append(int(done.stdout.split()[0]))
+    assert counts[0] == sum(counts[1:]) and min(counts) > 0
+
+
 def test_bench_error(tmp_path: Path) -> None:
     """As many ranks as there are, then virtual ones, and the same bits on both."""
     files = ("--json", tmp_path / "e.json", "--plot", tmp_path / "e.png")
@@ -130,6 +139,7 @@ damaged = b"PK\x03\x04 this is no archive"
         (("compare", "--softcap", "0"), "a softcap is a number above 0, got 0.0"),
         (("compare", "--dropout", "1"), "a dropout rate is 0 or more and less than 1, got 1.0"),
         (("conformance", "--algorithms", "mesh rows=9"), "choose from mesh rows=1 cols=2, mesh rows=2 cols=1"),
+        (("conformance", "--share", "0/4"), "'0/4' is no share: 1/4, 2/4, 3/4 or 4/4, for example"),
         (("bench", "error", "--tokens", "4000"), "--tokens is from 1 to 2048"),
         (("compare", "--json", "no/such/folder.json", *SMALL), "no such folder"),
         (("run", "--output", "out.txt", *SMALL), "must end in .npz or .safetensors"),

@@ -118,7 +118,7 @@ def describe(comm: Communicator, xp: Any) -> list[str]:
     what = [MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0 ")]
     if xp is not np:
         name = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()
-        shared = {(host, number) for host, number in comm.allgather((socket.gethostname(), xp.cuda.Device().id))}
+        shared = set(comm.allgather((socket.gethostname(), xp.cuda.Device().pci_bus_id)))
         what.insert(0, f"{len(shared)} x {name}, {comm.Get_size()} ranks")
         what += [f"CuPy {xp.__version__}", kernels.on_gpus()]
         what.append(f"messages of device memory: {'yes' if device.takes_device_memory(comm, xp) else 'no'}")

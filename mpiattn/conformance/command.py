@@ -42,8 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--module", metavar="PACKAGE:FACTORY", help="an implementation of your own")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not the part that has one of everything")
+    parser.add_argument(
+        "--share",
+        type=share,
+        default=(0, 1),
+        metavar="I/N",
+        help="share I of N of the cases, from 1: for N runs side by side",
+    )
     parser.add_argument("--case", type=Case.parse, metavar="'NAME=VALUE ...'", help="this case alone")
     gpu.add_arguments(parser)
+
+
+def share(text: str) -> tuple[int, int]:
+    """Return which share, from 0, of how many."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: 1/4, 2/4, 3/4 or 4/4, for example")
+    return int(number) - 1, int(count)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
@@ -51,9 +66,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     xp = gpu.namespace(args, comm)
     implementations = find(args, comm)
     chosen = [args.case] if args.case else matrix() if args.full else fast()
+    first, step = args.share
+    work = list(itertools.product(implementations, chosen[first::step]))
     wrong, refused = [], []
-    progress = bar(comm, total=len(implementations) * len(chosen), unit="case")
-    for (name, factory, traffic), case in itertools.product(implementations, chosen):
+    progress = bar(comm, total=len(work), unit="case")
+    for (name, factory, traffic), case in work:
         progress.set_postfix_str(name)
         try:
             check(factory, comm, case, traffic, xp)
@@ -69,7 +86,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     progress.close()
     if comm.Get_rank() == 0:
         print(*refused, *wrong, sep="\n", end="\n" if refused or wrong else "", file=sys.stderr)
-        passed = len(implementations) * len(chosen) - len(wrong) - len(refused)
+        passed = len(work) - len(wrong) - len(refused)
         count = f", {len(refused)} refused" if refused else ""
         print(f"{passed} passed, {len(wrong)} failed{count} on {comm.Get_size()} ranks")
     return 1 if wrong else 0
