@@ -11,13 +11,14 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import calibrate, env, machine, run, schedule, timeline, virtual
+from . import calibrate, env, machine, run, schedule, virtual
 from .bench import command as bench
 from .compare import command as compare
 from .conformance import command as conformance
 from .documents import command as documents
 from .message import InputError
 from .planner import command as planner
+from .trace import command as trace
 
 USAGE_ERROR = 2
 
@@ -28,7 +29,7 @@ COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
     "bench": (bench, True, "measure kernels and messages"),
     "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
     "schedule": (schedule, False, "print the order of messages and blocks of a mesh tile"),
-    "trace": (timeline, False, "show what a file written with --trace recorded"),
+    "trace": (trace, False, "show what a file written with --trace recorded"),
     "calibrate": (calibrate, True, "measure this machine and write its description for plan"),
     "plan": (planner, False, "say which algorithm and grid suit a cluster, and why, in virtual time"),
     "documents": (documents, None, "make the tables and figures of the documents on Mesh- and Ring Attention"),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Communicator = Any
-"""An mpi4py communicator, or an object with the same methods (`trace.TracedComm`)."""
+"""An mpi4py communicator, or an object with the same methods (`trace.comm.TracedComm`)."""
 
 
 class InputError(ValueError):

@@ -16,8 +16,9 @@ from .inputs import AUTO
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
 from .root import on_root
-from .timeline import write
-from .trace import TracedComm, watch
+from .trace.comm import TracedComm
+from .trace.file import write
+from .trace.kernel import watch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

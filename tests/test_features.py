@@ -20,7 +20,7 @@ from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout, philox
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
 
 Array = NDArray[Any]
 NAMES = "out", "lse", "d_q", "d_k", "d_v", "d_sinks"

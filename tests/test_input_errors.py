@@ -9,7 +9,7 @@ import pytest
 
 import mpiattn
 from mpiattn.message import InputError
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
 
 
 def zeros(rank: int, size: int, tokens: int = 6, heads: int = 4, dim: int = 8, dtype: Any = np.float32) -> Any:

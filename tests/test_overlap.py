@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from launch import mpiexec
 
-from mpiattn import Causal, Documents, Full, SlidingWindow, gather, oracle, scatter, trace
+from mpiattn import Causal, Documents, Full, SlidingWindow, gather, oracle, scatter
 from mpiattn.algorithms.shared_ring import SharedRingAttention, one_host
 from mpiattn.mask import Mask
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
+from mpiattn.trace.kernel import watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -66,7 +67,7 @@ def test_shared_ring_takes_one_problem_after_another(comm: MPI.Intracomm) -> Non
 def test_shared_ring_blocks_are_traced(comm: MPI.Intracomm) -> None:
     traced = TracedComm(comm)
     with SharedRingAttention(traced) as attention:
-        trace.watch(attention)
+        watch(attention)
         error(comm, attention, arrays(4 * comm.size))
     blocks = [event.block for event in traced.trace.events if event.kind == "compute"]
     ring = [(4 * comm.rank, 4 * ((comm.rank - step) % comm.size)) for step in range(comm.size)]

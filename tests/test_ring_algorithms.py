@@ -27,7 +27,7 @@ from mpiattn.arrays import dtype as dtype_of
 from mpiattn.costs import COSTS, Traffic
 from mpiattn.grid import grids
 from mpiattn.mask import Mask
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
 
 if TYPE_CHECKING:
     from mpi4py import MPI

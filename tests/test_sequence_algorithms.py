@@ -18,7 +18,7 @@ from mpiattn.conformance.check import check
 from mpiattn.costs import COSTS, allreduce
 from mpiattn.message import InputError
 from mpiattn.oracle import error
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
 
 NAMES = ("allgather", "ulysses", "hybrid", "tensor_parallel")
 HEADS = [(4, 4), (8, 2), (6, 1), (3, 3), (5, 1), (6, 3), (12, 4), (1, 1)]

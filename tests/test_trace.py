@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter, timeline, trace
-from mpiattn.figures import draw_trace
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.schedule import Op, Step
-from mpiattn.trace import Event, Trace, TracedComm
+from mpiattn.trace import command as trace_command
+from mpiattn.trace import file, report
+from mpiattn.trace.clocks import gather
+from mpiattn.trace.comm import TracedComm
+from mpiattn.trace.events import Event, Trace
+from mpiattn.trace.figure import draw_trace
+from mpiattn.trace.kernel import watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,7 +35,7 @@ def run(comm: Any, name: str, tokens: int = 24, **arguments: Any) -> tuple[Any, 
     """Run an algorithm forward and backward, each a phase; return it and its trace."""
     traced = TracedComm(comm)
     attention = ALGORITHMS[name](traced, layout="striped", **arguments)
-    trace.watch(attention)
+    watch(attention)
     rng = np.random.default_rng(0)
     wholes = {key: rng.standard_normal((1, 2, tokens, 8)) for key in ("q", "k", "v", "out")}
     shapes = {key: whole.shape for key, whole in wholes.items()}
@@ -81,7 +86,7 @@ def scheduled(attention: MeshAttention, steps: tuple[Step, ...]) -> list[Any]:
 def test_executed_order_is_the_schedule(comm: MPI.Intracomm) -> None:
     for rows in (rows for rows in range(1, comm.size + 1) if comm.size % rows == 0):
         attention, record = run(comm, "mesh", rows=rows, mask=Full())
-        (_, (forward,)), (_, (backward,)) = timeline.phases([record])
+        (_, (forward,)), (_, (backward,)) = report.phases([record])
         assert executed(forward.events) == scheduled(attention, attention.forward_steps)
         assert executed(backward.events) == scheduled(attention, attention.backward_steps)
         blocks = [event.block for event in forward.events if event.kind == "compute"]
@@ -94,14 +99,14 @@ def test_executed_order_is_the_schedule(comm: MPI.Intracomm) -> None:
 def test_all_that_is_received_is_in_the_matrix_and_the_file(comm: MPI.Intracomm, shared_path: Path, name: str) -> None:
     _, record = run(comm, name, mask=Causal())
     received = comm.gather(record.received()[1])
-    timeline.write(comm, record, shared_path / "trace.json")
-    traces = timeline.gather(comm, record)
+    file.write(comm, record, shared_path / "trace.json")
+    traces = gather(comm, record)
     if traces is not None:
-        matrix = timeline.matrix(traces)
+        matrix = report.matrix(traces)
         assert matrix.sum(axis=0).tolist() == received
         assert not matrix.diagonal().any()
-        again = timeline.read(shared_path / "trace.json")
-        assert (timeline.matrix(again) == matrix).all()
+        again = file.read(shared_path / "trace.json")
+        assert (report.matrix(again) == matrix).all()
         for one, other in zip(traces, again, strict=True):
             events = sorted(one.events, key=lambda event: (event.start, -event.end))
             assert len(events) == len(other.events)
@@ -116,9 +121,9 @@ def test_clocks_are_aligned(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
     ahead = 1000.0 * comm.rank
     monkeypatch.setattr(message, "clock", lambda: time.perf_counter() + ahead)
     _, record = run(comm, "ring")
-    traces = timeline.gather(comm, record)
+    traces = gather(comm, record)
     if traces is not None:
-        arrows = timeline.flows(traces)
+        arrows = report.flows(traces)
         assert len(arrows) == sum(one.received()[0] for one in traces) > 0
         for _, sent, _, arrived in arrows:
             assert sent.nbytes == arrived.nbytes
@@ -130,7 +135,7 @@ def test_clocks_are_aligned(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.mpi(sizes=[2, 4])
 def test_file_is_what_perfetto_reads(comm: MPI.Intracomm, shared_path: Path) -> None:
     _, record = run(comm, "mesh")
-    timeline.write(comm, record, shared_path / "trace.json")
+    file.write(comm, record, shared_path / "trace.json")
     if comm.rank == 0:
         entries = json.loads((shared_path / "trace.json").read_text())["traceEvents"]
         tracks: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -139,7 +144,7 @@ def test_file_is_what_perfetto_reads(comm: MPI.Intracomm, shared_path: Path) -> 
                 tracks[entry["pid"], entry["tid"]].append(entry)
         assert {rank for rank, _ in tracks} == set(range(comm.size))
         for (_, track), slices in tracks.items():
-            assert {"send", "receive"}.isdisjoint(entry["cat"] for entry in slices) == (track == timeline.COMPUTE)
+            assert {"send", "receive"}.isdisjoint(entry["cat"] for entry in slices) == (track == file.COMPUTE)
             slices.sort(key=lambda entry: (entry["ts"], -entry["dur"]))
             open_ends: list[float] = []
             for entry in slices:  # slices of a track nest or follow each other, or Perfetto drops them
@@ -169,7 +174,7 @@ def test_tracing_costs_little(comm: MPI.Intracomm) -> None:
     traced = TracedComm(comm)
     with ALGORITHMS["ring"](comm) as plain, ALGORITHMS["ring"](traced) as recorded:
         assert type(plain.kernel) is NumpyKernel and plain.comm is comm  # off: none of it is there
-        trace.watch(recorded)
+        watch(recorded)
         ratios = []
         for number in range(42):
             seconds = []
@@ -204,20 +209,20 @@ def ring_of(ranks: int) -> list[Trace]:
 
 def write(traces: list[Trace], folder: Path) -> Path:
     path = folder / "trace.json"
-    path.write_text(json.dumps(timeline.document(traces)))
+    path.write_text(json.dumps(file.document(traces)))
     return path
 
 
 def command(*words: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    timeline.add_arguments(parser)
-    return timeline.main(parser.parse_args([str(word) for word in words]))
+    trace_command.add_arguments(parser)
+    return trace_command.main(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 16])
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_text_timeline_fits(ranks: int, width: int) -> None:
-    lines = timeline.timeline(ring_of(ranks), width).splitlines()
+    lines = report.timeline(ring_of(ranks), width).splitlines()
     assert max(map(len, lines[: ranks + 1])) <= width
     assert [line.split("|")[0].strip() for line in lines[:ranks]] == [f"rank {rank}" for rank in range(ranks)]
     bars = lines[0].split("|")[1]
@@ -227,23 +232,23 @@ def test_text_timeline_fits(ranks: int, width: int) -> None:
 
 
 def test_waiting_by_phase() -> None:
-    (first, parts), (second, _) = timeline.phases(ring_of(3))
+    (first, parts), (second, _) = report.phases(ring_of(3))
     assert (first, second) == ("first", "second")
     assert [part.waited() for part in parts] == [2.0, 1.5, 1.0]
-    table = timeline.summary(ring_of(3))
+    table = report.summary(ring_of(3))
     assert "1500.00" in table and "2000.00" in table  # mean and most, ms
 
 
 def test_an_unfinished_message_ends_with_the_trace() -> None:
     traces = [Trace([Event("compute", "forward", -1, 0, 0.0, 2.0), Event("send", "Q", 0, 8, 1.0)])]
-    entries = timeline.document(traces)["traceEvents"]
+    entries = file.document(traces)["traceEvents"]
     (sent,) = (entry for entry in entries if entry.get("cat") == "send")
     assert sent["ts"] + sent["dur"] == 2e6
     json.dumps(entries, allow_nan=False)
 
 
 def test_messages_under_way_together_have_tracks_of_their_own() -> None:
-    entries = timeline.document(ring_of(2))["traceEvents"]
+    entries = file.document(ring_of(2))["traceEvents"]
     tracks: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
         if entry.get("cat") in ("send", "receive"):
@@ -284,6 +289,6 @@ def test_command_refuses_other_files(content: str, tmp_path: Path, capsys: pytes
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert timeline.timeline([Trace(), Trace()], 80)
-    assert timeline.summary([Trace(), Trace()])
+    assert report.timeline([Trace(), Trace()], 80)
+    assert report.summary([Trace(), Trace()])
     draw_trace([Trace(), Trace()], tmp_path / "empty.png")

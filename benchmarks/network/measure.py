@@ -22,7 +22,7 @@ from mpi4py import MPI
 import mpiattn
 from mpiattn.env import environment
 from mpiattn.grid import grids
-from mpiattn.trace import TracedComm
+from mpiattn.trace.comm import TracedComm
 
 PASSES = ("forward", "backward")
 

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiattn import ALGORITHMS, trace
+from mpiattn import ALGORITHMS
 from mpiattn.env import environment
 from mpiattn.message import Tag, Testall, Waitall
+from mpiattn.trace.comm import TracedComm
+from mpiattn.trace.events import Trace
+from mpiattn.trace.kernel import TracedKernel, watch
 
 REPEATS = 2000
 
@@ -33,9 +36,9 @@ class Nothing:
 def per_event() -> dict[str, float]:
     """Return the microseconds that tracing adds to a block, to a message with its wait, and to a test."""
     where = np.arange(4)
-    record = trace.Trace()
-    kernel, traced_kernel = Nothing(), trace.TracedKernel(Nothing(), record)
-    comm, traced = MPI.COMM_SELF, trace.TracedComm(MPI.COMM_SELF, record)
+    record = Trace()
+    kernel, traced_kernel = Nothing(), TracedKernel(Nothing(), record)
+    comm, traced = MPI.COMM_SELF, TracedComm(MPI.COMM_SELF, record)
     near, far = np.zeros((2, 8), np.uint8)
 
     def message(comm: Any) -> None:
@@ -77,9 +80,9 @@ def main() -> None:
     q, k, v, d_out = rng.standard_normal((4, 1, 4, args.tokens, 64), np.float32)
     rows = []
     for name in ("ring", "mesh"):
-        record = trace.Trace()
-        with ALGORITHMS[name](comm) as off, ALGORITHMS[name](trace.TracedComm(comm, record)) as on:
-            trace.watch(on)
+        record = Trace()
+        with ALGORITHMS[name](comm) as off, ALGORITHMS[name](TracedComm(comm, record)) as on:
+            watch(on)
             seconds: dict[str, list[float]] = {"off": [], "again": [], "on": []}
             ways = [("off", off), ("on", on), ("again", off)]
             for number in range(args.rounds + 1):

@@ -18,7 +18,8 @@ from ..inputs import AUTO, Array, Inputs
 from ..layout import gather, owned_heads, scatter
 from ..mask import Positions
 from ..message import clock
-from ..trace import Trace, TracedComm
+from ..trace.comm import TracedComm
+from ..trace.events import Trace
 
 PASSES = ("forward", "backward")
 

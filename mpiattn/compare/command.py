@@ -23,8 +23,10 @@ from ..mask import Positions
 from ..message import Communicator, InputError
 from ..progress import bar
 from ..root import on_root, patiently
-from ..timeline import write
-from ..trace import Trace, TracedComm, watch
+from ..trace.comm import TracedComm
+from ..trace.events import Trace
+from ..trace.file import write
+from ..trace.kernel import watch
 from .case import Case
 from .report import plot, print_results, report
 

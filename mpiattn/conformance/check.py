@@ -11,7 +11,7 @@ import numpy as np
 from .. import arrays, costs, layout, oracle
 from ..message import Communicator
 from ..oracle import Array
-from ..trace import TracedComm
+from ..trace.comm import TracedComm
 from .case import Case, problem
 
 Factory = Callable[..., Any]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .message import Tag
-from .timeline import flows
-from .trace import Event, Trace
+from ..message import Tag
+from .events import Event, Trace
+from .report import flows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,111 +1,19 @@
-"""Traces: what each rank computed, sent, received and waited for, recorded.
+"""A communicator that keeps a record of each message and each wait, and passes all else on.
 
-`TracedComm` is a communicator that keeps a record of each message and each wait, and passes all else on;
-`TracedKernel` does so for each block of compute. An algorithm runs on them unchanged, and without them nothing
-is recorded and nothing is spent. Messages are counted where they arrive; the small collectives by which the
-ranks agree on their input before the first message are recorded as such and not counted as traffic.
-
-`timeline.py` gathers the events of all ranks into one file and shows it.
+An algorithm runs on it unchanged, and without it nothing is recorded and nothing is spent. Messages are counted
+where they arrive; the small collectives by which the ranks agree on their input before the first message are
+recorded as such and not counted as traffic.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-from . import message
-from .message import Communicator
-
-
-@dataclass
-class Event:
-    """One message, wait, block or phase of one rank; times in seconds of `message.clock`.
-
-    Attributes
-    ----------
-    kind : {"send", "receive", "wait", "agree", "compute", "phase"}
-    name : str
-        The tag's name, for messages; forward or backward, for blocks.
-    peer : int
-        The other rank, in the communicator that was traced first; -1 where there is none.
-    nbytes : int
-    start, end : float
-        From the call that posted it to the call that found it complete; end is not a number before.
-    block : (int, int), optional
-        First global position of a block's queries and of its keys.
-    """
-
-    kind: str
-    name: str
-    peer: int
-    nbytes: int
-    start: float
-    end: float = float("nan")
-    block: tuple[int, int] | None = None
-
-
-@dataclass
-class Trace:
-    """The events of one rank, in the order in which they began."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def received(self) -> tuple[int, int]:
-        """Return the number of messages received and their bytes."""
-        sizes = [event.nbytes for event in self.events if event.kind == "receive"]
-        return len(sizes), sum(sizes)
-
-    def waited(self) -> float:
-        """Return the seconds spent in waits for messages."""
-        return self.spent("wait")
-
-    def spent(self, kind: str) -> float:
-        """Return the seconds of all events of a kind."""
-        return sum(event.end - event.start for event in self.events if event.kind == kind)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Give a name to the time of a with block, such as the forward pass of one algorithm."""
-        event = Event("phase", name, -1, 0, message.clock())
-        self.events.append(event)
-        yield
-        event.end = message.clock()
-
-    def clear(self) -> None:
-        """Forget all events."""
-        self.events.clear()
-
-
-class TracedRequest:
-    """A request whose completion is recorded."""
-
-    def __init__(self, request: Any, events: Sequence[Event], trace: Trace) -> None:
-        self.request, self.events, self.trace = request, events, trace
-
-    @staticmethod
-    def Waitall(requests: Sequence[TracedRequest]) -> None:
-        """Wait for all, and record how long that took."""
-        start = message.clock()
-        message.Waitall([request.request for request in requests])
-        end = message.clock()
-        _complete(requests, end)
-        requests[0].trace.events.append(Event("wait", "", -1, 0, start, end))
-
-    @staticmethod
-    def Testall(requests: Sequence[TracedRequest]) -> bool:
-        """Let messages progress; record it if all are complete."""
-        done = message.Testall([request.request for request in requests])
-        if done:
-            _complete(requests, message.clock())
-        return done
-
-
-def _complete(requests: Sequence[TracedRequest], end: float) -> None:
-    for event in (event for request in requests for event in request.events):
-        if event.end != event.end:  # not a number yet: seen complete now
-            event.end = end
+from .. import message
+from ..message import Communicator
+from .events import Event, Trace
+from .request import TracedRequest
 
 
 class TracedComm:
@@ -267,33 +175,3 @@ class TracedWindow:
     def Free(self) -> None:
         """Free the window."""
         self.window.Free()
-
-
-class TracedKernel:
-    """A kernel that records each block it computes, and passes all else on."""
-
-    def __init__(self, kernel: Any, trace: Trace) -> None:
-        self.kernel, self.trace = kernel, trace
-
-    def forward(self, *arguments: Any) -> None:
-        """As `NumpyKernel.forward`; the positions of queries and keys are arguments 3 and 4."""
-        self._block("forward", arguments, 3)
-
-    def backward(self, *arguments: Any) -> None:
-        """As `NumpyKernel.backward`; the positions of queries and keys are arguments 6 and 7."""
-        self._block("backward", arguments, 6)
-
-    def _block(self, name: str, arguments: Sequence[Any], positions: int) -> None:
-        first, second = (int(p[0]) if len(p) else -1 for p in arguments[positions : positions + 2])
-        event = Event("compute", name, -1, 0, message.clock(), block=(first, second))
-        self.trace.events.append(event)
-        getattr(self.kernel, name)(*arguments)
-        event.end = message.clock()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernel, name)
-
-
-def watch(attention: Any) -> None:
-    """Record the blocks of an algorithm that was built on a `TracedComm`, beside its messages."""
-    attention.kernel = TracedKernel(attention.kernel, attention.comm.trace)

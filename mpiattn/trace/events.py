@@ -1,0 +1,68 @@
+"""The events of one rank: messages, waits, blocks, agreements, phases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .. import message
+
+
+@dataclass
+class Event:
+    """One message, wait, block or phase of one rank; times in seconds of `message.clock`.
+
+    Attributes
+    ----------
+    kind : {"send", "receive", "wait", "agree", "compute", "phase"}
+    name : str
+        The tag's name, for messages; forward or backward, for blocks.
+    peer : int
+        The other rank, in the communicator that was traced first; -1 where there is none.
+    nbytes : int
+    start, end : float
+        From the call that posted it to the call that found it complete; end is not a number before.
+    block : (int, int), optional
+        First global position of a block's queries and of its keys.
+    """
+
+    kind: str
+    name: str
+    peer: int
+    nbytes: int
+    start: float
+    end: float = float("nan")
+    block: tuple[int, int] | None = None
+
+
+@dataclass
+class Trace:
+    """The events of one rank, in the order in which they began."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def received(self) -> tuple[int, int]:
+        """Return the number of messages received and their bytes."""
+        sizes = [event.nbytes for event in self.events if event.kind == "receive"]
+        return len(sizes), sum(sizes)
+
+    def waited(self) -> float:
+        """Return the seconds spent in waits for messages."""
+        return self.spent("wait")
+
+    def spent(self, kind: str) -> float:
+        """Return the seconds of all events of a kind."""
+        return sum(event.end - event.start for event in self.events if event.kind == kind)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Give a name to the time of a with block, such as the forward pass of one algorithm."""
+        event = Event("phase", name, -1, 0, message.clock())
+        self.events.append(event)
+        yield
+        event.end = message.clock()
+
+    def clear(self) -> None:
+        """Forget all events."""
+        self.events.clear()
