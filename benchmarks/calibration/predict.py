@@ -54,8 +54,6 @@ def main() -> None:
         grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh ")]
         if not grids:
             continue
-        if not grids:
-            continue
         chosen, real = min(grids, key=lambda row: row[4]), min(grids, key=lambda row: row[3])
         picks.append(
             f"{case} {direction}: chosen {chosen[1]}, {chosen[3] / real[3] - 1:.1%} slower than the best, {real[1]}"
