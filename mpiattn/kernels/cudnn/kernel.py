@@ -38,7 +38,7 @@ class CudnnKernel(WaitingSums):
         super().__init__(dtype)
         self.plain = CupyKernel(mask, scale)
         self.calls = Calls(scale, self, self.plain)
-        self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[Call]]] = {}
+        self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[int], list[Call]]] = {}
         self.remembered: tuple[Array, Array] | None = None
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
@@ -86,7 +86,7 @@ class CudnnKernel(WaitingSums):
             row_delta, out = self.remembered
             first = first_token(row_delta, delta)
             if first is not None and delta.shape[:2] == row_delta.shape[:2]:
-                others.append(_aligned(out[:, :, first : first + delta.shape[2]]))
+                others.append(out[:, :, first : first + delta.shape[2]])
         self._run(self.calls.backward, q_positions, k_positions, [q, k, v, d_out], others)
         if progress:
             progress()
@@ -95,10 +95,14 @@ class CudnnKernel(WaitingSums):
         self, prepare: Any, q_positions: Positions, k_positions: Positions, halves: list[Array], others: list[Array]
     ) -> None:
         """Queue the calls of a block; what depends on shapes and positions only is prepared once."""
-        arrays = [*map(_aligned, halves), *others]
+        arrays = [*halves, *others]
         shapes = [(array.shape, array.strides, array.data.ptr % ALIGNMENT) for array in arrays]
         key = (prepare, id(q_positions), id(k_positions), arrays[0].dtype, *shapes)
-        if key not in self.prepared:
+        known = self.prepared.get(key)
+        unreadable = [i for i, array in enumerate(arrays) if not _readable(array)] if known is None else known[2]
+        for i in unreadable:
+            arrays[i] = arrays[i].copy(order="C")
+        if known is None:
             if len(self.prepared) >= BoundsOf.KEPT:
                 self.prepared.clear()
             bounds = self.plain.bounds(q_positions, k_positions)
@@ -109,12 +113,14 @@ class CudnnKernel(WaitingSums):
             else:
                 calls = [prepare(piece, *arrays) or self.calls.by_plain_kernel(piece, len(arrays)) for piece in parts]
             # With the positions, so that their numbers in the key are not given to other arrays.
-            self.prepared[key] = q_positions, k_positions, calls
-        for call in self.prepared[key][2]:
+            known = self.prepared[key] = q_positions, k_positions, unreadable, calls
+        for call in known[3]:
             call(*arrays)
 
 
-def _aligned(array: Array) -> Array:
-    """Return the array, or a copy where cuDNN can't read it in place."""
+def _readable(array: Array) -> bool:
+    """Return whether cuDNN can read an array in place, if it is to: it reads rows of the inputs' dtype."""
+    if array.ndim != 4 or array.itemsize != 2:
+        return True
     fits = array.strides[3] == array.itemsize and not any(stride % ALIGNMENT for stride in array.strides[:3])
-    return array if fits and array.data.ptr % ALIGNMENT == 0 else array.copy(order="C")
+    return fits and array.data.ptr % ALIGNMENT == 0

@@ -88,7 +88,8 @@ class WaitingSums(Sums):
 
     def wait(self, array: Array, rows: Array, first: int, lse: Array | None = None) -> bool:
         """Let a share wait for its sum, if that was begun; the share is of the array's rows from `first` on."""
-        for waiting in self.waiting.values():
+        whole = self.waiting.get(array.data.ptr)  # which most are
+        for waiting in self.waiting.values() if whole is None else (whole,):
             start = first_token(waiting.total, array)
             if start is not None:
                 if len(waiting.shares) == TOGETHER:
