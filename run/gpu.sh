@@ -77,7 +77,8 @@ case $mpi in
         launch=(srun --ntasks "$ranks" --gpus-per-task 1 --gpu-bind none)
         ;;
     intel)
-        # From Intel MPI 2021.13 on; I_MPI_OFFLOAD=2 insists on it.
+        # From Intel MPI 2021.13 on, also the one from pip (impi-rt); I_MPI_OFFLOAD=2 insists on it. It leaves each rank
+        # one GPU to see.
         settings+=(I_MPI_OFFLOAD=1 I_MPI_OFFLOAD_MODE=cuda)
         launch=(mpiexec -n "$ranks")
         ;;
