@@ -113,6 +113,14 @@ def test_bench_error(tmp_path: Path) -> None:
     assert (tmp_path / "e.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_bench_attention() -> None:
+    """Also of decode, whose queries are the same on all ranks."""
+    sizes = ("--tokens", "16", "--heads", "2", "--head-dim", "8", "--rounds", "1", "--no-torch")
+    done = mpiattn(2, "bench", "attention", "--algorithms", "ring,decode,mesh:2x1", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n{name} without messages " in done.stdout for name in ("ring", "decode", "mesh:2x1"))
+
+
 def test_help_appears_once() -> None:
     done = mpiattn(3, "compare", "--help")
     assert done.returncode == 0 and done.stdout.count("usage: mpiattn compare") == 1

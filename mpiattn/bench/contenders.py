@@ -72,10 +72,10 @@ class Setting:
     options: dict[str, Any]
 
     def random(self, heads: int, tokens: int) -> Any:
-        """Return random numbers, (1, heads, tokens, head_dim)."""
+        """Return random numbers, (1, heads, tokens, head_dim); in NumPy the same on all ranks, as decode asks."""
         shape = (1, heads, tokens, self.head_dim)
         if self.xp is np:
-            return np.random.default_rng().standard_normal(shape).astype(self.dtype)
+            return np.random.default_rng(0).standard_normal(shape).astype(self.dtype)
         return arrays.cast(self.xp.random.standard_normal(shape, dtype=np.float32), self.dtype)
 
     def wait(self) -> None:
