@@ -48,7 +48,8 @@ cd "$root"
 arguments=(conformance "$@")
 [[ $part == part ]] || arguments+=(--full)
 said=$(mktemp -d)
-trap 'rm -rf "$said"' EXIT
+# Bash lets what runs in the background not see Ctrl-C.
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$said"' EXIT
 row='%-8s %5s  %-6s %7s %7s %8s %8s\n' status=0
 # shellcheck disable=SC2059
 printf "$row" MPI ranks matrix passed failed refused seconds
