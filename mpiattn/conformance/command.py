@@ -6,6 +6,8 @@ that is called with a communicator and the options layout, mask and scale, and r
   forward(q, k, v) -> out, saved        this rank's tokens; saved.lse is its log-sum-exp
   backward(d_out, saved) -> d_q, d_k, d_v
 
+The communicator counts what is received: of mpi4py's messages it has Isend, Irecv, Allgatherv, Iallgatherv, Alltoallv.
+
 Some cases have the options softcap or partials, give `forward` sinks=ARRAY or dropout=mpiattn.Dropout(...), and ask for
 sink_gradient(d_out, saved) -> d_sinks. An implementation without such a feature raises TypeError, ValueError or
 NotImplementedError on all ranks before the first message; the case then counts as refused.
