@@ -93,6 +93,8 @@ def test_gradient_of_another_shape(comm: Any) -> None:
             "a grid of 7x11 does not hold . ranks: choose from 1x",
         ),
         (lambda comm: mpiattn.MeshAttention(comm, rows=77), "does not hold"),
+        (lambda comm: mpiattn.RingAttention(comm, mask="causal"), "a mask is Full.*, got 'causal'"),
+        (lambda comm: mpiattn.MeshAttention(comm, rows=None if comm.Get_rank() else "2"), "'str'"),
     ],
 )
 def test_arguments(comm: Any, build: Callable[[Any], Any], message: str) -> None:

@@ -28,7 +28,7 @@ class Attention(Prepared):
     comm : mpi4py.MPI.Comm
         All its ranks build and call the algorithm together.
     *own : functools.partial
-        For subclasses: the checks of their own arguments; see `agree`.
+        For subclasses: the checks of their own arguments; see `options.agree`.
     layout : {"contiguous", "zigzag", "striped"}, optional
         Which tokens each rank owns. By default zigzag with a causal mask, which balances it, else contiguous.
     mask : Mask

@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
 
 
 Check = partial[Any]
-"""A function that raises ValueError where its arguments don't fit; all ranks give it the same ones."""
+"""A function that raises ValueError or TypeError where its arguments don't fit; all ranks give it the same ones."""
 
 
 def agree(comm: Communicator, *checks: Check) -> None:
@@ -45,13 +45,19 @@ def _wrong(check: Check) -> str | None:
     """Return what is wrong with the arguments of a check."""
     try:
         check()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return None
 
 
 def alike(*values: object) -> None:
     """Take any values: they only have to be the same on all ranks."""
+
+
+def check_mask(mask: object) -> None:
+    """Raise ValueError where that is no mask."""
+    if not isinstance(mask, Mask):
+        raise ValueError(f"a mask is Full(), Causal(), SlidingWindow(...) or Documents(...), joined by &, got {mask!r}")
 
 
 def check_softcap(softcap: object) -> None:

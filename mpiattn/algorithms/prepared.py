@@ -20,7 +20,7 @@ from ..message import Communicator, InputError
 from ..problem import Problem
 from .agreement import described, posed, show
 from .given import Given, agreed_given, drawn, numbered
-from .options import Check, agree, alike, check_partials, check_softcap
+from .options import Check, agree, alike, check_mask, check_partials, check_softcap
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Prepared(Storage):
     ) -> None:
         super().__init__()
         self.mask = Full() if mask is None else mask
-        self.layout = layout or ("zigzag" if self.mask.causal else "contiguous")
+        self.layout = layout or ("zigzag" if getattr(mask, "causal", False) else "contiguous")
         self.comm = comm
         self.scale, self.softcap, self.partials = scale, softcap, partials
         self.kernel_name, self.gpu_messages = kernel, gpu_messages
@@ -76,12 +76,13 @@ class Prepared(Storage):
         """Number, among all, of the first query head that this rank computes."""
         agree(
             comm,
+            partial(check_mask, self.mask),
             partial(layouts.check, self.layout, comm.Get_size()),
             partial(kernels.check, kernel),
             partial(device.check, gpu_messages),
             partial(check_softcap, softcap),
             partial(check_partials, partials),
-            partial(alike, type(self).__name__, self.mask, scale),
+            partial(alike, type(self).__name__, scale),
             *own,
         )
         self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
