@@ -69,8 +69,16 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure, and print on rank 0."""
     xp = gpu.namespace(args, comm, "cupy" if arrays.gpus() else "numpy")
     on_gpu = xp is not np
-    dtype = arrays.dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
-    lengths = [int(text) for text in (args.tokens or ("16384,65536" if on_gpu else "2048")).split(",")]
+    try:
+        dtype = arrays.dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
+        lengths = [int(text) for text in (args.tokens or ("16384,65536" if on_gpu else "2048")).split(",")]
+        chosen = [_variant(text) for text in args.algorithms.split(",")]
+    except ValueError as error:
+        raise InputError(f"--tokens, --dtype or --algorithms: {error}") from None
+    if min(*lengths, args.heads, args.head_dim, args.rounds) < 1:
+        raise InputError("--tokens, --heads, --head-dim and --rounds are at least 1")
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"{args.json.parent}: no such folder")
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 
     def say(*lines: str, sep: str = " ") -> None:
@@ -84,12 +92,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         kv_heads = args.kv_heads or args.heads
         setting = Setting(comm, xp, tokens, args.heads, kv_heads, args.head_dim, dtype, args.mask, options)
         contenders = []
-        for text in args.algorithms.split(","):
-            name, _, shape = text.partition(":")
-            if name not in ALGORITHMS:
-                raise InputError(f"unknown algorithm {name!r}: choose from {', '.join(ALGORITHMS)}")
-            rows, cols = grid.parse(shape) if shape else (None, None)
-            contenders += algorithm(setting, text, name, {"rows": rows, "cols": cols} if shape else {})
+        for variant in chosen:
+            contenders += algorithm(setting, *variant)
         contenders.append(one_call(setting))
         if on_gpu and not args.no_torch and importlib.util.find_spec("torch") and kv_heads == args.heads:
             contenders += torch_contenders(setting)
@@ -109,6 +113,16 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.json and comm.Get_rank() == 0:
         args.json.write_text(json.dumps(report, indent=1))
     return 0
+
+
+def _variant(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Return a label, an algorithm's name and its arguments from text such as `mesh:1x4`."""
+    name, _, shape = text.partition(":")
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}: choose from {', '.join(ALGORITHMS)}")
+    if shape and "rows" not in ALGORITHMS[name].variants(1)[0]:
+        raise ValueError(f"{name} has no grid")
+    return text, name, dict(zip(("rows", "cols"), grid.parse(shape), strict=True)) if shape else {}
 
 
 def describe(comm: Communicator, xp: Any) -> list[str]:
