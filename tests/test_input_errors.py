@@ -97,6 +97,8 @@ def test_gradient_of_another_shape(comm: Any) -> None:
         (lambda comm: mpiattn.MeshAttention(comm, rows=77), "does not hold"),
         (lambda comm: mpiattn.RingAttention(comm, mask=TEXT), "a mask is Full.*, got 'x'"),
         (lambda comm: mpiattn.MeshAttention(comm, rows=None if comm.Get_rank() else TEXT), "'str'"),
+        (lambda comm: mpiattn.RingAttention(comm, scale=TEXT), "a scale is a finite number, got .x."),
+        (lambda comm: mpiattn.RingAttention(comm, scale=float("nan")), "a scale is a finite number, got nan"),
     ],
 )
 def test_arguments(comm: Any, build: Callable[[Any], Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from numbers import Real
 from typing import Any, TypedDict
 
 from ..mask import Mask
@@ -58,6 +59,12 @@ def check_mask(mask: object) -> None:
     """Raise ValueError where that is no mask."""
     if not isinstance(mask, Mask):
         raise ValueError(f"a mask is Full(), Causal(), SlidingWindow(...) or Documents(...), joined by &, got {mask!r}")
+
+
+def check_scale(scale: object) -> None:
+    """Raise ValueError where that is no factor of scores."""
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise ValueError(f"a scale is a finite number, got {scale!r}")
 
 
 def check_softcap(softcap: object) -> None:

@@ -20,7 +20,7 @@ from ..message import Communicator, InputError
 from ..problem import Problem
 from .agreement import described, posed, show
 from .given import Given, agreed_given, drawn, numbered
-from .options import Check, agree, alike, check_mask, check_partials, check_softcap
+from .options import Check, agree, alike, check_mask, check_partials, check_scale, check_softcap
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -80,9 +80,10 @@ class Prepared(Storage):
             partial(layouts.check, self.layout, comm.Get_size()),
             partial(kernels.check, kernel),
             partial(device.check, gpu_messages),
+            partial(check_scale, scale),
             partial(check_softcap, softcap),
             partial(check_partials, partials),
-            partial(alike, type(self).__name__, scale),
+            partial(alike, type(self).__name__),
             *own,
         )
         self.kernel: Any = NumpyKernel(self.mask, scale, softcap)

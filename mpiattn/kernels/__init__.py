@@ -20,9 +20,10 @@ LACKS = {"cudnn": {"softcap", "dropout"}}
 
 def check(name: str | None) -> None:
     """Raise ValueError where there is no kernel of that name."""
-    names = [name for names in KERNELS.values() for name in names]
+    names = {name: kind for kind, names in KERNELS.items() for name in names}
     if name is not None and name not in names:
-        raise ValueError(f"unknown kernel {name!r}: choose from {', '.join(names)}")
+        fits = [name for name, kind in names.items() if kind in ("numpy", "cupy")]  # others are not asked for
+        raise ValueError(f"unknown kernel {name!r}: choose from {', '.join(fits)}")
 
 
 def choose(

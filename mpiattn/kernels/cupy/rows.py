@@ -67,6 +67,7 @@ def put(array: Array, positions: Positions, part: Array) -> None:
 
 
 Runs = list[tuple[slice, slice]]
+KEPT_RUNS = 256  # each with all its positions
 
 _cut: dict[int, tuple[Positions, Runs]] = {}
 """Runs of positions, by their identity: to look at all of them takes longer than to copy what is there."""
@@ -75,7 +76,7 @@ _cut: dict[int, tuple[Positions, Runs]] = {}
 def _runs(positions: Positions) -> Runs:
     """Cut positions into runs with even steps; return where each lies among all, and which of the given ones it has."""
     if id(positions) not in _cut:
-        if len(_cut) == KEPT:
+        if len(_cut) == KEPT_RUNS:
             _cut.clear()
         result, begin = [], 0
         while begin < len(positions):
