@@ -32,6 +32,7 @@ from .mask import Full
 from .message import Communicator, InputError, Tag, Waitall, constant
 from .problem import Problem
 from .progress import bar
+from .root import check_folders, on_root
 from .softmax import accumulator
 
 DEFAULTS = {
@@ -72,8 +73,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         dtypes = [dtype_of(name) for name in args.dtypes.split(",")]
     except ValueError as error:
         raise InputError(f"--tokens or --dtypes: {error}") from None
-    if not args.output.absolute().parent.is_dir():
-        raise InputError(f"{args.output.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.output))
     progress = bar(comm, total=3 + len(dtypes) * len(sizes), unit="measurement")
     host = comm.Split_type(constant("COMM_TYPE_SHARED"))
     hosts = comm.allgather(tuple(host.allgather(comm.Get_rank())))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .message import InputError
+from .root import check_folders
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Of Okabe and Ito (2008): told apart with any kind of colour vision; markers differ as well."""
@@ -84,8 +85,7 @@ def check(path: Path) -> None:
         raise InputError("figures are drawn with matplotlib: pip install 'mpiattn[plot]'")
     if path.suffix not in ("", ".png", ".svg", ".pdf"):
         raise InputError(f"{path}: the name must end in .png, .svg or .pdf, or have no suffix, for the first two")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
+    check_folders(path)
 
 
 def save(drawing: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from .mask import Mask
 from .message import Communicator
 from .planner import Choice
 from .problem import PARTIALS
+from .root import check_folders
 
 Array = NDArray[Any]
 
@@ -121,11 +122,10 @@ def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, b
 
 
 def check_output(path: Path) -> None:
-    """Raise OSError or ValueError, before any work, where no file of arrays can be written there."""
+    """Raise ValueError, before any work, where no file of arrays can be written there."""
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"{path}: the name must end in .npz or .safetensors")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
+    check_folders(path)
 
 
 def load(args: argparse.Namespace) -> Inputs:

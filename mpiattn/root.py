@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from .message import Communicator, InputError
@@ -23,6 +24,13 @@ def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:
     if error is not None:
         raise InputError(error)
     return result
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Raise InputError, before any work, where there is no folder for one of the files that are to be written."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such folder")
 
 
 def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:

@@ -15,7 +15,7 @@ from .arrays import on_host
 from .inputs import AUTO
 from .layout import LAYOUTS, gather, owned_heads, scatter
 from .message import Communicator, InputError
-from .root import on_root
+from .root import check_folders, on_root
 from .trace.comm import TracedComm
 from .trace.file import write
 from .trace.kernel import watch
@@ -48,8 +48,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
     given = on_root(comm, lambda: inputs.load(args))
     on_root(comm, lambda: inputs.check_output(args.output))
-    if args.trace and not args.trace.parent.is_dir():
-        raise InputError(f"{args.trace.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.trace))
     xp = gpu.namespace(args, comm)
     options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
     if args.grid:

@@ -21,6 +21,7 @@ from ..algorithms import ALGORITHMS
 from ..mask import Causal
 from ..message import Communicator, InputError
 from ..problem import PARTIALS
+from ..root import check_folders, on_root
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
 from .torch_parallel import torch_contenders
 
@@ -77,8 +78,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError(f"--tokens, --dtype or --algorithms: {error}") from None
     if min(*lengths, args.heads, args.head_dim, args.rounds) < 1:
         raise InputError("--tokens, --heads, --head-dim and --rounds are at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise InputError(f"{args.json.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.json))
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 
     def say(*lines: str, sep: str = " ") -> None:

@@ -18,7 +18,7 @@ from ..algorithms import ALGORITHMS
 from ..compare.case import RESULTS
 from ..message import Communicator, InputError
 from ..progress import bar
-from ..root import patiently
+from ..root import check_folders, on_root, patiently
 from .exactness import attend, attend_virtually, errors, reference, sample
 
 MOST = 1.5
@@ -70,9 +70,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
     if not 0 < args.tokens <= 2048 or min(args.virtual_ranks, default=1) < 1:
         raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
-    for path in (args.json, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.json, args.plot))
     environment = env.environment(comm)
     rank, size = comm.Get_rank(), comm.Get_size()
     results: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from .. import env
 from ..mask import Causal, Full, Mask
 from ..message import Communicator, InputError
 from ..progress import bar
-from ..root import patiently
+from ..root import check_folders, on_root, patiently
 from .block import interleave, one_thread, peak_bytes, products, runs, textbook, torch_runs
 
 MASKS: dict[str, Mask] = {"full": Full(), "causal": Causal()}
@@ -73,8 +73,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure on rank 0 alone, since one thread is measured, and print there."""
     if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise InputError(f"{args.json.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.json))
     environment = env.environment(comm)
     patiently(comm, lambda: measure(args, comm, environment))
     return 0

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from .. import env
 from ..message import Communicator, InputError
+from ..root import check_folders, on_root
 from .step import HEAD_DIM, HEADS, Step, measure
 
 DESCRIPTION = """\
@@ -54,8 +55,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError("bench overlap measures messages: start it on two or more ranks, mpiexec -n 2 ...")
     if args.mib <= 0 or args.rounds < 1 or min(args.ratios) <= 0:
         raise InputError("--mib, --ratios and --rounds are above zero")
-    if args.json and not args.json.parent.is_dir():
-        raise InputError(f"{args.json.parent}: no such folder")
+    on_root(comm, lambda: check_folders(args.json))
     environment = env.environment(comm)
     step = Step(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
     results = [row for ratio in args.ratios for row in measure(step, ratio, args.rounds)]

@@ -22,7 +22,7 @@ from ..layout import LAYOUTS
 from ..mask import Positions
 from ..message import Communicator, InputError
 from ..progress import bar
-from ..root import on_root, patiently
+from ..root import check_folders, on_root, patiently
 from ..trace.comm import TracedComm
 from ..trace.events import Trace
 from ..trace.file import write
@@ -95,9 +95,7 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     """
     if args.iterations < 1:
         raise ValueError("--iterations is at least 1")
-    for path in (args.json, args.plot, args.trace):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent}: no such folder")
+    check_folders(args.json, args.plot, args.trace)
     given = inputs.load(args)
     batch, heads, tokens, _ = given.q.shape
     checked = max(ORACLE_SCORES // max(batch * heads * given.k.shape[2], 1), 1)

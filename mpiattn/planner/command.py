@@ -20,8 +20,8 @@ from .. import charts, inputs, layout
 from .. import machine as machines
 from ..machine import Machine
 from ..mask import Causal
-from ..message import InputError
 from ..problem import PARTIALS
+from ..root import check_folders
 from .candidates import tile
 from .curve import tile_curve
 from .search import plan
@@ -77,8 +77,7 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
     task = task_of(args, machine)
     if args.curve:
         charts.check(args.curve)
-    if args.json and not args.json.parent.is_dir():
-        raise InputError(f"{args.json.parent}: no such folder")
+    check_folders(args.json)
     names = args.algorithms.split(",") if args.algorithms else None
     with tqdm(unit="candidate", leave=False, disable=None) as bar:
 
