@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import env, gpu, kernels, machine
+from . import env, gpu, grid, kernels, machine
 from .arrays import Parcel, add, cast, take
 from .arrays import dtype as dtype_of
 from .device import Channel, DeviceComm
@@ -75,8 +75,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError(f"--tokens or --dtypes: {error}") from None
     on_root(comm, lambda: check_folders(args.output))
     progress = bar(comm, total=3 + len(dtypes) * len(sizes), unit="measurement")
-    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-    hosts = comm.allgather(tuple(host.allgather(comm.Get_rank())))
+    hosts = grid.hosts(comm)
     per_node = max(map(len, hosts))
     around = comm if xp is np else DeviceComm(comm, Channel(comm, xp, args.gpu_messages))
     links: dict[str, Link] = {}
@@ -92,7 +91,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if len(set(hosts)) > 1 and per_node > 1:  # all ranks of a host have sent at once: what one got is its share
         wire = links["network"]
         links["network"] = Link(wire.latency, wire.bandwidth * per_node, cards=1)
-    bandwidth, launch = copies(comm, args, xp), launches(comm, args, xp)
+    bandwidth, launch = copies(comm, args, xp), launches(comm, dtypes[0], args, xp)
     progress.update()
     compute = {}
     for dtype in dtypes:
@@ -106,7 +105,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         compute[dtype.name] = Rates(tuple(sizes), tuple(forward), tuple(backward), min(calls))
     progress.close()
     eager = eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
-    host.Free()
     environment = env.environment(comm)
     if comm.Get_rank() == 0:
         source = f"mpiattn calibrate on {comm.Get_size()} ranks of {len(set(hosts))} hosts, {platform.platform()}"
@@ -187,9 +185,8 @@ def copies(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
     return 2 * size / best(comm, args.rounds, lambda: xp.copyto(target, source), xp)
 
 
-def launches(comm: Communicator, args: argparse.Namespace, xp: Any) -> float:
+def launches(comm: Communicator, dtype: Any, args: argparse.Namespace, xp: Any) -> float:
     """Return the seconds that it takes to start a pass over arrays: the mean of a gather, a copy, a sum, a rounding."""
-    dtype = dtype_of(args.dtypes.split(",")[0])
     shape = 1, 1, 8, args.head_dim
     part, total = cast(xp.ones(shape, np.float32), dtype), xp.ones(shape, accumulator(dtype))
     where, parcel = np.array([0, 1, 6, 7]), Parcel([(shape, dtype)], xp.empty(part.nbytes, np.uint8))

@@ -30,12 +30,18 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     return choice
 
 
+def hosts(comm: Communicator) -> list[tuple[int, ...]]:
+    """Return for each rank all ranks of its host."""
+    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+    table: list[tuple[int, ...]] = comm.allgather(tuple(host.allgather(comm.Get_rank())))
+    host.Free()
+    return table
+
+
 def by_host(comm: Communicator) -> tuple[list[int], int]:
     """Return the ranks host by host, and how many are on each: where these differ, their greatest common divisor."""
-    host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-    hosts = comm.allgather(host.allgather(comm.Get_rank()))  # for each rank, all ranks of its host
-    host.Free()
-    return sorted(range(len(hosts)), key=lambda rank: (min(hosts[rank]), rank)), math.gcd(*map(len, hosts))
+    table = hosts(comm)
+    return sorted(range(len(table)), key=lambda rank: (min(table[rank]), rank)), math.gcd(*map(len, table))
 
 
 def parse(text: str) -> tuple[int, int]:
