@@ -11,13 +11,14 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import calibrate, env, machine, run, schedule, virtual
+from . import calibrate, env, machine, run, virtual
 from .bench import command as bench
 from .compare import command as compare
 from .conformance import command as conformance
 from .documents import command as documents
 from .message import InputError
 from .planner import command as planner
+from .schedule import command as schedule
 from .trace import command as trace
 
 USAGE_ERROR = 2

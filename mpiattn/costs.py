@@ -22,7 +22,7 @@ With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V he
 Ulysses with fewer K/V heads than ranks: (n-1)/n (2 + 2n/H) for H query heads, if n divides H.
 
 Below, the same sums over chunks of any length. A chunk comes to a rank if the rank or one after it on the
-ring uses it (`problem.travels`), its partial sums if they start before the rank.
+ring uses it (`travel.travels`), its partial sums if they start before the rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .arrays import Spec, nbytes
-from .problem import CacheProblem, Problem, Travel, travels, windows
+from .kv_cache import CacheProblem
+from .problem import Problem
 from .reduction import even
+from .travel import Travel, travels, windows
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .arrays import Spec, nbytes
-from .problem import CacheProblem, Problem
+from .kv_cache import CacheProblem
+from .problem import Problem
 from .reduction import even
 from .softmax import LSE
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import schedule
 from .mask import Positions
 from .problem import Problem
-from .schedule import Step
+from .schedule.search import backward, forward
+from .schedule.steps import Step, relative
 
 Block = tuple[int, int, slice, Positions]
 """KV slot and Q slot of a block, which of the queries, and their positions."""
@@ -19,10 +19,9 @@ def steps(problem: Problem, rows: int, cols: int) -> tuple[tuple[Step, ...], tup
         "heads": problem.heads, "kv_heads": problem.kv_heads, "head_dim": problem.head_dim,
         "itemsize": problem.dtype.itemsize, "partial_itemsize": problem.sent(problem.d_q(0))[0][1].itemsize,
     }  # fmt: skip
-    forward, backward = (
-        schedule.relative(backward=backward, **sizes).balanced(rows, cols) for backward in (False, True)
-    )
-    return schedule.forward(rows, cols, forward), schedule.backward(rows, cols, backward)
+    there = relative(**sizes).balanced(rows, cols)
+    back = relative(backward=True, **sizes).balanced(rows, cols)
+    return forward(rows, cols, there), backward(rows, cols, back)
 
 
 def blocks(

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpiattn import schedule
-from mpiattn.schedule import Costs, Op, Step, makespan, relative
+from mpiattn.schedule import command, search
+from mpiattn.schedule.steps import Costs, Op, Step, makespan, relative
 
 Steps = tuple[Step, ...]
 Rank = tuple[int, int]
 
 
 def order(rows: int, cols: int, costs: Costs, backward: bool) -> Steps:
-    return (schedule.backward if backward else schedule.forward)(rows, cols, costs)
+    return (search.backward if backward else search.forward)(rows, cols, costs)
 
 
 def check(rows: int, cols: int, steps: Steps, backward: bool) -> None:
@@ -97,8 +97,8 @@ def test_a_schedule_is_valid_on_every_rank(rows: int, cols: int, costs: Costs, b
     steps = order(rows, cols, costs, backward)
     check(rows, cols, steps, backward)
     simulate(rows, cols, steps)
-    schedule.forward.cache_clear()
-    schedule.backward.cache_clear()
+    search.forward.cache_clear()
+    search.backward.cache_clear()
     assert order(rows, cols, costs, backward) == steps
 
 
@@ -299,8 +299,8 @@ def test_larger_tiles_hide_one_behind_the_other(backward: bool, ratio: float, ta
 @pytest.mark.parametrize("backward", [False, True])
 def test_instant(backward: bool) -> None:
     costs = relative(backward=backward).balanced(32, 32)
-    schedule.forward.cache_clear()
-    schedule.backward.cache_clear()
+    search.forward.cache_clear()
+    search.backward.cache_clear()
     start = time.process_time()
     order(32, 32, costs, backward)
     assert time.process_time() - start < 1.0
@@ -327,18 +327,18 @@ def test_bad_costs(bad: float) -> None:
 
 def test_bad_tile() -> None:
     with pytest.raises(ValueError, match="at least one row"):
-        schedule.forward(0, 3, relative())
+        search.forward(0, 3, relative())
 
 
-def command(*words: str) -> int:
+def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    schedule.add_arguments(parser)
-    return schedule.main(parser.parse_args(words))
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(words))
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "schedule.json"
-    assert command("2x3", "--backward", "--costs", "2,2,1,2,1.5", "--json", str(report)) == 0
+    assert run("2x3", "--backward", "--costs", "2,2,1,2,1.5", "--json", str(report)) == 0
     assert "2 x 3, backward" in capsys.readouterr().out
     written = json.loads(report.read_text())
     steps = tuple(
@@ -347,15 +347,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     costs = Costs(**written["costs"])
     assert costs == Costs(q=2, kv=2, dq=1, dkv=2, block=1.5)
-    assert steps == schedule.backward(2, 3, costs)
+    assert steps == search.backward(2, 3, costs)
     assert written["time"] == makespan(steps, costs)
-    assert schedule.text(steps).splitlines()[2].split() == ["1", "Q", "1", "0,0"]
+    assert command.text(steps).splitlines()[2].split() == ["1", "Q", "1", "0,0"]
 
 
 @pytest.mark.parametrize("words", [["4x0"], ["4"], ["x"], ["4x4x4"], ["-1x2"], ["4*4"]])
 def test_bad_grids_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        command(*words)
+        run(*words)
     assert stop.value.code == 2
     assert "ROWSxCOLS" in capsys.readouterr().err
 
@@ -364,7 +364,7 @@ def test_bad_grids_are_named(words: list[str], capsys: pytest.CaptureFixture[str
     "words", [["--costs", "1,2"], ["--costs", "a,b,c,d"], ["--kv-ratio", "0"], ["--costs=-1,1,1,1"]]
 )
 def test_bad_numbers(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("4x4", *words) == 2
+    assert run("4x4", *words) == 2
     assert "error" in capsys.readouterr().err
 
 
@@ -373,5 +373,5 @@ def test_bad_numbers(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
 def test_picture(grid: str, flags: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "schedule.png"
-    assert command(grid, *flags, "--plot", str(picture)) == 0
+    assert run(grid, *flags, "--plot", str(picture)) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ import pytest
 
 from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter
 from mpiattn.kernels.numpy.kernel import NumpyKernel
-from mpiattn.schedule import Op, Step
+from mpiattn.schedule.steps import Op, Step
 from mpiattn.trace import command as trace_command
 from mpiattn.trace import file, report
 from mpiattn.trace.clocks import gather

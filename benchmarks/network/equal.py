@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiattn import MeshAttention, schedule
+from mpiattn import MeshAttention
 from mpiattn.arrays import Parcel
 from mpiattn.env import environment
 from mpiattn.kernels.numpy.kernel import NumpyKernel
-from mpiattn.schedule import Op
+from mpiattn.schedule.steps import Costs, Op, makespan
 
 HOPS = 3  # timed together: the ranks leave a barrier one after the other
 
@@ -108,11 +108,11 @@ class Benchmark:
             return self.timed(lambda: kernel.backward(self.q, self.k, self.v, *rows, *where, d_q, d_k, d_v, None))
         return self.timed(lambda: kernel.forward(self.q, self.k, self.v, *where, d_q, lse, None))
 
-    def costs(self, backward: bool) -> schedule.Costs:
+    def costs(self, backward: bool) -> Costs:
         """Return the measured times of hops and a block."""
         kinds = {"q": Op.Q, "kv": Op.KV} | ({"dq": Op.DQ, "dkv": Op.DKV} if backward else {"o": Op.O})
         hops = {name: self.hop(op, backward) for name, op in kinds.items()}
-        return schedule.Costs(block=self.block(backward), **hops)
+        return Costs(block=self.block(backward), **hops)
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def main() -> None:
             costs = benchmark.costs(backward)
             seconds = benchmark.timed(partial(benchmark.run, backward))
             if number:
-                rounds.append((costs, schedule.makespan(steps, costs), seconds))
+                rounds.append((costs, makespan(steps, costs), seconds))
         result = {
             "direction": "backward" if backward else "forward",
             "communication": statistics.median(c.communication(side, side) for c, _, _ in rounds),

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from .. import grid
 from ..arrays import Array, Parcel, Spec
 from ..message import Communicator, Tag, Testall, Waitall
-from ..problem import Problem, Travel, windows
+from ..problem import Problem
+from ..travel import Travel, windows
 from .base import Attention
 from .options import Options
 

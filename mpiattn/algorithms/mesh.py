@@ -10,7 +10,7 @@ ranks, rank (r, c) has index 3 r + c and computes
 
 so each pair of chunks is computed once, and a rank's own queries meet its own keys in its own tile.
 Slot j of a rank holds the queries that have made j hops, slot i the keys that have; all ranks follow one
-list of steps in these coordinates (`schedule.py`), with at most one message each way at a time.
+list of steps in these coordinates (see `schedule`), with at most one message each way at a time.
 One column is Ring Attention; one row passes queries only.
 """
 
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from .. import grid, tile
 from ..arrays import Array, Parcel, Spec
 from ..message import Communicator, Tag, Testall, Waitall
-from ..problem import Problem, Travel, travels
-from ..schedule import Op
+from ..problem import Problem
+from ..schedule.steps import Op
+from ..travel import Travel, travels
 from .base import Attention
 from .options import Options
 

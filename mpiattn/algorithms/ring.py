@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array, Parcel
 from ..message import Communicator, Tag, Testall, Waitall
-from ..problem import Problem, travels
+from ..problem import Problem
+from ..travel import travels
 from .base import Attention
 from .options import Options
 

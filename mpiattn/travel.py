@@ -1,0 +1,74 @@
+"""How far chunks travel round a ring: no further than to the last rank whose queries or keys the mask gives them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How far a chunk goes round its ring, in hops: to its first user, to its last (1 and 0: nobody needs it)."""
+
+    first: int
+    last: int
+
+
+def travels(users: NDArray[np.bool_], start: int = 1) -> list[Travel]:
+    """Return how far each chunk of a ring travels.
+
+    Parameters
+    ----------
+    users : bool, (owners, places)
+        Whether the rank at a place of the ring uses the chunk of an owner.
+    start : int
+        The first hop that counts: 0 where the chunk begins its way at another rank than its owner.
+    """
+    return _travels(users.astype(bool).tobytes(), len(users), start)
+
+
+@functools.lru_cache(maxsize=64)
+def _travels(table: bytes, n: int, start: int) -> list[Travel]:
+    users = np.frombuffer(table, bool).reshape(n, n)
+    places = np.add.outer(np.arange(n), np.arange(start, n)) % max(n, 1)
+    uses = np.take_along_axis(users, places, axis=1)
+    result = []
+    for row in uses:
+        hops = np.flatnonzero(row) + start
+        result.append(Travel(int(hops[0]), int(hops[-1])) if len(hops) else Travel(1, 0))
+    return result
+
+
+def windows(
+    needed: NDArray[np.bool_], rows: Sequence[Sequence[int]]
+) -> tuple[dict[int, Travel], list[dict[int, Travel]]]:
+    """Return how far each chunk travels in a double ring: along its column, and in each window along a row.
+
+    Parameters
+    ----------
+    needed : bool, (query chunks, key chunks)
+    rows : the ranks of each row of the grid
+        In window w, row r has the chunks of row r - w.
+    """
+    return _windows(needed.astype(bool).tobytes(), tuple(map(tuple, rows)))
+
+
+@functools.lru_cache(maxsize=4)
+def _windows(table: bytes, rows: tuple[tuple[int, ...], ...]) -> tuple[dict[int, Travel], list[dict[int, Travel]]]:
+    needed = np.frombuffer(table, bool).reshape(2 * [sum(map(len, rows))])
+    along_col: dict[int, Travel] = {}
+    along_row: list[dict[int, Travel]] = []
+    for column in zip(*rows, strict=True):
+        users = [[needed[list(row), owner].any() for row in rows] for owner in column]
+        along_col.update(zip(column, travels(np.array(users)), strict=True))
+    for window in range(len(rows)):
+        ways: dict[int, Travel] = {}
+        for r, owners in enumerate(rows):
+            users = needed[np.ix_(rows[(r + window) % len(rows)], owners)].T
+            ways.update(zip(owners, travels(users, start=0 if window else 1), strict=True))
+        along_row.append(ways)
+    return along_col, along_row
