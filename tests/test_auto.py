@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file
 
 import mpiattn
 from mpiattn import arrays, grid, inputs, layout, machine, oracle, virtual
+from mpiattn.algorithms import Attention
 from mpiattn.mask import Causal
 from mpiattn.message import InputError
 from mpiattn.planner import Candidate, Choice
@@ -86,6 +89,29 @@ def test_unknown_and_missing_arguments(comm: Any, arguments: dict[str, Any]) -> 
         pass
 
 
+def test_auto_hands_on_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To `choose`, or to the algorithm; the defaults are theirs."""
+    handed: dict[str, Any] = {}
+
+    class Chosen:
+        def attention(self, comm: Any, **options: Any) -> Any:
+            handed.update(comm=comm, **options)
+            return nullcontext()
+
+    def recorded(comm: Any, **asked: Any) -> Chosen:
+        handed.update(asked)
+        return Chosen()
+
+    own = inspect.signature(mpiattn.auto).parameters
+    theirs = {**inspect.signature(Attention).parameters, **inspect.signature(mpiattn.choose).parameters}
+    assert {name: (one.default, one.annotation) for name, one in theirs.items() if name != "own"} == {
+        name: (one.default, one.annotation) for name, one in own.items()
+    }
+    monkeypatch.setattr("mpiattn.planner.choice.choose", recorded)
+    with mpiattn.auto(**{name: name for name in own}):  # type: ignore[arg-type]
+        assert handed == {name: name for name in own}
+
+
 @pytest.mark.mpi(min_size=2)
 def test_ranks_that_ask_for_different_plans(comm: Any) -> None:
     with pytest.raises(InputError, match=r"rank 1 asks for a plan of .*'tokens': 61.*, rank 0 of .*'tokens': 60"):
@@ -106,7 +132,7 @@ def test_ranks_in_another_order() -> None:
         found = dataclasses.replace(choice.plan, outcomes=[best])
         order = candidate.order(8)
         chosen = Choice(found, tuple(order[hosts.index(rank)] for rank in range(8)))
-        with chosen.attention(mixed, mask=Causal()) as attention:
+        with chosen.attention(mixed) as attention:  # with the mask that was planned for
             node = comm.me.number // 4
             column = set(attention.comm.allgather((attention.comm.Get_rank() % 2, node)))
             x = np.random.default_rng(0).standard_normal((1, 2, 60, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,11 +55,15 @@ class Choice:
     def attention(self, comm: Communicator, **options: Unpack[Options]) -> Iterator[Attention]:
         """Build the algorithm; free it, and the communicator of ranks in another order, at the end.
 
+        Mask, layout and partials are by default those that were planned for.
+
         Which tokens a rank owns goes by its place: ask `attention.positions`, and scatter and gather
         over `attention.comm`. Rank 0 is rank 0 there, too.
         """
         moved = self.places != tuple(range(len(self.places)))
         ordered = comm.Split(0, self.places[comm.Get_rank()]) if moved else comm
+        task = self.plan.task
+        options = {"mask": task.mask, "layout": task.layout, "partials": task.partials, **options}
         with self.algorithm(ordered, **options, **self.arguments) as attention:
             yield attention
         if moved:
@@ -137,12 +140,29 @@ def choose(
 
 
 @contextmanager
-def auto(comm: Communicator, **arguments: Any) -> Iterator[Attention]:
-    """Build the algorithm that `choose` chooses, for a with block: arguments as there and, beside, of `Attention`."""
-    options = {name: value for name, value in arguments.items() if name in Options.__annotations__}
-    planned = inspect.signature(choose).parameters
-    choice = choose(comm, **{name: arguments[name] for name in arguments if name in planned or name not in options})
-    with choice.attention(comm, **options) as attention:
+def auto(
+    comm: Communicator, *, tokens: int, heads: int, head_dim: int, kv_heads: int | None = None, batch: int = 1,
+    dtype: str = "float32", mask: Mask | None = None, layout: str | None = None, backward: bool = True,
+    kv_tokens: int | None = None, v_head_dim: int | None = None, partials: str = "wide",
+    machine: str | Machine | None = None, memory: float | None = None, algorithms: Sequence[str] | None = None,
+    scale: float | None = None, softcap: float | None = None, kernel: str | None = None, gpu_messages: str = "auto",
+) -> Iterator[Attention]:  # fmt: skip
+    """Build the algorithm that `choose` chooses, for a with block.
+
+    Parameters
+    ----------
+    comm, tokens, ..., algorithms
+        See `choose`.
+    scale, softcap, kernel, gpu_messages
+        See `Attention`.
+    """
+    choice = choose(
+        comm, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype, mask=mask,
+        layout=layout, backward=backward, kv_tokens=kv_tokens, v_head_dim=v_head_dim, partials=partials,
+        machine=machine, memory=memory, algorithms=algorithms,
+    )  # fmt: skip
+    built = choice.attention(comm, scale=scale, softcap=softcap, kernel=kernel, gpu_messages=gpu_messages)
+    with built as attention:
         yield attention
 
 
