@@ -51,7 +51,7 @@ def test_bytes_of_an_outcome_are_those_of_the_formula() -> None:
 
 
 def test_a_network_that_costs_nothing_leaves_the_work() -> None:
-    free = dataclasses.replace(slow(1e9), memory_bandwidth=1e30, overhead=0.0)
+    free = dataclasses.replace(slow(1e9), memory_bandwidth=1e30, launch=0.0, overhead=0.0)
     free = dataclasses.replace(free, links={level: Link(0, 1e30) for level in free.links})
     outcome = simulate(dataclasses.replace(SMALL, mask=Full()), free, 16, Candidate("ring"))
     assert outcome.seconds == pytest.approx(outcome.computed)
@@ -103,7 +103,7 @@ def test_estimates_find_the_fastest(name: str, kv_heads: int) -> None:
     task = dataclasses.replace(SMALL, kv_heads=kv_heads, dtype="bfloat16")
     described = machine.load(name)
     quick = plan(task, described, 16, quick=True)
-    assert len(quick.outcomes) <= 6
+    assert len(quick.outcomes) <= 7
     best = min(simulate(task, described, 16, one).seconds for one in candidates(16, described))
     assert quick.best.seconds <= 1.05 * best
 

@@ -52,7 +52,7 @@ def main() -> None:
     picks = []
     for case, direction in dict.fromkeys((row[0], row[2]) for row in rows):
         grids = [row for row in rows if row[0] == case and row[2] == direction and row[1].startswith("mesh ")]
-        if not grids:
+        if len(grids) < 2:
             continue
         chosen, real = min(grids, key=lambda row: row[4]), min(grids, key=lambda row: row[3])
         picks.append(
@@ -99,7 +99,8 @@ def measurements(path: Path) -> Iterator[tuple[str, str, int, Task, dict[str, fl
                     mask=mask.parse(row["mask"]), partials=row["partials"],
                 )  # fmt: skip
                 seconds = {name: statistics.median(values) for name, values in row["seconds"].items()}
-                yield f"{path.stem} {row['tokens']}", row["name"].replace(":", " "), row["ranks"], task, seconds
+                case = f"{row['ranks']} ranks, {row['tokens']} tokens"
+                yield case, row["name"].replace(":", " "), row["ranks"], task, seconds
         return
     sizes = document["tokens"] * document["ranks"], document["heads"], document["kv_heads"], document["head_dim"]
     for name, result in document["results"].items():

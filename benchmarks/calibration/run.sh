@@ -3,7 +3,9 @@
 # A few minutes; needs root. Run it when the machine is quiet.
 #
 # On GPUs, instead: run/gpu.sh -n 2 mpiattn calibrate --arrays cupy --output h200-2.toml; the bench attention of
-# benchmarks/gpu/all-2.txt; predict.py h200-2.toml=../gpu/all-2.json --name predicted-gpu --title "algorithms on two H200s"
+# benchmarks/gpu/all-2.txt; then, once with MACHINE=h200-2.toml and once with the preset, MACHINE=h200-nvlink:
+#   predict.py $MACHINE=../gpu/all-2.json $MACHINE=../gpu/attention-4.json --name predicted-gpu (or predicted-preset)
+#       --title "algorithms on two H200s, ring and mesh on four"
 #
 # usage: sudo benchmarks/calibration/run.sh [PYTHON]        PYTHON with mpiattn, MPICH and matplotlib
 set -euo pipefail

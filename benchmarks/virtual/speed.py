@@ -7,8 +7,8 @@ Each in a process of its own: 1M tokens, 32 heads of 128, 8 K/V heads, bfloat16,
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 
 from tabulate import tabulate
@@ -41,7 +41,10 @@ def measure(ranks: int) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    print(tabulate([measure(int(ranks)) for ranks in sys.argv[1:]], HEADERS, disable_numparse=True, stralign="right"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", nargs="+", type=int, metavar="RANKS", help="a ring of so many")
+    rows = [measure(ranks) for ranks in parser.parse_args().ranks]
+    print(tabulate(rows, HEADERS, disable_numparse=True, stralign="right"))
     print(f"{env.cpu_model()}, {os.cpu_count()} cores, one of them used; load {os.getloadavg()[1]:.1f}")
 
 

@@ -13,6 +13,12 @@ from ..problem import Problem
 from .candidates import GATHERED, Candidate
 from .task import Task
 
+PASSES = {"mesh_gathered": 4}
+"""Passes over arrays for each message, roughly, where it isn't one: what arrives is joined, what leaves is cut."""
+
+EXCHANGE = 8
+"""The same for an exchange of heads, which also reorders tokens, a run at a time."""
+
 
 class Estimate(NamedTuple):
     """Seconds that a candidate roughly takes, to three digits, and of its messages alone; the least comes first."""
@@ -22,10 +28,11 @@ class Estimate(NamedTuple):
 
 
 def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> Estimate:
-    """Return roughly how long a candidate takes: work or messages, whichever take longer.
+    """Return roughly how long a candidate takes: the rank's own time or messages, whichever takes longer.
 
-    Messages take the time of their bytes on the links they cross, the slowest rank's; where nothing is
-    computed meanwhile, as in an exchange of heads, both times add up. Latency isn't counted.
+    A rank spends its time in the kernel, to post messages, and to start passes over arrays. Messages take the time
+    of their bytes on the links they cross, the slowest rank's; where nothing is computed meanwhile, as in an exchange
+    of heads, both times add up. Latency isn't counted, nor how long a pass takes once it has started.
     """
     group, rows, cols = candidate.shape(ranks)
     chunks = _problem(task, rows * cols)
@@ -44,7 +51,7 @@ def estimate(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> 
         col = (rows - 1) * along_col * _per_byte(machine, node, ranks // outer > node, 1)
         col = max(col, (outer - 1) * along_col * _per_byte(machine, node, ranks > node, node))
     heads = (group - 1) / group**2 * exchange * _per_byte(machine, node, group > node, node)
-    work = _work(task, machine, ranks, candidate)
+    work = _work(task, machine, ranks, candidate) + _started(task, machine, ranks, candidate)
     if candidate.algorithm in GATHERED:
         seconds = work + (row + col) / dict(candidate.arguments).get("head_groups", 1)
     else:
@@ -64,6 +71,18 @@ def _work(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> flo
         heads * float(pairs) * operations(chunks.head_dim, chunks.v_head_dim, backward) / rates.at(side, backward)
         for backward in ((False, True) if task.backward else (False,))
     )
+
+
+def _started(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> float:
+    """Return the seconds to post all messages, and to start the kernel and the passes over arrays."""
+    group, rows, cols = candidate.shape(ranks)
+    directions = 2 if task.backward else 1
+    hops = (cols - 1) * 2 * directions + (rows - 1) * (2 * directions - 1)  # Q and its sums; K/V, and dK/dV backward
+    exchanged = (group - 1) * 2 * directions
+    passes = hops * PASSES.get(candidate.algorithm, 1) + exchanged * EXCHANGE
+    calls = directions * (1 if candidate.algorithm in GATHERED else rows * cols)
+    posted = 2 * (hops + exchanged)  # a receive and a send
+    return calls * machine.rates(task.dtype).call + posted * machine.overhead + passes * machine.launch
 
 
 def held(task: Task, ranks: int, candidate: Candidate) -> int:

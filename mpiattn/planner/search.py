@@ -27,7 +27,7 @@ TRIES, TIES = 4, 2
 SLOWER, FIRST = 1.5, 4
 """How many times as long as the fastest so far a candidate may take; and how many the first of its algorithm."""
 
-FEW, ALIKE, CLOSE = 5, 3, 1.05
+FEW, ALIKE, CLOSE = 6, 3, 1.05
 """Of a quick plan: candidates that are run, how many of one algorithm, and how near an estimate is near enough."""
 
 
