@@ -42,7 +42,7 @@ def make(args: argparse.Namespace) -> Report:
         "256 devices, which its constant volume allows only where bytes were not what it waited for: on a faster "
         f"network, or with a longer sequence; {LONGER} times as many tokens let it gain up to 64. The mesh's bytes "
         "fall with the root of the number of devices. With the shorter sequence it does what the article says up to 64 "
-        f"devices, but on 256 each has only {tokens // 256} tokens, and waits longer than it computes; with the longer "
+        f"devices, but on 256 each has only {tokens // 256} tokens, and computes half of the time; with the longer "
         "one it goes beyond the article's number."
     )
     [axes] = report.figure()
