@@ -15,9 +15,9 @@ from .algorithms import (
     UlyssesAttention,
 )
 from .dropout import Dropout
-from .layout import gather, scatter
 from .mask import Causal, Documents, Full, SlidingWindow
 from .planner import auto, choose
+from .shares import gather, scatter
 
 __all__ = [
     "ALGORITHMS",

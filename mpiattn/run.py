@@ -13,9 +13,10 @@ from . import gpu, grid, inputs
 from .algorithms import ALGORITHMS
 from .arrays import on_host
 from .inputs import AUTO
-from .layout import LAYOUTS, gather, owned_heads, scatter
+from .layout import LAYOUTS
 from .message import Communicator, InputError
 from .root import check_folders, on_root
+from .shares import gather, owned_heads, scatter
 from .trace.comm import TracedComm
 from .trace.file import write
 from .trace.kernel import watch

@@ -17,7 +17,7 @@ from launch import mpiexec
 from safetensors.numpy import load_file
 
 import mpiattn
-from mpiattn import arrays, grid, inputs, layout, machine, oracle, virtual
+from mpiattn import arrays, grid, inputs, machine, oracle, virtual
 from mpiattn.algorithms import Attention
 from mpiattn.mask import Causal
 from mpiattn.message import InputError
@@ -37,7 +37,7 @@ def attend(comm: Any, **options: Any) -> tuple[list[float], str]:
         # What Ulysses and its relatives own goes by tokens as well: only where heads are shared out it does not.
         out, saved = attention.forward(*own[:3])
         gradients = attention.backward(own[3], saved)
-        wholes = [layout.gather(array, attention.comm, attention.layout) for array in (out, *gradients)]
+        wholes = [mpiattn.gather(array, attention.comm, attention.layout) for array in (out, *gradients)]
         name = type(attention).__name__
     right = [oracle.attention(q, k, v, Causal())[0], *oracle.gradients(q, k, v, d_out, Causal())]
     if wholes[0] is None:
@@ -137,7 +137,7 @@ def test_ranks_in_another_order() -> None:
             column = set(attention.comm.allgather((attention.comm.Get_rank() % 2, node)))
             x = np.random.default_rng(0).standard_normal((1, 2, 60, 8))
             own = np.ascontiguousarray(x[:, :, attention.positions(60)])
-            whole = layout.gather(attention.forward(own, own, own)[0], attention.comm, attention.layout)
+            whole = mpiattn.gather(attention.forward(own, own, own)[0], attention.comm, attention.layout)
         right = oracle.attention(x, x, x, Causal())[0]
         return hosts, [] if whole is None else [oracle.error(whole, right)], len(column) == 2 and near == 4
 

@@ -12,6 +12,7 @@ from ..mask import Positions
 from ..message import InputError
 from ..problem import Problem
 from ..reduction import all_reduce
+from ..shares import Where, by_tokens
 from ..softmax import delta, sink_gradient, with_sinks
 from .given import Given
 from .prepared import Prepared, Saved
@@ -164,7 +165,7 @@ class Attention(Prepared):
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
         return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
 
-    def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> layouts.Where:
+    def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Where:
         """Return where a rank's share of a whole array lies: a function of the whole's shape and the rank.
 
         Parameters
@@ -174,7 +175,7 @@ class Attention(Prepared):
         shapes : dict
             Shape of the whole "q" and the whole "k", at least.
         """
-        return layouts.by_tokens(self.layout, self.comm.Get_size())
+        return by_tokens(self.layout, self.comm.Get_size())
 
     def free(self) -> None:
         """Free the communicators that this object made."""

@@ -26,11 +26,11 @@ import numpy as np
 
 from ..arrays import DESCRIPTION, Array, Parcel
 from ..kv_cache import CacheProblem, posed_to_cache, span
-from ..layout import Where
 from ..mask import Positions
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
 from ..reduction import all_reduce, maximum
+from ..shares import Where
 from ..softmax import merge, normalised, weighted
 from .agreement import described, fit_together
 from .base import Attention

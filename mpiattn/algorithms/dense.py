@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..arrays import Array, Parcel, Spec, nbytes
-from ..layout import join
 from ..message import Tag, Waitall
 from ..problem import Problem
+from ..shares import join
 from .base import Attention
 
 ROOT = 0

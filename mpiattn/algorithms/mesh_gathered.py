@@ -24,10 +24,10 @@ import numpy as np
 
 from .. import grid
 from ..arrays import Array, Parcel, Spec, nbytes, take
-from ..layout import join
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
 from ..problem import Problem
+from ..shares import join
 from ..softmax import merge
 from .base import Attention
 from .options import Options

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..arrays import FLOATS, Array
-from ..layout import EVERYWHERE, Where, heads
+from ..layout import EVERYWHERE, heads
 from ..message import Communicator, InputError
 from ..problem import Problem
 from ..reduction import all_reduce
+from ..shares import Where
 from ..softmax import accumulator
 from .agreement import described
 from .base import Attention

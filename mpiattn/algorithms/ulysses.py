@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..arrays import Array, Parcel, Spec, take
-from ..layout import join
 from ..message import Communicator, Tag, Waitall
 from ..problem import Problem
+from ..shares import join
 from ..softmax import delta
 from .base import Attention
 from .given import Given

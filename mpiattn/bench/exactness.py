@@ -9,10 +9,10 @@ import numpy as np
 
 from .. import arrays, inputs, machine, oracle
 from ..algorithms import ALGORITHMS
-from ..layout import gather
 from ..mask import Causal
 from ..message import Communicator
 from ..oracle import Array
+from ..shares import gather
 
 
 def sample(tokens: int, dtype: str) -> dict[str, Array]:

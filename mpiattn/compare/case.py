@@ -15,9 +15,9 @@ from .. import gpu, inputs, memory, oracle
 from ..algorithms import Attention
 from ..arrays import on_host
 from ..inputs import AUTO, Array, Inputs
-from ..layout import gather, owned_heads, scatter
 from ..mask import Positions
 from ..message import clock
+from ..shares import gather, owned_heads, scatter
 from ..trace.comm import TracedComm
 from ..trace.events import Trace
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, costs, layout, oracle
+from .. import arrays, costs, oracle, shares
 from ..message import Communicator
 from ..oracle import Array
 from ..trace.comm import TracedComm
@@ -59,13 +59,13 @@ def check(
         with refusing(case):
             attention = stack.enter_context(factory(traced, **case.options))
         shapes = {name: whole.shape for name, whole in given.items()}
-        by_tokens = layout.by_tokens(case.layout, comm.Get_size())
+        by_tokens = shares.by_tokens(case.layout, comm.Get_size())
         places = {name: attention.owned(name, shapes) if hasattr(attention, "owned") else by_tokens for name in given}
         own = {
             name: xp.asarray(np.ascontiguousarray(whole[places[name](whole.shape, comm.Get_rank())]))
             for name, whole in given.items()
         }
-        heads = layout.owned_heads(places["out"](shapes["out"], comm.Get_rank()))
+        heads = shares.owned_heads(places["out"](shapes["out"], comm.Get_rank()))
         features = {**case.given, **({"sinks": xp.asarray(sinks[heads])} if case.sinks else {})}
         with refusing(case):
             out, saved = attention.forward(own["q"], own["k"], own["v"], **features)
@@ -105,7 +105,7 @@ def check(
         raise AssertionError(f"{case}\n" + "\n".join(reports))
 
 
-def with_copies(comm: Communicator, gradient: Array, place: layout.Where, shape: tuple[int, ...]) -> Array:
+def with_copies(comm: Communicator, gradient: Array, place: shares.Where, shape: tuple[int, ...]) -> Array:
     """Return a share of a gradient plus that of its copies on other ranks, as of K/V heads in tensor parallelism."""
     here, copies = place(shape, comm.Get_rank()), np.zeros(shape, int)
     for rank in range(comm.Get_size()):
