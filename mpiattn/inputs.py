@@ -12,12 +12,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from . import mask as masks
 from . import planner
 from .arrays import FLOATS
 from .arrays import dtype as dtype_of
 from .dropout import Dropout
-from .mask import Mask
 from .message import Communicator
 from .planner import Choice
 from .problem import PARTIALS
@@ -91,19 +89,6 @@ def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
     if args.dropout is not None:
         result["dropout"] = Dropout(args.dropout, args.seed)
     return result
-
-
-MASK_HELP = (
-    "full, causal, window=LEFT[,RIGHT], documents=LENGTH,LENGTH,..., or several joined by + (default %(default)s)"
-)
-
-
-def mask(text: str) -> Mask:
-    """Read a mask from the command line."""
-    try:
-        return masks.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, backward: bool) -> Choice:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import layout
-from .mask import Full, Mask, Positions, counts
+from .mask import Full, Mask, Positions
 from .message import InputError
+from .pairs import counts
 from .problem import Problem
 
 

@@ -8,6 +8,7 @@ construction. lo and hi never decrease with p.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -142,21 +143,11 @@ class Intersection(Mask):
         self.second.check(query_tokens, key_tokens)
 
 
-def parse(text: str) -> Mask:
-    """Return a mask from text: parts such as `full`, `causal`, `window=LEFT,RIGHT`, `documents=N,N,...`, by `+`."""
-    masks: list[Mask] = []
-    for part in text.split("+"):
-        name, _, numbers = part.partition("=")
-        try:
-            values = [int(number) for number in numbers.split(",")] if numbers else []
-            masks.append(MASKS[name](*([values] if name == "documents" else values)))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f": {error}" if isinstance(error, ValueError) else ""
-            raise ValueError(
-                f"unknown mask {part!r}{reason}; choose from full, causal, window=LEFT or window=LEFT,RIGHT, "
-                "documents=LENGTH,LENGTH,..., or several joined by +"
-            ) from None
-    return functools.reduce(operator.and_, masks)
+def allowed(mask: Mask, queries: Positions, keys: Positions) -> NDArray[np.bool_]:
+    """Return the mask as an array of (queries, keys), true where a query attends to a key."""
+    lo, hi = mask.bounds(queries)
+    result: NDArray[np.bool_] = (keys >= lo[:, None]) & (keys < hi[:, None])
+    return result
 
 
 MASKS: dict[str, Callable[..., Mask]] = {
@@ -166,54 +157,30 @@ MASKS: dict[str, Callable[..., Mask]] = {
     "documents": Documents,
 }
 
+FORMS = "full, causal, window=LEFT[,RIGHT], documents=LENGTH,LENGTH,..., or several joined by +"
+"""The texts that `parse` takes."""
 
-def allowed(mask: Mask, queries: Positions, keys: Positions) -> NDArray[np.bool_]:
-    """Return the mask as an array of (queries, keys), true where a query attends to a key."""
-    lo, hi = mask.bounds(queries)
-    result: NDArray[np.bool_] = (keys >= lo[:, None]) & (keys < hi[:, None])
-    return result
-
-
-def pairs(mask: Mask, queries: Positions, keys: Positions) -> int:
-    """Count the pairs of a block that the mask allows; keys ascend."""
-    lo, hi = mask.bounds(queries)
-    counts = np.searchsorted(keys, hi) - np.searchsorted(keys, lo)
-    return int(np.maximum(counts, 0).sum())
+HELP = f"{FORMS} (default %(default)s)"
+"""Of an option `--mask`."""
 
 
-def counts(mask: Mask, queries: Sequence[Positions], keys: Sequence[Positions]) -> NDArray[np.int64]:
-    """Count the pairs of all blocks at once: int64, (query chunks, key chunks); what `pairs` counts of each.
-
-    A query with bounds [lo, hi) sees min(hi, p) - min(lo, p) of the positions below p. Summed over a chunk's
-    queries, that takes one search for each end of a run of consecutive keys. Where runs are short, as in a
-    striped layout, adding up how many of the queries see each key is faster.
-    """
-    owner, start, stop = [], [], []
-    for number, chunk in enumerate(keys):
-        breaks = np.flatnonzero(np.diff(chunk, prepend=-2) != 1)
-        owner.append(np.full(len(breaks), number))
-        start.append(chunk[breaks])
-        stop.append(chunk[np.append(breaks[1:], len(chunk))[: len(breaks)] - 1] + 1)
-    runs, owners = np.concatenate(start + stop), np.concatenate(owner)
-    result = np.zeros((len(queries), len(keys)), np.int64)
-    last, long = int(runs.max(initial=0)), len(owners) <= 4 * len(keys)
-    if not long:
-        every, owners = np.concatenate(keys), np.repeat(np.arange(len(keys)), [len(chunk) for chunk in keys])
-    for number, chunk in enumerate(queries):
-        lo, hi = mask.bounds(chunk)
-        hi = np.minimum(hi, last)
-        lo = np.minimum(lo, hi)
-        if long:
-            begin, end = np.split(_below(hi, runs) - _below(lo, runs), 2)
-            np.add.at(result[number], owners, end - begin)
-        else:
-            queries_on = np.cumsum(np.bincount(lo, minlength=last + 1) - np.bincount(hi, minlength=last + 1))
-            result[number] = np.bincount(owners, queries_on[every], len(keys))
-    return result
+def parse(text: str) -> Mask:
+    """Return a mask from text; see `FORMS`."""
+    masks: list[Mask] = []
+    for part in text.split("+"):
+        name, _, numbers = part.partition("=")
+        try:
+            values = [int(number) for number in numbers.split(",")] if numbers else []
+            masks.append(MASKS[name](*([values] if name == "documents" else values)))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f": {error}" if isinstance(error, ValueError) else ""
+            raise ValueError(f"unknown mask {part!r}{reason}; choose from {FORMS}") from None
+    return functools.reduce(operator.and_, masks)
 
 
-def _below(bounds: Positions, points: Positions) -> NDArray[np.int64]:
-    """Return for each point the sum of min(bound, point) over bounds, which ascend."""
-    place = np.searchsorted(bounds, points)
-    result: NDArray[np.int64] = np.append(0, np.cumsum(bounds))[place] + (len(bounds) - place) * points
-    return result
+def argument(text: str) -> Mask:
+    """Read a mask from the command line."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from . import layout
 from .arrays import DTYPES, Spec
-from .mask import Mask, Positions, counts
+from .mask import Mask, Positions
+from .pairs import counts
 from .softmax import accumulator
 
 GRAIN = 128  # queries: a multiple of them is what kernels take best

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import gpu, grid, inputs
+from . import gpu, grid, inputs, mask
 from .algorithms import ALGORITHMS
 from .arrays import on_host
 from .inputs import AUTO
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
     )
     parser.add_argument("--layout", choices=LAYOUTS, help="default zigzag with a causal mask, else contiguous")
-    parser.add_argument("--mask", type=inputs.mask, default="causal", help=inputs.MASK_HELP)
+    parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
     parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
     parser.add_argument("--backward", action="store_true", help="write the gradients too")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mpiattn import Causal, gather, scatter
 from mpiattn.layout import LAYOUTS, positions
-from mpiattn.mask import pairs, parse
+from mpiattn.mask import parse
 from mpiattn.message import InputError
+from mpiattn.pairs import pairs
 from mpiattn.problem import GRAIN, Problem
 
 

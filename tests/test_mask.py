@@ -15,10 +15,9 @@ from mpiattn.mask import (
     Positions,
     SlidingWindow,
     allowed,
-    counts,
-    pairs,
     parse,
 )
+from mpiattn.pairs import counts, pairs
 
 LENGTHS = (7, 0, 20, 3)
 TOKENS = sum(LENGTHS)

@@ -21,8 +21,9 @@ from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout
 from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
-from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, counts, pairs
+from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
 from mpiattn.message import InputError, Tag, Testall, Waitall
+from mpiattn.pairs import counts, pairs
 from mpiattn.planner import Candidate, Task, simulate
 from mpiattn.virtual import VirtualComm
 from mpiattn.virtual import arrays as virtual_arrays

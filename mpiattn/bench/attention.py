@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from .. import arrays, device, gpu, grid, inputs, kernels
+from .. import arrays, device, gpu, grid, kernels, mask
 from ..algorithms import ALGORITHMS
 from ..mask import Causal
 from ..message import Communicator, InputError
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, metavar="N", help="default as many as query heads")
     parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--dtype", help="default bfloat16 on GPUs, else float32")
-    parser.add_argument("--mask", type=inputs.mask, default=Causal(), help=inputs.MASK_HELP)
+    parser.add_argument("--mask", type=mask.argument, default=Causal(), help=mask.HELP)
     parser.add_argument("--layout", help="default zigzag with a causal mask, else contiguous")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
     parser.add_argument("--no-torch", action="store_true", help="leave out torch")

@@ -14,8 +14,9 @@ import numpy as np
 
 from .. import arrays, gpu
 from ..algorithms import ALGORITHMS, Attention
-from ..mask import Full, Mask, pairs
+from ..mask import Full, Mask
 from ..message import Communicator
+from ..pairs import pairs
 from ..softmax import accumulator
 from .quiet import silence
 

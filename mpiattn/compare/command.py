@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import env, gpu, grid, inputs, oracle
+from .. import env, gpu, grid, inputs, mask, oracle
 from ..algorithms import ALGORITHMS
 from ..inputs import AUTO, Array, Inputs
 from ..layout import LAYOUTS
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}, or auto")
     parser.add_argument("--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: every grid)")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: every layout")
-    parser.add_argument("--mask", type=inputs.mask, default="causal", help=inputs.MASK_HELP)
+    parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
     parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="timed rounds (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiattn.machine import operations
-from mpiattn.mask import Mask, Positions, pairs
+from mpiattn.mask import Mask, Positions
+from mpiattn.pairs import pairs
 from mpiattn.problem import Problem
 from mpiattn.virtual import current
 

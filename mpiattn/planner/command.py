@@ -16,7 +16,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from .. import charts, inputs, layout
+from .. import charts, layout, mask
 from .. import machine as machines
 from ..machine import Machine
 from ..mask import Causal
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--dtype", default=None, help="default bfloat16 where the machine has it, else float32")
-    parser.add_argument("--mask", type=inputs.mask, default=Causal(), help="default causal")
+    parser.add_argument("--mask", type=mask.argument, default=Causal(), help="default causal")
     parser.add_argument("--layout", choices=layout.LAYOUTS, help="default: as the algorithms choose")
     parser.add_argument("--partials", choices=PARTIALS, default="wide", help="how partial sums travel (default wide)")
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks, one a GPU or a core")
