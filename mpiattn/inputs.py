@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-from . import planner
-from .arrays import FLOATS
+from . import files, planner
+from .arrays import FLOATS, Array
 from .arrays import dtype as dtype_of
 from .dropout import Dropout
 from .message import Communicator
 from .planner import Choice
 from .problem import PARTIALS
-from .root import check_folders
-
-Array = NDArray[Any]
 
 AUTO = "auto"
 """In place of an algorithm: what the planner chooses."""
 
-SAMPLE = "smollm2_layer15_gpl3_2048.npz"
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
 
 
@@ -106,13 +99,6 @@ def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, b
     return planner.choose(comm, **sizes, **asked, backward=backward)
 
 
-def check_output(path: Path) -> None:
-    """Raise ValueError, before any work, where no file of arrays can be written there."""
-    if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{path}: the name must end in .npz or .safetensors")
-    check_folders(path)
-
-
 def load(args: argparse.Namespace) -> Inputs:
     """Return the input that the options ask for.
 
@@ -128,7 +114,7 @@ def load(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"--qkv and {', '.join(given)} exclude each other: a file has its own sizes")
     rng = np.random.default_rng(args.seed)
     if args.qkv is not None:
-        arrays, name = read(args.qkv), str(args.qkv)
+        arrays, name = files.read(args.qkv), str(args.qkv)
         dtype = dtype_of(args.dtype) if args.dtype else arrays["q"].dtype
     else:
         dtype = dtype_of(args.dtype or "float32")
@@ -136,8 +122,7 @@ def load(args: argparse.Namespace) -> Inputs:
             sizes = {name: SYNTHETIC[name] if value is None else value for name, value in sizes.items()}
             arrays, name = synthetic(rng, **sizes), f"random, seed {args.seed}"
         else:
-            with importlib.resources.as_file(importlib.resources.files("mpiattn") / "data" / SAMPLE) as path:
-                arrays, name = read(path), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
+            arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
     q, k, v = (arrays[name].astype(dtype) for name in "qkv")
     if "d_out" not in arrays:
         arrays["d_out"] = rng.standard_normal((*q.shape[:3], v.shape[3]), dtype=np.float32)
@@ -157,46 +142,3 @@ def synthetic(
     return {
         name: rng.standard_normal((batch, count, tokens, head_dim), dtype=np.float32) for name, count in shapes.items()
     }
-
-
-def read(path: Path) -> dict[str, Array]:
-    """Return the arrays q, k, v, and d_out if there, of an .npz or .safetensors file."""
-    if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{path}: the name must end in .npz or .safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: _bfloat16(file[name]) for name in file.files}
-        else:
-            from safetensors.numpy import load_file
-
-            arrays = load_file(path)
-    except Exception as error:  # whatever a damaged file makes a reader raise
-        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
-    if missing := [name for name in "qkv" if name not in arrays]:
-        raise ValueError(f"{path} has {', '.join(arrays) or 'nothing'}, but no {', '.join(missing)}")
-    wanted = {name: arrays[name] for name in ("q", "k", "v", "d_out") if name in arrays}
-    for name, array in wanted.items():
-        if array.ndim != 4 or array.dtype not in FLOATS:
-            raise ValueError(
-                f"{path}: {name} is {array.dtype} {array.shape}; it must have 4 axes (batch, heads, tokens, head_dim) "
-                f"of {', '.join(dtype.name for dtype in FLOATS)}"
-            )
-    return wanted
-
-
-def write(path: Path, arrays: dict[str, Array]) -> None:
-    """Write arrays to an .npz or .safetensors file."""
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-    else:
-        np.savez(path, **arrays)  # type: ignore[arg-type]
-
-
-def _bfloat16(array: Array) -> Array:
-    # NumPy's own format knows no bfloat16 and gives its bytes back as 2-byte voids.
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array

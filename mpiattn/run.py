@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import gpu, grid, inputs, mask
+from . import files, gpu, grid, inputs, mask
 from .algorithms import ALGORITHMS
 from .arrays import on_host
 from .inputs import AUTO
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
     given = on_root(comm, lambda: inputs.load(args))
-    on_root(comm, lambda: inputs.check_output(args.output))
+    on_root(comm, lambda: files.check_output(args.output))
     on_root(comm, lambda: check_folders(args.trace))
     xp = gpu.namespace(args, comm)
     options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
@@ -91,6 +91,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.trace:
         write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:
-        inputs.write(args.output, {name: array for name, array in whole.items() if array is not None})
+        files.write(args.output, {name: array for name, array in whole.items() if array is not None})
         print(f"{args.output}: {', '.join(whole)}")
     return 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 
 import numpy as np
 
-from .. import arrays, inputs, machine, oracle
+from .. import arrays, files, machine, oracle
 from ..algorithms import ALGORITHMS
 from ..mask import Causal
 from ..message import Communicator
@@ -17,8 +16,7 @@ from ..shares import gather
 
 def sample(tokens: int, dtype: str) -> dict[str, Array]:
     """Return q, k, v and the gradient of out: the first tokens of a group of heads of the sample."""
-    with importlib.resources.as_file(importlib.resources.files("mpiattn") / "data" / inputs.SAMPLE) as path:
-        whole = inputs.read(path)
+    whole = files.sample()
     group = whole["q"].shape[1] // whole["k"].shape[1]
     given = {"q": whole["q"][:, :group, :tokens], "k": whole["k"][:, :1, :tokens], "v": whole["v"][:, :1, :tokens]}
     given["out"] = np.random.default_rng(0).standard_normal((*given["q"].shape[:3], given["v"].shape[3]))

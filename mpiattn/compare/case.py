@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import gpu, inputs, memory, oracle
 from ..algorithms import Attention
-from ..arrays import on_host
-from ..inputs import AUTO, Array, Inputs
+from ..arrays import Array, on_host
+from ..inputs import AUTO, Inputs
 from ..mask import Positions
 from ..message import clock
 from ..shares import gather, owned_heads, scatter

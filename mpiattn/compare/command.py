@@ -17,7 +17,8 @@ import numpy as np
 
 from .. import env, gpu, grid, inputs, mask, oracle
 from ..algorithms import ALGORITHMS
-from ..inputs import AUTO, Array, Inputs
+from ..arrays import Array
+from ..inputs import AUTO, Inputs
 from ..layout import LAYOUTS
 from ..mask import Positions
 from ..message import Communicator, InputError
