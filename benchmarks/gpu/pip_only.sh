@@ -8,7 +8,6 @@ cuda=${1:-cuda13} ranks=${2:-2}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-gpus="cupy-${cuda}x[ctk] nvidia-cudnn-${cuda/cuda/cu} nvidia-cudnn-frontend<1.23"
 
 echo "CUDA compiler: $(command -v nvcc || echo none)"
 echo "CUDA libraries of the system: $(ldconfig -p | grep -c libcudart || true)"
@@ -16,8 +15,8 @@ for mpi in openmpi mpich intel; do
     python3 -m venv "$folder/$mpi"
     case $mpi in
         openmpi) packages=(".[$cuda]") ;;
-        mpich) read -ra packages <<<". mpich $gpus" ;; # never two MPI libraries in one environment
-        intel) read -ra packages <<<". impi-rt $gpus" ;;
+        mpich) packages=(".[${cuda/cuda/cupy},mpich]") ;; # never two MPI libraries in one environment
+        intel) packages=(".[${cuda/cuda/cupy}]" impi-rt) ;;
     esac
     printf '\n== pip install'
     printf " '%s'" "${packages[@]}"

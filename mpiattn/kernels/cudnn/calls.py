@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 
 from ..cupy.kernel import CupyKernel
-from ..cupy.passes import RowPass
+from ..cupy.passes import Place, RowPass
 from .pieces import Piece
 from .plans import Plan, Tensor, build
 from .scratch import Scratch
@@ -35,7 +35,8 @@ class Calls:
         q, _, v, out, lse = views
         rows, dtype, first = q.shape[:3], q.dtype, piece.queries.start
         shape, wide, offsets = (*rows, v.shape[3]), lse.dtype, _offsets(views, arrays)
-        merge = RowPass("merge", wide, dtype, out, lse, cupy.empty(shape, dtype), cupy.empty(rows, wide))
+        new = Place.packed(shape, dtype), Place.packed(rows, wide)
+        merge = RowPass("merge", wide, dtype, Place.of(out), Place.of(lse), *new)
 
         def call(*arrays: Array) -> None:
             q, k, v, out, lse = (array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True))
@@ -51,17 +52,19 @@ class Calls:
         views = _part(piece, arrays)
         q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
         rows, dtype = q.shape[:3], q.dtype
-        near = cupy.empty(d_out.shape, dtype), cupy.empty(rows, lse.dtype)
-        plan = self._plan(piece, q, *map(Tensor.of, (q, k, v, d_out, known[0] if known else near[0])))
+        saved = Tensor.of(known[0]) if known else Tensor.packed(*d_out.shape)
+        plan = self._plan(piece, q, *map(Tensor.of, (q, k, v, d_out)), saved)
         if plan is None:
             return None
         shapes = [array.shape for array in (q, k, v)]
-        stand_in = RowPass("stand_in", lse.dtype, dtype, *near, d_out, lse, delta)
+        near = Place.packed(d_out.shape, dtype), Place.packed(rows, lse.dtype)
+        stand_in = RowPass("stand_in", lse.dtype, dtype, *near, *map(Place.of, (d_out, lse, delta)))
         adds = [
-            RowPass("accumulate", lse.dtype, dtype, total, cupy.empty(shape, dtype))
+            RowPass("accumulate", lse.dtype, dtype, Place.of(total), Place.packed(shape, dtype))
             for total, shape in zip((d_q, d_k, d_v), shapes, strict=True)
         ]
-        sizes, offsets, lse_packed = [array.nbytes for array in near], _offsets(views, arrays), lse.flags.c_contiguous
+        sizes = [math.prod(place.shape) * place.itemsize for place in near]
+        offsets, lse_packed = _offsets(views, arrays), lse.flags.c_contiguous
         firsts = piece.queries.start, piece.keys.start, piece.keys.start
 
         def call(*arrays: Array) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -15,6 +16,7 @@ from mpiattn.softmax import accumulator
 Array = Any
 
 THREADS = 256
+VECTOR = 16  # bytes of sums that a thread has at a time
 PACK = 8  # numbers that a thread of `packed_pass` has at a time
 BLOCKS = 2112  # 16 for each of 132 multiprocessors; each goes on from row to row
 PASSES = "merge", "accumulate", "copy", "cast", "delta", "stand_in"
@@ -44,8 +46,28 @@ def compiled(name: str, wide: Any, dtype: Any, *more: Any) -> Any:
     return _module(a, t).get_function(f"{name}<{', '.join((a, t, *others))}>")
 
 
+class Place(NamedTuple):
+    """How an array lies in memory: its shape, strides in bytes, bytes of a number, whether it begins a vector."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    aligned: bool = True
+
+    @classmethod
+    def of(cls, array: Array) -> Place:
+        """Return that of an array."""
+        return cls(array.shape, array.strides, array.itemsize, array.data.ptr % VECTOR == 0)
+
+    @classmethod
+    def packed(cls, shape: Sequence[int], dtype: Any) -> Place:
+        """Return that of a new array."""
+        size = np.dtype(dtype).itemsize
+        return cls(tuple(shape), tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))), size)
+
+
 class RowPass:
-    """A pass with one warp a row, prepared for arrays of some shapes and strides, to be run on any pointers.
+    """A pass with one warp a row, prepared for arrays in some places, to be run on any pointers.
 
     Parameters
     ----------
@@ -53,20 +75,20 @@ class RowPass:
         In fused.cu.
     wide, dtype : numpy dtype
         Of sums, and of the narrower arrays.
-    arrays : of four axes or three, in the order of the pass's parameters
+    places : of arrays of four axes or three, in the order of the pass's parameters
         The first one of four axes says which rows there are.
     """
 
-    def __init__(self, name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
-        batch, heads, tokens, dim = next(array.shape for array in arrays if array.ndim == 4)
+    def __init__(self, name: str, wide: Any, dtype: Any, *places: Place) -> None:
+        batch, heads, tokens, dim = next(place.shape for place in places if len(place.shape) == 4)
         rows = batch * heads * tokens
-        vector = 16 // np.dtype(wide).itemsize
-        self.strides = [[stride // array.itemsize for stride in array.strides[:3]] for array in arrays]
-        for array, strides in zip(arrays, self.strides, strict=True):
-            if array.ndim == 4:
-                if array.strides[3] != array.itemsize and dim > 1 and rows:
+        vector = VECTOR // np.dtype(wide).itemsize
+        self.strides = [[stride // place.itemsize for stride in place.strides[:3]] for place in places]
+        for place, strides in zip(places, self.strides, strict=True):
+            if len(place.shape) == 4:
+                if place.strides[3] != place.itemsize and dim > 1 and rows:
                     raise ValueError("the numbers of a row must be neighbours in memory")
-                if any(number % vector for number in (dim, *strides)) or array.data.ptr % (array.itemsize * vector):
+                if any(number % vector for number in (dim, *strides)) or not place.aligned:
                     vector = 1
         self.grid = (-(-rows * 32 // THREADS),)
         self.numbers = rows, heads, tokens, dim

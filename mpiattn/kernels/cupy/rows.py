@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import cupy
@@ -10,27 +11,16 @@ import numpy as np
 from mpiattn.mask import Positions
 from mpiattn.softmax import accumulator
 
-from .passes import RowPass
+from .passes import Place, RowPass
 
 Array = Any
 
-
-KEPT = 2**12  # of what is prepared; then all of it is forgotten
-
-
-_prepared: dict[tuple[Any, ...], RowPass] = {}
-"""Passes by name, dtypes, and what matters of the arrays: to prepare one takes longer than to queue it."""
+# To prepare a pass takes longer than to queue it.
+_prepared = functools.lru_cache(maxsize=2**12)(RowPass)
 
 
 def _rows(name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
-    pointers = [array.data.ptr for array in arrays]
-    layouts = [(array.shape, array.strides, pointer % 64) for array, pointer in zip(arrays, pointers, strict=True)]
-    key = name, wide, dtype, *layouts
-    if key not in _prepared:
-        if len(_prepared) == KEPT:
-            _prepared.clear()
-        _prepared[key] = RowPass(name, wide, dtype, *arrays)
-    _prepared[key](*pointers)
+    _prepared(name, wide, dtype, *map(Place.of, arrays))(*(array.data.ptr for array in arrays))
 
 
 def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
