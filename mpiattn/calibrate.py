@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import env, gpu, grid, kernels, machine
+from . import env, gpu, grid, kernels, machines
 from .arrays import Parcel, add, cast, take
 from .arrays import dtype as dtype_of
 from .device import Channel, DeviceComm
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             overhead=overhead,
             eager=eager,
         )
-        machine.write(found, args.output)
+        machines.write(found, args.output)
         print(args.output.read_text())
     return 0
 

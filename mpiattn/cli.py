@@ -11,7 +11,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import calibrate, env, machine, run, virtual
+from . import calibrate, env, machines, run, virtual
 from .bench import command as bench
 from .compare import command as compare
 from .conformance import command as conformance
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         if name in VIRTUAL:
             group = command.add_argument_group("without MPI")
             group.add_argument("--virtual", type=int, metavar="N", help="on N virtual ranks, in virtual time")
-            names = ", ".join(machine.presets())
+            names = ", ".join(machines.presets())
             group.add_argument("--machine", metavar="NAME", help=f"of one host (default laptop): {names}, or a file")
     return top
 

@@ -17,7 +17,7 @@ from launch import mpiexec
 from safetensors.numpy import load_file
 
 import mpiattn
-from mpiattn import arrays, grid, inputs, machine, oracle, virtual
+from mpiattn import arrays, grid, inputs, machines, oracle, virtual
 from mpiattn.algorithms import Attention
 from mpiattn.mask import Causal
 from mpiattn.message import InputError
@@ -57,7 +57,7 @@ def test_the_chosen_algorithm_is_the_same_on_every_rank_and_right(comm: Any) -> 
 def test_every_rank_knows_the_plan(comm: Any) -> None:
     choice = mpiattn.choose(comm, **SIZES)
     assert len(set(comm.allgather(repr((choice.plan.best, choice.places))))) == 1
-    assert choice.plan.ranks == comm.Get_size() and choice.plan.machine.name in machine.presets()
+    assert choice.plan.ranks == comm.Get_size() and choice.plan.machine.name in machines.presets()
     assert [line.split(":")[0] for line in choice.explain()] == ["auto", "bytes", "time", "memory"]
     assert choice.arguments in choice.algorithm.variants(comm.Get_size())
 
@@ -120,7 +120,7 @@ def test_ranks_that_ask_for_different_plans(comm: Any) -> None:
 
 def test_ranks_in_another_order() -> None:
     """On 2 nodes of 4, a grid of 4 x 2 whose columns lie inside the nodes; ranks dealt out in turn."""
-    nodes = machine.load("ethernet")
+    nodes = machines.load("ethernet")
 
     def program(comm: Any) -> tuple[list[int], list[float], bool]:
         mixed = comm.Split(0, comm.Get_rank() % 4 * 2 + comm.Get_rank() // 4)  # 0, 4, 1, 5, ...: nodes in turn
@@ -150,7 +150,7 @@ def test_ranks_in_another_order() -> None:
 def test_on_virtual_ranks() -> None:
     """The machine is the cluster's own."""
     for ranks in (1, 4, 6):
-        results = virtual.run(ranks, machine.load("ethernet"), lambda comm: (attend_here(comm), here(False).name))
+        results = virtual.run(ranks, machines.load("ethernet"), lambda comm: (attend_here(comm), here(False).name))
         assert {name for _, name in results} == {"ethernet"}
         assert len({chosen for (_, chosen), _ in results}) == 1
         assert max(results[0][0][0]) < 1e-10

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import arrays, machine, memory, virtual
+from mpiattn import arrays, machines, memory, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
 from mpiattn.conformance.case import Case, fast
 from mpiattn.mask import Full
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Small messages aren't copied on their way.
-MACHINE = dataclasses.replace(machine.load("laptop"), eager=0)
+MACHINE = dataclasses.replace(machines.load("laptop"), eager=0)
 CASES = [case for case in fast() if not case.sinks]
 
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from mpiattn import costs, machine
-from mpiattn.machine import Link
+from mpiattn import costs, machines
+from mpiattn.machine import Link, Machine
 from mpiattn.mask import Causal, Documents, Full
 from mpiattn.message import InputError
 from mpiattn.planner import Candidate, Task, candidates, command, plan, simulate, units
 
-H200 = machine.load("h200-ib")
+H200 = machines.load("h200-ib")
 SMALL = Task(16384, 16, 4, 64, mask=Causal())
 
 
-def slow(gigabytes: float) -> machine.Machine:
+def slow(gigabytes: float) -> Machine:
     """Return the machine with all links slowed down."""
     links = {level: Link(link.latency, gigabytes * 1e9, cards=link.cards) for level, link in H200.links.items()}
     return dataclasses.replace(H200, links=links)
@@ -101,7 +101,7 @@ def test_memory_decides() -> None:
 def test_estimates_find_the_fastest(name: str, kv_heads: int) -> None:
     """The few candidates of a quick plan have one within 5 % of the best of all."""
     task = dataclasses.replace(SMALL, kv_heads=kv_heads, dtype="bfloat16")
-    described = machine.load(name)
+    described = machines.load(name)
     quick = plan(task, described, 16, quick=True)
     assert len(quick.outcomes) <= 7
     best = min(simulate(task, described, 16, one).seconds for one in candidates(16, described))
@@ -110,7 +110,7 @@ def test_estimates_find_the_fastest(name: str, kv_heads: int) -> None:
 
 def test_uneven_lengths() -> None:
     task = Task(1001, 12, 12, 64, mask=Causal(), dtype="float32")
-    names = {outcome.candidate.algorithm for outcome in plan(task, machine.load("laptop"), 6).outcomes}
+    names = {outcome.candidate.algorithm for outcome in plan(task, machines.load("laptop"), 6).outcomes}
     assert {"hybrid", "ulysses", "mesh", "ring"} <= names
 
 
@@ -143,7 +143,7 @@ def test_other_bad_input() -> None:
     with pytest.raises(InputError, match="nothing to plan for decode: is for a few new tokens"):
         plan(SMALL, H200, 4, algorithms=["decode"])
     with pytest.raises(InputError, match="has no rates for float64, only for bfloat16"):
-        plan(dataclasses.replace(SMALL, dtype="float64"), machine.load("a100-ib"), 4)
+        plan(dataclasses.replace(SMALL, dtype="float64"), machines.load("a100-ib"), 4)
 
 
 def test_numbers_on_the_command_line() -> None:

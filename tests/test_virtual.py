@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import costs, machine, virtual
+from mpiattn import costs, machines, virtual
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import Refused, check
@@ -44,7 +44,7 @@ PLAIN = Machine(
 
 def one_host(ranks: int) -> Machine:
     """Return a machine that holds all ranks on one host."""
-    return dataclasses.replace(machine.load("laptop"), ranks_per_node=ranks)
+    return dataclasses.replace(machines.load("laptop"), ranks_per_node=ranks)
 
 
 def pass_bytes(*ways: tuple[int, int, int]) -> Any:
@@ -258,7 +258,7 @@ def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens:
                 seen.append(attention.problem)
             return comm.me.received
 
-        received = virtual.run(ranks, machine.load("laptop"), program)
+        received = virtual.run(ranks, machines.load("laptop"), program)
         formula = [costs.COSTS[name](problems[0], rank, **arguments) for rank in range(ranks)]
         assert received == [cost.forward.nbytes + cost.backward.nbytes for cost in formula]
 
@@ -282,7 +282,7 @@ def test_sinks_and_dropout_without_data(name: str) -> None:
 
     for arguments in ALGORITHMS[name].variants(ranks):
         plain, more = (
-            max(virtual.run(ranks, machine.load("laptop"), partial(program, arguments=arguments, sinks=sinks)))
+            max(virtual.run(ranks, machines.load("laptop"), partial(program, arguments=arguments, sinks=sinks)))
             for sinks in (False, True)
         )
         assert more > plain
@@ -293,7 +293,7 @@ def test_sinks_and_dropout_without_data(name: str) -> None:
 @pytest.mark.parametrize(("ranks", "seconds"), [(256, 10), (1024, 60)])
 def test_a_ring_of_a_thousand_ranks_takes_less_than_a_minute(ranks: int, seconds: float) -> None:
     task, start = Task(tokens=2**20, heads=32, kv_heads=8, head_dim=128), time.process_time()
-    simulate(task, machine.load("h200-ib"), ranks, Candidate("ring"))
+    simulate(task, machines.load("h200-ib"), ranks, Candidate("ring"))
     assert time.process_time() - start < seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2e9
 
@@ -358,11 +358,11 @@ def test_no_mpi_is_needed() -> None:
     code = """
 import sys
 sys.modules["mpi4py.MPI"] = sys.modules["mpi4py"] = None
-from mpiattn import machine, virtual
+from mpiattn import machines, virtual
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
 from mpiattn.algorithms import RingAttention
-virtual.run(3, machine.load("laptop"), lambda comm: check(RingAttention, comm, Case()))
+virtual.run(3, machines.load("laptop"), lambda comm: check(RingAttention, comm, Case()))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -416,23 +416,23 @@ backward = [1e10, 2e10]
     ],
 )
 def test_a_damaged_machine_file_is_refused(old: str, new: str, message: str) -> None:
-    assert machine.parse(TEXT).name == "small"
+    assert machines.parse(TEXT).name == "small"
     with pytest.raises(InputError, match="machine") as error:
-        machine.parse(TEXT.replace(old, new, 1))
+        machines.parse(TEXT.replace(old, new, 1))
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", machine.presets())
+@pytest.mark.parametrize("name", machines.presets())
 def test_presets_load_and_survive_a_round_trip(name: str, tmp_path: Any) -> None:
-    preset = machine.load(name)
+    preset = machines.load(name)
     assert preset.source
-    machine.write(preset, tmp_path / "copy.toml")
-    assert machine.load(str(tmp_path / "copy.toml")) == preset
+    machines.write(preset, tmp_path / "copy.toml")
+    assert machines.load(str(tmp_path / "copy.toml")) == preset
 
 
 def test_an_unknown_machine_is_told_which_there_are() -> None:
     with pytest.raises(InputError, match=r"no machine 'abacus'.*a100-ib.*laptop"):
-        machine.load("abacus")
+        machines.load("abacus")
 
 
 def test_rates_between_and_beyond_the_sizes_given() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from mpiattn import charts, machine, mask
+from mpiattn import charts, machines, mask
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.planner import Candidate, Task, simulate
 from mpiattn.planner.candidates import APART
@@ -35,7 +35,7 @@ def main() -> None:
     rows = []
     for pair in args.pairs:
         description, _, measured = pair.partition("=")
-        found = machine.load(description)
+        found = machines.load(description)
         for case, name, ranks, task, times in measurements(Path(measured)):
             family, _, shape = name.partition(" ")
             given = tuple(zip(("rows", "cols"), map(int, shape.split("x")), strict=True)) if shape else ()

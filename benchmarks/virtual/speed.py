@@ -13,7 +13,7 @@ import time
 
 from tabulate import tabulate
 
-from mpiattn import env, machine
+from mpiattn import env, machines
 from mpiattn.planner import Candidate, Outcome, Task, simulate
 
 HEADERS = ("ranks", "wall s", "CPU s", "peak MB", "virtual ms\nforward", "virtual ms\nbackward")
@@ -26,7 +26,7 @@ def measure(ranks: int) -> list[str]:
     child = os.fork()
     if not child:
         outcome: Outcome = simulate(
-            Task(tokens=2**20, heads=32, kv_heads=8, head_dim=128), machine.load("h200-ib"), ranks, Candidate("ring")
+            Task(tokens=2**20, heads=32, kv_heads=8, head_dim=128), machines.load("h200-ib"), ranks, Candidate("ring")
         )
         os.write(tell, f"{1e3 * outcome.forward:.2f} {1e3 * outcome.backward:.2f}".encode())
         os._exit(0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import arrays, files, machine, oracle
+from .. import arrays, files, machines, oracle
 from ..algorithms import ALGORITHMS
 from ..mask import Causal
 from ..message import Communicator
@@ -50,7 +50,7 @@ def attend_virtually(name: str, ranks: int, given: dict[str, Array], partials: s
     """Return the same from a cluster of virtual ranks."""
     from ..virtual import run
 
-    results: list[Array] = run(ranks, machine.load("laptop"), lambda comm: attend(name, comm, given, partials))[0]
+    results: list[Array] = run(ranks, machines.load("laptop"), lambda comm: attend(name, comm, given, partials))[0]
     return results
 
 

@@ -23,8 +23,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import charts
-from .. import machine as machines
+from .. import charts, machines
 from ..message import Communicator, InputError
 from ..planner.units import count
 from . import communication, complexity, lab, paper, samples, speedup, training, weak

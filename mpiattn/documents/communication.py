@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import charts, machine
+from .. import charts, machines
 from .claims import COMMUNICATION
 from .report import Report
 from .setting import GB, LAYER, K, llama, ring_and_mesh
@@ -14,7 +14,7 @@ DEVICES = (4, 16, 64)
 
 def make(args: argparse.Namespace) -> Report:
     """Compare with the article's section 5.1."""
-    found = machine.load(args.machine)
+    found = machines.load(args.machine)
     report = Report(args.output, "communication", "Communication cost (article, section 5.1)", args.called)
     rows: list[tuple[object, ...]] = []
     volumes: dict[str, list[float]] = {}

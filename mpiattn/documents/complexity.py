@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import grid, machine
+from .. import grid, machines
 from ..costs import COSTS
 from ..mask import Full
 from ..planner import Candidate, Task
@@ -68,7 +68,7 @@ def numbers(tokens: int, ranks: int) -> list[tuple[object, ...]]:
     chunks = {RING: 8 + 2, mesh: 4 + 3 * cols + 2 * rows + 2 * 2}
     for name, candidate in (("ring", RING), (f"mesh {cols} x {rows}", mesh)):
         cost = COSTS[candidate.algorithm](task.problem(ranks), 0, **dict(candidate.arguments)).forward
-        peak = outcome(task, machine.load("h200-ib"), ranks, candidate).peak
+        peak = outcome(task, machines.load("h200-ib"), ranks, candidate).peak
         result.append(
             (name, f"{cost.nbytes / GB:.4g}", cost.messages, f"{cost.nbytes / work * 1e6:.3g}",
              f"{chunks[candidate] * chunk / GB:.4g}", f"{peak / GB:.4g}")

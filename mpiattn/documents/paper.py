@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import itertools
 
-from .. import charts, machine
+from .. import charts, machines
 from ..grid import grids
 from ..mask import Full
 from ..planner import Candidate, Task
@@ -21,7 +21,7 @@ SPEEDS = (3e9, 12e9, 25e9, 50e9, 100e9, 200e9)
 
 def make(args: argparse.Namespace) -> Report:
     """Compare with the paper's abstract."""
-    found, tokens = machine.load(args.machine), args.tokens or 256 * K
+    found, tokens = machines.load(args.machine), args.tokens or 256 * K
     report = Report(args.output, "paper", "The paper's 256 GPUs (arXiv 2512.20968)", args.called)
     report.note(
         f"The paper's abstract: up to {FASTER_MOST} x as fast as Ring Attention ({FASTER_AVERAGE} x on average) and up "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import charts, machine
+from .. import charts, machines
 from .claims import SPEEDUP
 from .report import Report
 from .setting import GB, LAYER, RING, K, llama, outcome, ring_and_mesh, shape
@@ -15,7 +15,7 @@ LONGER = 4
 
 def make(args: argparse.Namespace) -> Report:
     """Compare with the article's section 3.2."""
-    found, tokens = machine.load(args.machine), args.tokens or 128 * K
+    found, tokens = machines.load(args.machine), args.tokens or 128 * K
     report = Report(args.output, "speedup", "Speed-up against devices (article, section 3.2)", args.called)
     report.note(f"{LAYER} on {found.name}, against the same kernel on one device.")
     ours: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from .. import charts, machine
+from .. import charts, machines
 from ..machine import Machine
 from ..message import InputError
 from .claims import TRAINING
@@ -22,7 +22,7 @@ SLOW = 2.5e9
 
 def make(args: argparse.Namespace) -> Report:
     """Compare with the article's section 5.2."""
-    found, tokens = machine.load(args.machine), args.tokens or 32 * K
+    found, tokens = machines.load(args.machine), args.tokens or 32 * K
     if found.name not in MATMUL:
         raise InputError(f"no rate of matrix products for {found.name}: choose from {', '.join(MATMUL)}")
     name = f"Training throughput, LLaMA-7B at {tokens // K}K tokens (article, section 5.2)"

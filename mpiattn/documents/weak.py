@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .. import charts, machine
+from .. import charts, machines
 from .claims import WEAK
 from .report import Report
 from .setting import LAYER, K, llama, ring_and_mesh, shape
@@ -12,7 +12,7 @@ from .setting import LAYER, K, llama, ring_and_mesh, shape
 
 def make(args: argparse.Namespace) -> Report:
     """Compare with the article's section 5.3."""
-    found, each = machine.load(args.machine), args.tokens or 8 * K
+    found, each = machines.load(args.machine), args.tokens or 8 * K
     report = Report(
         args.output, "weak", f"Weak scaling, {each // K}K tokens a device (article, section 5.3)", args.called
     )

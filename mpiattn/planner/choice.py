@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .. import arrays, grid, virtual
 from ..algorithms import ALGORITHMS, Attention
 from ..algorithms.options import Options
-from ..machine import Machine, load
+from ..machine import Machine
+from ..machines import load
 from ..mask import Full, Mask
 from ..message import Communicator, InputError
 from .search import Plan, plan

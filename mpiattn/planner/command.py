@@ -16,8 +16,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from .. import charts, layout, mask
-from .. import machine as machines
+from .. import charts, layout, machines, mask
 from ..machine import Machine
 from ..mask import Causal
 from ..problem import PARTIALS

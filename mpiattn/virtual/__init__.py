@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..machine import load
+from ..machines import load
 from ..message import InputError
 from .arrays import VirtualArray as VirtualArray
 from .arrays import empty as empty
