@@ -11,8 +11,9 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import calibrate, env, machines, run, virtual
+from . import env, machines, run, virtual
 from .bench import command as bench
+from .calibrate import command as calibrate
 from .compare import command as compare
 from .conformance import command as conformance
 from .documents import command as documents

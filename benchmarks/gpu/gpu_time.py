@@ -44,12 +44,12 @@ def main() -> None:
         run = contenders.algorithm(setting, text, name, rows_cols)[0].run["forward+backward"]
         for _ in range(CALLS):
             run()
-        setting.wait()
+        gpu.wait(setting.xp)
         WORLD.Barrier()
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             for _ in range(CALLS):
                 run()
-            setting.wait()
+            gpu.wait(setting.xp)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             recorded.export_chrome_trace(str(path))

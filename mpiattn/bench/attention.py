@@ -98,7 +98,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         if on_gpu and not args.no_torch and importlib.util.find_spec("torch") and kv_heads == args.heads:
             contenders += torch_contenders(setting)
         for name, _, contender in itertools.product(PASSES, range(args.rounds), contenders):
-            contender.seconds[name].append(contender.measure(name, comm, setting.wait))
+            contender.seconds[name].append(contender.measure(name, comm, xp))
         say(
             f"\n{tokens} tokens, {args.heads} heads of {args.head_dim}, {dtype.name}, {args.mask}, "
             f"{comm.Get_size()} ranks"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, gpu
+from .. import arrays
 from ..algorithms import ALGORITHMS, Attention
 from ..mask import Full, Mask
 from ..message import Communicator
 from ..pairs import pairs
 from ..softmax import accumulator
+from ..timing import timed
 from .quiet import silence
 
 PASSES = ("forward", "forward+backward")
@@ -37,25 +37,15 @@ class Contender:
     calls: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
 
-    def measure(self, name: str, comm: Communicator, wait: Callable[[], None]) -> float:
+    def measure(self, name: str, comm: Communicator, xp: Any) -> float:
         """Return the seconds of one call, of the slowest rank."""
         run = self.run[name]
         with self.around(name):
             run()
             if name not in self.calls:
-                self.calls[name] = max(math.ceil(LEAST / _timed(run, 1, comm, wait)), 2)
-            return _timed(run, self.calls[name], comm, wait)
-
-
-def _timed(run: Callable[[], object], calls: int, comm: Communicator, wait: Callable[[], None]) -> float:
-    wait()
-    comm.Barrier()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wait()
-    slowest: float = max(comm.allgather(time.perf_counter() - start))
-    return slowest / calls
+                once = max(comm.allgather(timed(comm, run, 1, xp)))
+                self.calls[name] = max(math.ceil(LEAST / once), 2)
+            return float(max(comm.allgather(timed(comm, run, self.calls[name], xp))))
 
 
 @dataclass
@@ -78,10 +68,6 @@ class Setting:
         if self.xp is np:
             return np.random.default_rng(0).standard_normal(shape).astype(self.dtype)
         return arrays.cast(self.xp.random.standard_normal(shape, dtype=np.float32), self.dtype)
-
-    def wait(self) -> None:
-        """Wait until the device has nothing more to do."""
-        gpu.wait(self.xp)
 
     @property
     def operations(self) -> float:

@@ -1,0 +1,30 @@
+"""The time of some work that all ranks do at once, in several rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..message import Communicator, constant
+from ..timing import timed
+
+ENOUGH = 0.01
+"""Seconds that calls on a GPU fill: the first ones wait for nothing, and the end of the last is waited for."""
+
+
+def median(comm: Communicator, rounds: int, work: Callable[[], object], xp: Any) -> float:
+    """Return the median over rounds, after two that don't count, of the seconds of a call on the slowest rank."""
+    timed(comm, work, 1, xp)
+    once, calls = timed(comm, work, 1, xp), 1
+    if xp is not np:
+        calls = comm.allreduce(int(ENOUGH / once) + 1, constant("MAX"))
+    seconds = [timed(comm, work, calls, xp) for _ in range(rounds)]
+    return median_of_slowest(comm.allgather(seconds))
+
+
+def median_of_slowest(ranks: list[list[float]]) -> float:
+    """Return the median over rounds of the slowest rank's seconds, given each rank's."""
+    return float(statistics.median(max(one) for one in zip(*ranks, strict=True)))
