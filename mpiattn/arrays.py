@@ -162,7 +162,7 @@ class Uses:
     """What a GPU has still to do with a buffer: all that was queued before `event` was recorded.
 
     Work on a buffer is queued right after its arrays are asked for. So who records an event later on, see
-    `device.Channel.ready`, sets it for all buffers that are open, those whose arrays were asked for before.
+    `device.channel.Channel.ready`, sets it for all buffers that are open, those whose arrays were asked for before.
     """
 
     opened: ClassVar[list[Uses]] = []

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, device, kernels
+from . import arrays, kernels
+from .device.channel import MODES
 from .message import Communicator, InputError, virtual_time
 
 KINDS = ("numpy", "cupy")
@@ -19,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "numpy, or wha
     group.add_argument("--arrays", choices=KINDS, help=f"cupy: on GPUs (default {default})")
     names = sorted({name for kind in KINDS for name in kernels.KERNELS[kind]})
     group.add_argument("--kernel", choices=names, help="default the fastest that can do the problem")
-    group.add_argument(
-        "--gpu-messages", choices=device.MODES, default="auto", help="of device memory, or through the host"
-    )
+    group.add_argument("--gpu-messages", choices=MODES, default="auto", help="of device memory, or through the host")
 
 
 def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "numpy") -> Any:

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import device, staging
-from mpiattn.device import Channel, DeviceComm, Transfer
+from mpiattn.device import pinned
+from mpiattn.device.attach import attach
+from mpiattn.device.channel import Channel, Transfer
+from mpiattn.device.comm import DeviceComm
 from mpiattn.message import Tag, Testall, Waitall, constant
 from mpiattn.reduction import all_reduce, maximum
+from mpiattn.trace.comm import TracedComm
 
 
 class Memory:
@@ -85,9 +88,9 @@ XP = SimpleNamespace(
 
 @pytest.fixture(params=["device", "shared", "network"])
 def around(request: pytest.FixtureRequest, comm: Any, monkeypatch: pytest.MonkeyPatch) -> DeviceComm:
-    monkeypatch.setattr(staging, "PIECE", 1000)
-    monkeypatch.setattr(device, "LARGEST", 2500)
-    monkeypatch.setattr(staging.Segment, "known", {})
+    monkeypatch.setattr(pinned, "PIECE", 1000)
+    monkeypatch.setattr("mpiattn.device.comm.LARGEST", 2500)
+    monkeypatch.setattr(pinned.Segment, "known", {})
     channel = Channel(comm, XP, "device" if request.param == "device" else "host")
     if request.param == "network":
         channel.segment = None
@@ -171,3 +174,19 @@ def test_numpy_arrays_pass_untouched(around: DeviceComm) -> None:
     Waitall([around.Irecv(got, (rank - 1) % size, Tag.Q), around.Isend(np.full(3, 7.0), (rank + 1) % size, Tag.Q)])
     assert (got == 7).all() and isinstance(around.Isend(got[:0], rank, Tag.Q), Transfer)
     Waitall([around.Irecv(got[:0], rank, Tag.Q)])
+
+
+@pytest.mark.mpi
+def test_an_algorithms_communicators_are_attached_once_each(comm: Any) -> None:
+    traced = TracedComm(comm)
+    ring = comm.Dup()
+    attention = SimpleNamespace(comm=traced, ring=ring, again=ring, over=TracedComm(ring), size=comm.Get_size())
+    attach(attention, XP, "device")
+    assert attention.comm is traced and isinstance(traced.comm, DeviceComm) and traced.comm.comm is comm
+    assert isinstance(attention.ring, DeviceComm) and attention.ring.comm is ring
+    assert attention.again is attention.ring and attention.over.comm is attention.ring
+    assert attention.channel is traced.comm.channel is attention.ring.channel
+    attached = dict(vars(attention))
+    attach(attention, XP, "device")
+    assert vars(attention) == attached and traced.comm.comm is comm
+    ring.Free()

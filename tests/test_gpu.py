@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, RingAttention, arrays, cli, device, kernels, layout
+from mpiattn import ALGORITHMS, RingAttention, arrays, cli, kernels, layout
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check, compare
 from mpiattn.costs import COSTS
+from mpiattn.device.channel import Channel
+from mpiattn.device.comm import DeviceComm
+from mpiattn.device.probe import takes_device_memory
 from mpiattn.kernels.cudnn import pieces
 from mpiattn.mask import Causal, parse
 from mpiattn.message import InputError, Tag, Waitall
@@ -184,7 +187,7 @@ def xp(comm: Any) -> Any:
 @pytest.fixture(params=["device", "host"])
 def messages(request: pytest.FixtureRequest, comm: Any, xp: Any) -> str:
     """How messages go."""
-    if request.param == "device" and not device.takes_device_memory(comm, xp):
+    if request.param == "device" and not takes_device_memory(comm, xp):
         pytest.skip("this MPI library does not take device memory")
     return str(request.param)
 
@@ -254,7 +257,7 @@ def test_commands(comm: Any, xp: Any, shared_path: Any, command: str) -> None:
 @pytest.mark.timeout(300)
 def test_messages_beyond_2_gib(comm: Any, xp: Any, messages: str) -> None:
     other, size = 1 - comm.Get_rank(), 2**31 + 12345
-    around = device.DeviceComm(comm, device.Channel(comm, xp, messages))
+    around = DeviceComm(comm, Channel(comm, xp, messages))
     sent, got = (xp.arange(size, dtype=np.uint32) % 251).astype(np.uint8), xp.zeros(size, np.uint8)
     sent[-1] = 77
     Waitall([around.Irecv(got, other, Tag.KV), around.Isend(sent, other, Tag.KV)])

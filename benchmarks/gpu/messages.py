@@ -14,7 +14,9 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from mpiattn import arrays, device
+from mpiattn import arrays
+from mpiattn.device.channel import Channel
+from mpiattn.device.comm import DeviceComm
 from mpiattn.message import Tag, Waitall
 
 WORLD = MPI.COMM_WORLD
@@ -38,7 +40,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         xp = arrays.use_gpu(WORLD)
     source, dest = (WORLD.rank - 1) % WORLD.size, (WORLD.rank + 1) % WORLD.size
-    ways = {way: device.DeviceComm(WORLD, device.Channel(WORLD, xp, way)) for way in ("device", "host")}
+    ways = {way: DeviceComm(WORLD, Channel(WORLD, xp, way)) for way in ("device", "host")}
     name = xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
     lines = [f"machine: {WORLD.size} ranks, {name}; {MPI.Get_library_version().split(',')[0]}", ""]
     for size in SIZES:
@@ -49,7 +51,7 @@ def main() -> None:
         def raw(sent: object = sent, got: object = got) -> None:
             MPI.Request.Waitall([WORLD.Irecv(got, source), WORLD.Isend(sent, dest)])
 
-        def through(comm: device.DeviceComm, sent: object = sent, got: object = got) -> None:
+        def through(comm: DeviceComm, sent: object = sent, got: object = got) -> None:
             Waitall([comm.Irecv(got, source, Tag.KV), comm.Isend(sent, dest, Tag.KV)])
 
         line = [f"{size:4} MiB"]

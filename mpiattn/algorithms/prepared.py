@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import arrays, device, kernels
+from .. import arrays, kernels
 from .. import layout as layouts
 from ..arrays import Array
+from ..device.attach import attach
+from ..device.channel import check_mode
 from ..dropout import Dropout
 from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full, Mask
@@ -79,7 +81,7 @@ class Prepared(Storage):
             partial(check_mask, self.mask),
             partial(layouts.check, self.layout, comm.Get_size()),
             partial(kernels.check, kernel),
-            partial(device.check, gpu_messages),
+            partial(check_mode, gpu_messages),
             partial(check_scale, scale),
             partial(check_softcap, softcap),
             partial(check_partials, partials),
@@ -153,7 +155,7 @@ class Prepared(Storage):
     def replan(self, problem: Problem, xp: Any) -> None:
         """Plan for a problem of arrays of that namespace."""
         if xp.__name__ == "cupy":
-            device.attach(self, xp, self.gpu_messages)
+            attach(self, xp, self.gpu_messages)
         self.xp = xp
         self.storage.clear()
         self.made.clear()

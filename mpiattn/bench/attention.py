@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from .. import arrays, device, gpu, grid, kernels, mask
+from .. import arrays, gpu, grid, kernels, mask
 from ..algorithms import ALGORITHMS
+from ..device.probe import takes_device_memory
 from ..mask import Causal
 from ..message import Communicator, InputError
 from ..problem import PARTIALS
@@ -135,7 +136,7 @@ def describe(comm: Communicator, xp: Any) -> list[str]:
         shared = set(comm.allgather((socket.gethostname(), xp.cuda.Device().pci_bus_id)))
         what.insert(0, f"{len(shared)} x {name}, {comm.Get_size()} ranks")
         what += [f"CuPy {xp.__version__}", kernels.on_gpus()]
-        what.append(f"messages of device memory: {'yes' if device.takes_device_memory(comm, xp) else 'no'}")
+        what.append(f"messages of device memory: {'yes' if takes_device_memory(comm, xp) else 'no'}")
     return what
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from .. import arrays, env, gpu, grid, machines
-from ..device import Channel, DeviceComm
+from ..device.channel import Channel
+from ..device.comm import DeviceComm
 from ..machine import Machine, Rates
 from ..message import Communicator, InputError
 from ..progress import bar

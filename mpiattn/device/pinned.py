@@ -1,0 +1,64 @@
+"""Pinned memory of the host, which GPUs copy to and from, and which the ranks of a host share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..message import Allocate_shared, Communicator, constant
+
+PIECE = 2**22  # bytes
+SHARED = 8  # pieces that a rank has room for in memory that the ranks of its host share
+
+
+class Segment:
+    """Pinned memory that the ranks of a host share: each has some slots of PIECE bytes.
+
+    Attributes
+    ----------
+    parts : dict
+        Address of each rank's slots, by the name of the rank; see `name`.
+    free : list of int
+        Those of the own slots that nothing is in.
+    """
+
+    known: ClassVar[dict[tuple[str, ...], Segment | None]] = {}
+    """By the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
+
+    def __init__(self, host: Communicator, names: Sequence[str], xp: Any) -> None:
+        self.window = Allocate_shared(host, SHARED * PIECE)
+        buffers = [np.frombuffer(self.window.Shared_query(rank)[0], np.uint8) for rank in range(len(names))]
+        buffers[host.Get_rank()].fill(0)  # its pages are taken from memory near this rank
+        host.Barrier()
+        self.parts = {part: buffer.ctypes.data for part, buffer in zip(names, buffers, strict=True)}
+        self.free = list(range(SHARED))
+        self.name = names[host.Get_rank()]
+        for buffer in buffers:
+            xp.cuda.runtime.hostRegister(buffer.ctypes.data, buffer.nbytes, 0)
+
+    def address(self, part: str, slot: int) -> int:
+        """Return the address of a slot of a rank."""
+        return int(self.parts[part] + slot * PIECE)
+
+    @classmethod
+    def of(cls, comm: Communicator, xp: Any) -> Segment | None:
+        """Return that of the ranks of a communicator that are on this host; None where it can't be had."""
+        host = comm.Split_type(constant("COMM_TYPE_SHARED"))
+        names = tuple(host.allgather(name()))
+        if names not in cls.known:
+            try:
+                segment = cls(host, names, xp)
+            except Exception:  # of MPI, or of CUDA
+                segment = None
+            cls.known[names] = segment if all(host.allgather(segment is not None)) else None
+        host.Free()
+        return cls.known[names]
+
+
+def name() -> str:
+    """Return a name that no other process has."""
+    return f"{socket.gethostname()} {os.getpid()}"
