@@ -31,8 +31,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .arrays import Spec, nbytes
+from .arrays import Spec
 from .kv_cache import CacheProblem
+from .parcel import nbytes
 from .problem import Problem
 from .reduction import even
 from .travel import Travel, travels, windows

@@ -37,8 +37,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .arrays import Spec, nbytes
+from .arrays import Spec
 from .kv_cache import CacheProblem
+from .parcel import nbytes
 from .problem import Problem
 from .reduction import even
 from .softmax import LSE

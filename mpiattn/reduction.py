@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, Parcel, namespace
+from .arrays import Array, namespace
 from .message import Communicator, Tag, Waitall
+from .parcel import Parcel
 
 
 def exchange(comm: Communicator, tag: Tag, leaving: Mapping[int, Parcel], arriving: Mapping[int, Parcel]) -> list[Any]:

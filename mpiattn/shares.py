@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import layout as layouts
-from .arrays import DESCRIPTION, DTYPES, Parcel, Spec, describe, described, namespace, put
+from .arrays import DESCRIPTION, DTYPES, Spec, describe, described, namespace, put
 from .mask import Positions
 from .message import Communicator, InputError, Tag, Waitall
+from .parcel import Parcel
 
 Where = Callable[[tuple[int, ...], int], Any]
 """Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""

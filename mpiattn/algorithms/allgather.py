@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Array, Parcel, add, nbytes
+from ..arrays import Array, add
 from ..message import Communicator, Pieces, Tag, Testall, Waitall
+from ..parcel import Parcel, nbytes
 from ..problem import Problem
 from ..reduction import exchange
 from .base import Attention

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import DESCRIPTION, Array, Parcel
+from ..arrays import DESCRIPTION, Array
 from ..kv_cache import CacheProblem, posed_to_cache, span
 from ..mask import Positions
 from ..message import Communicator, Tag, Waitall
+from ..parcel import Parcel
 from ..problem import Problem
 from ..reduction import all_reduce, maximum
 from ..shares import Where

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Array, Parcel, Spec, nbytes
+from ..arrays import Array, Spec
 from ..message import Tag, Waitall
+from ..parcel import Parcel, nbytes
 from ..problem import Problem
 from ..shares import join
 from .base import Attention

@@ -20,8 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid
-from ..arrays import Array, Parcel, Spec
+from ..arrays import Array, Spec
 from ..message import Communicator, Tag, Testall, Waitall
+from ..parcel import Parcel
 from ..problem import Problem
 from ..travel import Travel, windows
 from .base import Attention

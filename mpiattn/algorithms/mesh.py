@@ -21,8 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import grid, tile
-from ..arrays import Array, Parcel, Spec
+from ..arrays import Array, Spec
 from ..message import Communicator, Tag, Testall, Waitall
+from ..parcel import Parcel
 from ..problem import Problem
 from ..schedule.steps import Op
 from ..travel import Travel, travels

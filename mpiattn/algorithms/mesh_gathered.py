@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import grid
-from ..arrays import Array, Parcel, Spec, nbytes, take
+from ..arrays import Array, Spec, take
 from ..mask import Positions
 from ..message import Communicator, Pieces, constant
+from ..parcel import Parcel, nbytes
 from ..problem import Problem
 from ..shares import join
 from ..softmax import merge

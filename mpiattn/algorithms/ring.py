@@ -15,8 +15,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Array, Parcel
+from ..arrays import Array
 from ..message import Communicator, Tag, Testall, Waitall
+from ..parcel import Parcel
 from ..problem import Problem
 from ..travel import travels
 from .base import Attention

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import Array, Parcel, nbytes
+from ..arrays import Array
 from ..message import Allocate_shared, Communicator, InputError, constant
+from ..parcel import Parcel, nbytes
 from ..problem import Problem
 from .base import Attention
 from .options import Options, agree

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import arrays
-from ..arrays import Array, Parcel
+from ..arrays import Array, Spec
+from ..parcel import Parcel, Uses, nbytes
 from ..problem import Problem
 from ..softmax import LSE
 
@@ -23,12 +23,10 @@ class Storage:
         """Namespace of the arrays at hand: NumPy, CuPy, ..."""
         self.problem: Problem | None = None
         self.storage: dict[str, list[NDArray[np.uint8]]] = {}
-        self.uses: dict[str, list[arrays.Uses | None]] = {}
+        self.uses: dict[str, list[Uses | None]] = {}
         self.made: dict[tuple[Any, ...], dict[int, Parcel]] = {}
 
-    def parcels(
-        self, name: str, specs: Sequence[Sequence[arrays.Spec]], buffers: int = 0, anew: bool = False
-    ) -> list[Parcel]:
+    def parcels(self, name: str, specs: Sequence[Sequence[Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
         """Return a parcel for each list of specs; they keep their storage until the problem changes.
 
         Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own. `anew` says that a parcel's
@@ -38,9 +36,9 @@ class Storage:
         tracked = anew and self.xp.__name__ == "cupy"
         count = min(buffers + (tracked and buffers > 0), len(specs)) or len(specs)
         if name not in self.storage:
-            self.uses[name] = [arrays.Uses() if tracked else None for _ in range(count)]
+            self.uses[name] = [Uses() if tracked else None for _ in range(count)]
             different = [{id(group): group for group in specs[start::count]} for start in range(count)]
-            largest = [max(map(arrays.nbytes, groups.values())) for groups in different]
+            largest = [max(map(nbytes, groups.values())) for groups in different]
             self.storage[name] = [self.xp.empty(size, np.uint8) for size in largest]
         # Chunks of one shape in one buffer are one parcel. Most share one list, which is then looked at once.
         alike = {id(group): group for group in specs}
@@ -53,7 +51,7 @@ class Storage:
             result.append(known[place])
         return result
 
-    def sums(self, name: str, specs: Sequence[list[arrays.Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
+    def sums(self, name: str, specs: Sequence[list[Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
         """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""
         sums = self.parcels(name, specs, buffers, anew)
         travelling = self.travelling(specs)
@@ -62,12 +60,12 @@ class Storage:
                 own.sent_as = rounded
         return sums
 
-    def arriving(self, name: str, specs: Sequence[list[arrays.Spec]]) -> list[Parcel]:
+    def arriving(self, name: str, specs: Sequence[list[Spec]]) -> list[Parcel]:
         """Return parcels for sums that arrive one a step; the own one, number 0, may arrive beside another."""
         specs = self.travelling(specs)
         return self.parcels(f"home {name}", specs[:1]) + self.parcels(f"arriving {name}", specs, buffers=1)[1:]
 
-    def travelling(self, specs: Sequence[list[arrays.Spec]]) -> list[list[arrays.Spec]]:
+    def travelling(self, specs: Sequence[list[Spec]]) -> list[list[Spec]]:
         """Return partial sums as they travel; see `Problem.sent`."""
         assert self.problem is not None
         return [self.problem.sent(sums) for sums in specs]

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..arrays import Array, Parcel, Spec, take
+from ..arrays import Array, Spec, take
 from ..message import Communicator, Tag, Waitall
+from ..parcel import Parcel
 from ..problem import Problem
 from ..shares import join
 from ..softmax import delta

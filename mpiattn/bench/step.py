@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Parcel
 from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full
 from ..message import Communicator, Tag, Testall, Waitall, constant
+from ..parcel import Parcel
 
 HEADS, HEAD_DIM = 8, 128
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Parcel, add, cast, take
+from ..arrays import add, cast, take
 from ..message import Communicator
+from ..parcel import Parcel
 from ..softmax import accumulator
 from .rounds import median
 

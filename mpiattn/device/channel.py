@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Tracked, Uses
 from ..message import Communicator
+from ..parcel import Tracked, Uses
 from . import pinned
 from .probe import takes_device_memory
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Tracked
 from ..message import Communicator, Memory, Testall, constant
+from ..parcel import Tracked
 from . import pinned, staging
 from .channel import Channel, Transfer
 

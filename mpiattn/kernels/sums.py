@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpiattn.arrays import Parcel, add
+from mpiattn.arrays import add
+from mpiattn.parcel import Parcel
 from mpiattn.softmax import merge
 
 Array = Any

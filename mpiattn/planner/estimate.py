@@ -7,8 +7,8 @@ import math
 from typing import NamedTuple
 
 from .. import memory
-from ..arrays import nbytes
 from ..machine import Link, Machine, operations
+from ..parcel import nbytes
 from ..problem import Problem
 from .candidates import GATHERED, Candidate
 from .task import Task

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import cupy
 
-from mpiattn.arrays import Parcel
+from mpiattn.parcel import Parcel
 
 from ..cupy.passes import packed_pass
 from ..sums import Sums
