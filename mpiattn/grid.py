@@ -14,6 +14,12 @@ def grids(ranks: int) -> list[tuple[int, int]]:
     return [(rows, ranks // rows) for rows in range(1, ranks + 1) if ranks % rows == 0]
 
 
+def lines(rank: int, rows: int, cols: int) -> tuple[range, range]:
+    """Return the ranks of a rank's row and those of its column."""
+    r, c = divmod(rank, cols)
+    return range(r * cols, (r + 1) * cols), range(c, rows * cols, cols)
+
+
 def squarest(ranks: int) -> tuple[int, int]:
     """Return the grid nearest to a square, with no more columns than rows."""
     return min(grids(ranks), key=lambda grid: (abs(grid[0] - grid[1]), grid[1]))

@@ -1,4 +1,4 @@
-"""The formulas of memory.py against what virtual ranks count, and against what NumPy takes."""
+"""The formulas of memory against what virtual ranks count, and against what NumPy takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import arrays, machines, memory, virtual
+from mpiattn import arrays, machines, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
 from mpiattn.conformance.case import Case, fast
+from mpiattn.formulas.peak import Peak, peak
 from mpiattn.mask import Full
 from mpiattn.problem import Problem
 from mpiattn.virtual import VirtualComm
@@ -31,7 +32,7 @@ def shares(attention: Any, case: Case, rank: int) -> list[tuple[int, ...]]:
     return [whole[attention.owned(name, case.shapes)(whole.shape, rank)].shape for name, whole in wholes.items()]
 
 
-def counted(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any]) -> tuple[memory.Peak, memory.Peak]:
+def counted(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any]) -> tuple[Peak, Peak]:
     """Return what a virtual rank has held at most beside what it was given, and what the formula says."""
     me = comm.me
     with ALGORITHMS[name](comm, **case.options, **arguments) as attention:
@@ -41,8 +42,8 @@ def counted(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any])
         forward, me.peak = me.peak - given, me.held
         attention.backward(d_out, saved)
         assert out.shape == d_out.shape
-        seen = memory.Peak(forward, me.peak - given)
-        return seen, memory.peak(name, attention.problem, comm.Get_rank(), **arguments)
+        seen = Peak(forward, me.peak - given)
+        return seen, peak(name, attention.problem, comm.Get_rank(), **arguments)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 9])
@@ -82,9 +83,9 @@ def test_the_table_in_units_of_q(n: int, g: int) -> None:
         ("hybrid", 0, {"ulysses": u, "rows": 1, "cols": m}, (2 * m + 8 + 7 / g, 5 * m + 16 + 20 / g)),
     ]
     for name, rank, arguments, formula in table:
-        peak = memory.peak(name, problem, rank, **arguments)
+        held = peak(name, problem, rank, **arguments)
         share = heads * tokens * dim * 4
-        assert (peak.forward / share, peak.backward / share) == pytest.approx(formula, rel=1e-3), (name, arguments)
+        assert (held.forward / share, held.backward / share) == pytest.approx(formula, rel=1e-3), (name, arguments)
 
 
 def keeps(comm: VirtualComm, name: str, case: Case, arguments: dict[str, Any]) -> bool:
@@ -126,7 +127,7 @@ def measured(comm: Any, name: str, case: Case, arguments: dict[str, Any]) -> lis
         tiles.append(scratch(attention))
         tracemalloc.stop()
         assert out.shape == d_out.shape and len(gradients) == 3
-        formula = memory.peak(name, attention.problem, comm.Get_rank(), **arguments)
+        formula = peak(name, attention.problem, comm.Get_rank(), **arguments)
     return [most / (p + tile) for most, p, tile in zip(seen, (formula.forward, formula.backward), tiles, strict=True)]
 
 

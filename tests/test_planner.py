@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mpiattn import costs, machines
+from mpiattn import machines
+from mpiattn.formulas import COSTS
 from mpiattn.machine import Link, Machine
 from mpiattn.mask import Causal, Documents, Full
 from mpiattn.message import InputError
@@ -45,7 +46,7 @@ def test_the_plan_is_in_the_order_of_time() -> None:
 def test_bytes_of_an_outcome_are_those_of_the_formula() -> None:
     for candidate in (Candidate("ring"), Candidate("mesh", (("rows", 4), ("cols", 4)), (4, 2))):
         outcome = simulate(SMALL, H200, 16, candidate)
-        formula = [costs.COSTS[candidate.algorithm](SMALL.problem(16), rank, **dict(candidate.arguments)) for rank in
+        formula = [COSTS[candidate.algorithm](SMALL.problem(16), rank, **dict(candidate.arguments)) for rank in
                    range(16)]  # fmt: skip
         assert outcome.received == max(cost.forward.nbytes + cost.backward.nbytes for cost in formula)
 

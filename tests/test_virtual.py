@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import costs, machines, virtual
+from mpiattn import machines, virtual
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import Refused, check
 from mpiattn.dropout import Dropout
+from mpiattn.formulas import COSTS
 from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
@@ -259,7 +260,7 @@ def test_arrays_without_data_receive_the_bytes_of_the_formula(name: str, tokens:
             return comm.me.received
 
         received = virtual.run(ranks, machines.load("laptop"), program)
-        formula = [costs.COSTS[name](problems[0], rank, **arguments) for rank in range(ranks)]
+        formula = [COSTS[name](problems[0], rank, **arguments) for rank in range(ranks)]
         assert received == [cost.forward.nbytes + cost.backward.nbytes for cost in formula]
 
 
@@ -319,7 +320,7 @@ def test_conformance_on_many_ranks(name: str, ranks: int) -> None:
     case = Case(tokens=130, dtype="float64")
     for arguments in ALGORITHMS[name].variants(ranks)[1:3] or [{}]:
         factory = partial(ALGORITHMS[name], **arguments)
-        conform(ranks, factory, case, partial(costs.COSTS[name], **arguments))
+        conform(ranks, factory, case, partial(COSTS[name], **arguments))
 
 
 @pytest.mark.mpi(max_size=6)

@@ -69,8 +69,7 @@ class GatheredMeshAttention(Attention):
 
     def plan(self, problem: Problem) -> None:
         """Say whose queries and keys make this tile, and which ranks compute something for which."""
-        self.q_owners = [self.r * self.cols + place for place in range(self.cols)]
-        self.kv_owners = [place * self.cols + self.c for place in range(self.rows)]
+        self.q_owners, self.kv_owners = grid.lines(self.grid.Get_rank(), self.rows, self.cols)
         self.queries, self.q_places = problem.queries_of(self.q_owners)
         self.keys, self.kv_places = problem.keys_of(self.kv_owners)
         tiles = problem.needed.reshape(self.rows, self.cols, self.rows, self.cols)

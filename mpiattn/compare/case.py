@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import gpu, inputs, memory, oracle
+from .. import gpu, inputs, oracle
 from ..algorithms import Attention
 from ..arrays import Array, on_host
+from ..formulas.peak import peak
 from ..inputs import AUTO, Inputs
 from ..mask import Positions
 from ..message import clock
@@ -85,7 +86,7 @@ class Case:
             pool = self.xp.get_default_memory_pool()
             self.peak = pool.total_bytes()
             pool.free_all_blocks()
-        most = memory.peak(self.algorithm, saved.problem, comm.Get_rank(), **self.arguments)
+        most = peak(self.algorithm, saved.problem, comm.Get_rank(), **self.arguments)
         self.formula = max(most.forward, most.backward)
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")

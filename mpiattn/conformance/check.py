@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, costs, oracle, shares
+from .. import arrays, oracle, shares
+from ..formulas.traffic import Costs, sink_gradient
 from ..message import Communicator
 from ..oracle import Array
 from ..trace.comm import TracedComm
@@ -36,7 +37,7 @@ def check(
     factory: Factory,
     comm: Communicator,
     case: Case,
-    traffic: Callable[..., costs.Costs] | None = None,
+    traffic: Callable[..., Costs] | None = None,
     xp: Any = np,
 ) -> None:
     """Raise AssertionError, on every rank alike, where a rank's results or traffic are wrong; or Refused.
@@ -80,7 +81,7 @@ def check(
             d_sinks = arrays.on_host(attention.sink_gradient(own["out"], saved))
             reference = right["d_sinks"]
             wrong += compare("d_sinks", d_sinks, reference[heads], reference, case.dtype, least["d_sinks"])
-            seen, formula = traced.trace.received(), costs.sink_gradient(attention.problem, comm.Get_rank())
+            seen, formula = traced.trace.received(), sink_gradient(attention.problem, comm.Get_rank())
             if traffic is not None and seen != (formula.messages, formula.nbytes):
                 wrong.append(
                     f"sink_gradient received {seen[0]} messages of {seen[1]} bytes, the formula says {formula}"

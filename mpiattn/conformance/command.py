@@ -25,8 +25,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from .. import costs, gpu
+from .. import gpu
 from ..algorithms import ALGORITHMS
+from ..formulas import COSTS
+from ..formulas.traffic import Costs
 from ..message import Communicator, InputError
 from ..progress import bar
 from .case import Case, fast, matrix
@@ -102,7 +104,7 @@ def reproducer(comm: Communicator, name: str, case: Case, args: argparse.Namespa
     return f"mpiexec -n {comm.Get_size()} mpiattn conformance {shlex.join(which)}"
 
 
-def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factory, Callable[..., costs.Costs] | None]]:
+def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factory, Callable[..., Costs] | None]]:
     """Return name, factory and formula of each implementation that is asked for."""
     given = {key: value for key, value in gpu.options(args).items() if value not in (None, "auto")}
     if args.module:
@@ -115,12 +117,12 @@ def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factor
     known = {
         (name, *(f"{key}={value}" for key, value in arguments.items())): (
             partial(ALGORITHMS[name], **arguments, **given),
-            partial(costs.COSTS[name], **arguments),
+            partial(COSTS[name], **arguments),
         )
         for name in ALGORITHMS
         for arguments in ALGORITHMS[name].variants(comm.Get_size())
     }
-    found: list[tuple[str, Factory, Callable[..., costs.Costs] | None]] = []
+    found: list[tuple[str, Factory, Callable[..., Costs] | None]] = []
     for text in list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(","):
         name, *wanted = text.split() or [text]
         if name not in ALGORITHMS:

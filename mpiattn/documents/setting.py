@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..costs import COSTS
+from ..formulas import COSTS
 from ..machine import Machine
 from ..mask import Causal
 from ..planner import Candidate, Outcome, Task, candidates, simulate

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from .. import memory
+from ..formulas.peak import peak
 from ..machine import Link, Machine, operations
 from ..parcel import nbytes
 from ..problem import Problem
@@ -89,9 +89,9 @@ def held(task: Task, ranks: int, candidate: Candidate) -> int:
     """Return the bytes that a rank holds at most, what it is given included: that of the first and the last rank."""
     problem, most = _problem(task, ranks), 0
     for rank in {0, ranks - 1}:
-        peak = memory.peak(candidate.algorithm, problem, rank, **dict(candidate.arguments))
+        held = peak(candidate.algorithm, problem, rank, **dict(candidate.arguments))
         given = nbytes(problem.qkv(rank)) + (nbytes(problem.out(rank)[1:]) if task.backward else 0)
-        most = max(most, given + max(peak.forward, peak.backward if task.backward else 0))
+        most = max(most, given + max(held.forward, held.backward if task.backward else 0))
     return most
 
 

@@ -1,0 +1,68 @@
+"""Tokens for heads and back, in a group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..arrays import Spec
+from ..parcel import nbytes
+from ..problem import Problem
+from .memory import Pass, largest, total
+from .traffic import Costs, pieces
+
+
+def costs(problem: Problem, rank: int, members: Sequence[int]) -> Costs:
+    """Tokens for heads and back, among the ranks of a group."""
+    own, others, partial = _parts(problem, rank, members)
+    tokens = [member for member in members if member != rank]
+    return Costs(
+        pieces([own.qkv(member) for member in tokens] + [part.out(rank) for part in others]),
+        pieces([own.d_out(member) for member in tokens] + [part.d_qkv(rank, partial) for part in others]),
+    )
+
+
+def memory(
+    problem: Problem, rank: int, members: Sequence[int], inner: tuple[Pass, Pass], lse: np.dtype[np.floating]
+) -> tuple[Pass, Pass]:
+    """What is exchanged in a group, forth and back, and what is joined of it, beside what is done inside.
+
+    `lse` is the dtype of the lse that comes from inside.
+    """
+    own, others, partial = _parts(problem, rank, members)
+
+    def exchanged(spec: Callable[[Problem, int], list[Spec]]) -> int:
+        return total([spec(part, rank) for part in others]) + total([spec(own, member) for member in members])
+
+    def out(member: int) -> list[list[Spec]]:
+        values, (rows, _) = own.o(member)
+        return [[values], [(rows, lse)]]
+
+    forward, backward = inner
+    return (
+        Pass(
+            exchanged(Problem.qkv)
+            + total([own.qkv(member) for member in members])
+            + forward.kept
+            + nbytes(problem.o(rank))
+            + exchanged(Problem.out),
+            inside=forward.sums + max(total(out(member)) for member in members),
+        ),
+        Pass(
+            exchanged(Problem.d_out)
+            + total([own.d_out(member) for member in members])
+            + backward.kept
+            + nbytes(problem.d_kv(rank) + problem.d_q(rank))
+            + exchanged(lambda part, owner: part.d_qkv(owner, partial)),
+            inside=backward.sums + largest([own.d_kv(member) + own.d_q(member) for member in members]),
+        ),
+    )
+
+
+def _parts(problem: Problem, rank: int, members: Sequence[int]) -> tuple[Problem, list[Problem], bool]:
+    """Return the problem of a rank's heads, those of the others in the group, and whether K/V heads are in several."""
+    parts = [part for *_, part in problem.by_heads(len(members))]
+    partial = sum(part.kv_heads for part in parts) > problem.kv_heads
+    own = parts.pop(members.index(rank))
+    return own, parts, partial

@@ -1,0 +1,31 @@
+"""The most memory that a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..parcel import nbytes
+from ..problem import Problem
+from . import PASSES
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that one rank holds at one moment."""
+
+    forward: int
+    backward: int
+
+
+def peak(name: str, problem: Problem, rank: int, **arguments: int | str) -> Peak:
+    """Return the most that a rank holds in an algorithm, by its name and its own arguments."""
+    if problem.spread_heads:
+        heads, kv_heads = problem.spread_heads[rank]
+        problem = replace(problem, heads=heads, kv_heads=kv_heads)
+    forward, backward = PASSES[name](problem, rank, **arguments)
+    saved, row_delta = nbytes(problem.out(rank)), nbytes(problem.out(rank)[:1])
+    gradients = nbytes(problem.qkv(rank))
+    return Peak(
+        forward.kept + max(forward.inside, forward.sums + saved),
+        forward.kept + saved + row_delta + backward.kept + max(backward.inside, backward.sums + gradients),
+    )
