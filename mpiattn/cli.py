@@ -11,12 +11,13 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from . import env, machines, run, virtual
+from . import machines, run, virtual
 from .bench import command as bench
 from .calibrate import command as calibrate
 from .compare import command as compare
 from .conformance import command as conformance
 from .documents import command as documents
+from .env import command as env
 from .message import InputError
 from .planner import command as planner
 from .schedule import command as schedule

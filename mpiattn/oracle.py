@@ -1,8 +1,7 @@
 """The oracle: textbook attention in float64 with every score written out, forward and backward.
 
-It shares no code with the kernels or the algorithms, so that agreement means something, but for the mask
-and for which probabilities dropout keeps. Queries are
-taken in slabs only to bound memory.
+It shares no code with the kernels or the algorithms, so that agreement means something, but for the mask and for
+which probabilities dropout keeps. Queries are taken in slabs only to bound memory.
 """
 
 from __future__ import annotations

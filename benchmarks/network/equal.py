@@ -22,7 +22,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiattn import MeshAttention
-from mpiattn.env import environment
+from mpiattn.env.environment import environment
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.parcel import Parcel
 from mpiattn.schedule.steps import Costs, Op, makespan

@@ -20,7 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 import mpiattn
-from mpiattn.env import environment
+from mpiattn.env.environment import environment
 from mpiattn.grid import grids
 from mpiattn.trace.comm import TracedComm
 

@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiattn import ALGORITHMS
-from mpiattn.env import environment
+from mpiattn.env.environment import environment
 from mpiattn.message import Tag, Testall, Waitall
 from mpiattn.trace.comm import TracedComm
 from mpiattn.trace.events import Trace

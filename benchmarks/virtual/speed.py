@@ -13,7 +13,8 @@ import time
 
 from tabulate import tabulate
 
-from mpiattn import env, machines
+from mpiattn import machines
+from mpiattn.env.environment import cpu_model
 from mpiattn.planner import Candidate, Outcome, Task, simulate
 
 HEADERS = ("ranks", "wall s", "CPU s", "peak MB", "virtual ms\nforward", "virtual ms\nbackward")
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("ranks", nargs="+", type=int, metavar="RANKS", help="a ring of so many")
     rows = [measure(ranks) for ranks in parser.parse_args().ranks]
     print(tabulate(rows, HEADERS, disable_numparse=True, stralign="right"))
-    print(f"{env.cpu_model()}, {os.cpu_count()} cores, one of them used; load {os.getloadavg()[1]:.1f}")
+    print(f"{cpu_model()}, {os.cpu_count()} cores, one of them used; load {os.getloadavg()[1]:.1f}")
 
 
 if __name__ == "__main__":

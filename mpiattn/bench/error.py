@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from .. import env
 from ..algorithms import ALGORITHMS
 from ..compare.case import RESULTS
+from ..env.environment import environment
 from ..message import Communicator, InputError
 from ..progress import bar
 from ..root import check_folders, on_root, patiently
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if not 0 < args.tokens <= 2048 or min(args.virtual_ranks, default=1) < 1:
         raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
     on_root(comm, lambda: check_folders(args.json, args.plot))
-    environment = env.environment(comm)
+    surroundings = environment(comm)
     rank, size = comm.Get_rank(), comm.Get_size()
     results: list[dict[str, Any]] = []
     progress = bar(comm, total=len(KINDS) * len(names) * (size + len(args.virtual_ranks)), unit="run")
@@ -100,7 +100,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if rank == 0:
         print_results(results, args)
         if args.json:
-            document = {"command": " ".join(["mpiattn", *sys.argv[1:]]), "environment": environment, "results": results}
+            document = {
+                "command": " ".join(["mpiattn", *sys.argv[1:]]),
+                "environment": surroundings,
+                "results": results,
+            }
             args.json.write_text(json.dumps(document, indent=1) + "\n")
         if args.plot:
             plot(results, args.plot)

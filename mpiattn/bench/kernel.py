@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from tabulate import tabulate
 
-from .. import env
+from ..env.environment import environment
 from ..mask import Causal, Full, Mask
 from ..message import Communicator, InputError
 from ..progress import bar
@@ -74,12 +74,12 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
     on_root(comm, lambda: check_folders(args.json))
-    environment = env.environment(comm)
-    patiently(comm, lambda: measure(args, comm, environment))
+    surroundings = environment(comm)
+    patiently(comm, lambda: measure(args, comm, surroundings))
     return 0
 
 
-def measure(args: argparse.Namespace, comm: Communicator, environment: dict[str, Any]) -> None:
+def measure(args: argparse.Namespace, comm: Communicator, surroundings: dict[str, Any]) -> None:
     """Measure every shape, then print the table and write the JSON file."""
     shapes = list(itertools.product(args.head_dims, args.tokens))
     progress = bar(comm, total=len(shapes) * (args.rounds + 2), unit="round")
@@ -105,8 +105,8 @@ def measure(args: argparse.Namespace, comm: Communicator, environment: dict[str,
                 report(head_dim, tokens, name, seconds[name], peak) for name, peak in zip(TARGETS, peaks, strict=True)
             ]
     progress.close()
-    rank = environment["ranks"][0]
-    about = {name: environment[name] for name in ("mpiattn", "numpy", "python", "platform")}
+    rank = surroundings["ranks"][0]
+    about = {name: surroundings[name] for name in ("mpiattn", "numpy", "python", "platform")}
     about |= {"cpu": rank["cpu"], "blas": rank["blas"], "blas_threads": 1}
     about["torch"] = version("torch") if importlib.util.find_spec("torch") else None
     command = " ".join(["mpiattn", *sys.argv[1:]])

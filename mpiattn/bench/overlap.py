@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from .. import env
+from ..env.environment import environment
 from ..message import Communicator, InputError
 from ..root import check_folders, on_root
 from .step import HEAD_DIM, HEADS, Step, measure
@@ -56,11 +56,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.mib <= 0 or args.rounds < 1 or min(args.ratios) <= 0:
         raise InputError("--mib, --ratios and --rounds are above zero")
     on_root(comm, lambda: check_folders(args.json))
-    environment = env.environment(comm)
+    surroundings = environment(comm)
     step = Step(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
     results = [row for ratio in args.ratios for row in measure(step, ratio, args.rounds)]
     if comm.Get_rank() == 0:
-        print(f"{step.near.buffer.nbytes / 2**20:g} MiB blocks, {comm.Get_size()} ranks, {environment['mpi']}")
+        print(f"{step.near.buffer.nbytes / 2**20:g} MiB blocks, {comm.Get_size()} ranks, {surroundings['mpi']}")
         columns = ("overall", "compute", "communication", "wait", "mean_wait")
         headers = ("ratio", "progress", "overall ms", "compute ms", "comm. ms", "wait ms", "mean wait ms")
         rows = []
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             command = " ".join(["mpiattn", *sys.argv[1:]])
             document = {
                 "command": command,
-                "environment": environment,
+                "environment": surroundings,
                 "bytes": step.near.buffer.nbytes,
                 "results": results,
             }

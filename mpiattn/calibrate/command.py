@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, env, gpu, grid, machines
+from .. import arrays, gpu, grid, machines
 from ..device.channel import Channel
 from ..device.comm import DeviceComm
+from ..env.environment import environment
 from ..machine import Machine, Rates
 from ..message import Communicator, InputError
 from ..progress import bar
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         compute[dtype.name] = Rates(tuple(sizes), forward, backward, min(calls))
     progress.close()
     eager = links.eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
-    library = env.environment(comm)["mpi"].splitlines()[0]
+    library = environment(comm)["mpi"].splitlines()[0]
     if comm.Get_rank() == 0:
         source = f"mpiattn calibrate on {comm.Get_size()} ranks of {len(set(hosts))} hosts, {platform.platform()}"
         machine = Machine(

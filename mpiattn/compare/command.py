@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import env, gpu, grid, inputs, mask, oracle
+from .. import gpu, grid, inputs, mask, oracle
 from ..algorithms import ALGORITHMS
 from ..arrays import Array
+from ..env.environment import environment
 from ..inputs import AUTO, Inputs
 from ..layout import LAYOUTS
 from ..mask import Positions
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
     xp = gpu.namespace(args, comm)
-    environment = env.environment(comm)
+    surroundings = environment(comm)
     given = on_root(comm, lambda: load(args))
     with ExitStack() as stack:
         cases, left_out = build(args, comm, stack, given[0] if given else None)
@@ -82,7 +83,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 print(*case.why, sep="\n  ")
         print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
         if args.json:
-            document = {"environment": environment, "input": given[0].describe(), "results": results}
+            document = {"environment": surroundings, "input": given[0].describe(), "results": results}
             args.json.write_text(json.dumps(document, indent=1) + "\n")
         if args.plot:
             plot(results, given[0], args.plot)
