@@ -22,7 +22,6 @@ from mpiattn.device.channel import Channel
 from mpiattn.device.comm import DeviceComm
 from mpiattn.device.probe import takes_device_memory
 from mpiattn.formulas import COSTS
-from mpiattn.kernels.cudnn import pieces
 from mpiattn.mask import Causal, parse
 from mpiattn.message import InputError, Tag, Waitall
 from mpiattn.problem import Problem
@@ -62,12 +61,11 @@ def posed(case: Case, ranks: int) -> Problem:
 
 
 @pytest.mark.parametrize("case", [*(case for case in fast() if not case.sinks), *HALVES, *LARGE], ids=str)
-@pytest.mark.parametrize(("name", "many"), [("cupy", 0), ("cudnn", 0), ("cudnn", pieces.MANY)])
-def test_kernel(name: str, many: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cupy", "cudnn"])
+def test_kernel(name: str, case: Case) -> None:
     """All blocks of a problem spread over three ranks, on one."""
     import cupy
 
-    monkeypatch.setattr(pieces, "MANY", many)
     whole = posed(case, 3)
     try:
         dropout = case.given.get("dropout")

@@ -14,7 +14,6 @@ from mpiattn.mask import Positions
 
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
 SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: cuDNN is faster at squares
-MANY = 2048  # queries from which on that saves more than another call costs
 
 
 class Piece(NamedTuple):
@@ -66,9 +65,8 @@ def pieces(
             queries, keys = slice(first, last + 1), slice(int(start[first]), int(stop[last]))
             later, more = (last > first and bool(step[first]) for step in steps)
             left = (int(stop[first] - start[first]) if more else 1) if later else None
-            count = queries.stop - queries.start
-            before = keys.stop - keys.start - count  # keys that the first query sees
-            if more and left is None and before >= SQUARE and count >= MANY:
+            before = keys.stop - keys.start - (queries.stop - queries.start)  # keys that the first query sees
+            if SQUARE and more and left is None and before >= SQUARE:
                 seen = slice(keys.start, keys.start + before)
                 result.append(Piece(queries, seen, False, None, q_positions[queries], k_positions[seen]))
                 keys = slice(seen.stop, keys.stop)
