@@ -8,7 +8,7 @@ import pytest
 from mpiattn import ALGORITHMS
 from mpiattn.conformance.case import Case, fast
 from mpiattn.conformance.check import check
-from mpiattn.formulas import COSTS
+from mpiattn.costs import COSTS
 
 CASES = fast()
 

@@ -18,10 +18,10 @@ import pytest
 from mpiattn import ALGORITHMS, RingAttention, arrays, cli, kernels, layout
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check, compare
+from mpiattn.costs import COSTS
 from mpiattn.device.channel import Channel
 from mpiattn.device.comm import DeviceComm
 from mpiattn.device.probe import takes_device_memory
-from mpiattn.formulas import COSTS
 from mpiattn.mask import Causal, parse
 from mpiattn.message import InputError, Tag, Waitall
 from mpiattn.problem import Problem

@@ -13,7 +13,7 @@ import pytest
 from mpiattn import arrays, machines, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
 from mpiattn.conformance.case import Case, fast
-from mpiattn.formulas.peak import Peak, peak
+from mpiattn.costs.peak import Peak, peak
 from mpiattn.mask import Full
 from mpiattn.problem import Problem
 from mpiattn.virtual import VirtualComm

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpiattn import machines
-from mpiattn.formulas import COSTS
+from mpiattn.costs import COSTS
 from mpiattn.machine import Link, Machine
 from mpiattn.mask import Causal, Documents, Full
 from mpiattn.message import InputError

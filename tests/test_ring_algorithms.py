@@ -24,8 +24,8 @@ from mpiattn import (
     oracle,
 )
 from mpiattn.arrays import dtype as dtype_of
-from mpiattn.formulas import COSTS
-from mpiattn.formulas.traffic import Traffic
+from mpiattn.costs import COSTS
+from mpiattn.costs.traffic import Traffic
 from mpiattn.grid import grids
 from mpiattn.mask import Mask
 from mpiattn.trace.comm import TracedComm

@@ -15,8 +15,8 @@ from mpiattn.algorithms import hybrid
 from mpiattn.arrays import Array
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
-from mpiattn.formulas import COSTS
-from mpiattn.formulas.traffic import allreduce
+from mpiattn.costs import COSTS
+from mpiattn.costs.traffic import allreduce
 from mpiattn.message import InputError
 from mpiattn.oracle import error
 from mpiattn.trace.comm import TracedComm

@@ -18,8 +18,8 @@ from mpiattn import machines, virtual
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import Refused, check
+from mpiattn.costs import COSTS
 from mpiattn.dropout import Dropout
-from mpiattn.formulas import COSTS
 from mpiattn.layout import LAYOUTS, positions
 from mpiattn.machine import Link, Machine, Rates
 from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow

@@ -14,7 +14,7 @@ import numpy as np
 from .. import gpu, inputs, oracle
 from ..algorithms import Attention
 from ..arrays import Array, on_host
-from ..formulas.peak import peak
+from ..costs.peak import peak
 from ..inputs import AUTO, Inputs
 from ..mask import Positions
 from ..message import clock

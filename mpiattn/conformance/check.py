@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import arrays, oracle, shares
-from ..formulas.traffic import Costs, sink_gradient
+from ..costs.traffic import Costs, sink_gradient
 from ..message import Communicator
 from ..oracle import Array
 from ..trace.comm import TracedComm

@@ -27,8 +27,8 @@ from functools import partial
 
 from .. import gpu
 from ..algorithms import ALGORITHMS
-from ..formulas import COSTS
-from ..formulas.traffic import Costs
+from ..costs import COSTS
+from ..costs.traffic import Costs
 from ..message import Communicator, InputError
 from ..progress import bar
 from .case import Case, fast, matrix

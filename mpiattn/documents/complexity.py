@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import grid, machines
-from ..formulas import COSTS
+from ..costs import COSTS
 from ..mask import Full
 from ..planner import Candidate, Task
 from .report import Report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..formulas import COSTS
+from ..costs import COSTS
 from ..machine import Machine
 from ..mask import Causal
 from ..planner import Candidate, Outcome, Task, candidates, simulate

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from ..formulas.peak import peak
+from ..costs.peak import peak
 from ..machine import Link, Machine, operations
 from ..parcel import nbytes
 from ..problem import Problem
