@@ -108,34 +108,42 @@ def blas_threads(command: str) -> int | None:
     return None if command == "env" or "OMP_NUM_THREADS" in os.environ else 1
 
 
+def run_command(args: argparse.Namespace, comm: Any) -> int:
+    """Run the command that was parsed; return the exit status."""
+    module, needs_mpi, _ = COMMANDS[args.command]
+    alone = needs_mpi is False or getattr(args, "virtual", None) is not None
+    if alone and comm is not None and comm.Get_rank() > 0:
+        return 0
+    if alone:
+        if needs_mpi is False:
+            return int(module.main(args))
+        args.machine = args.machine or "laptop"
+        return virtual.command(module.main, args)
+    if comm is None and needs_mpi:
+        print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
+        return 1
+    with threadpool_limits(blas_threads(args.command), "blas"):
+        return int(module.main(args, comm))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     comm = world()
     try:
         args = parse(argv, comm)
-        if isinstance(args, int):
-            return args
-        module, needs_mpi, _ = COMMANDS[args.command]
-        alone = needs_mpi is False or getattr(args, "virtual", None) is not None
-        if alone and comm is not None and comm.Get_rank() > 0:
-            return 0
-        if alone:
-            if needs_mpi is False:
-                return int(module.main(args))
-            args.machine = args.machine or "laptop"
-            return virtual.command(module.main, args)
-        if comm is None and needs_mpi:
-            print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
-            return 1
-        with threadpool_limits(blas_threads(args.command), "blas"):
-            return int(module.main(args, comm))
+        status = args if isinstance(args, int) else run_command(args, comm)
+        sys.stdout.flush()
+        return status
     except InputError as error:
         if comm is None or comm.Get_rank() == 0:
             print(f"mpiattn: error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except BaseException:
+    except BaseException as error:
         # The other ranks may wait for a message that will never come: nothing but an abort ends them.
         if comm is not None and comm.Get_size() > 1:
             print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             comm.Abort(1)
+        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+            return 1
         raise

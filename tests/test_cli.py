@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import mpiexec
+from launch import FROM_LAUNCHER, mpiexec
 from safetensors.numpy import load_file, save_file
 
 from mpiattn import oracle
@@ -244,3 +244,14 @@ def test_without_an_mpi_library(tmp_path: Path) -> None:
     assert done.returncode == 0 and "2 x 2" in done.stdout, done.stderr
     done = subprocess.run([*command, "compare"], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "no MPI library found" in done.stderr
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
+    command = [sys.executable, "-m", "mpiattn", "schedule", "120x120"]  # more than a pipe holds
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("Mesh-Attention")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
