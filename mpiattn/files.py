@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from .arrays import FLOATS, Array
 from .root import check_folders
@@ -29,8 +30,6 @@ def read(path: Path) -> dict[str, Array]:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: _bfloat16(file[name]) for name in file.files}
         else:
-            from safetensors.numpy import load_file
-
             arrays = load_file(path)
     except Exception as error:  # whatever a damaged file makes a reader raise
         raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
@@ -49,8 +48,6 @@ def read(path: Path) -> dict[str, Array]:
 def write(path: Path, arrays: dict[str, Array]) -> None:
     """Write arrays to an .npz or .safetensors file."""
     if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
     else:
         np.savez(path, **arrays)  # type: ignore[arg-type]

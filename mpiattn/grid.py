@@ -1,4 +1,4 @@
-"""Grids of ranks: rows x cols = n; rank (r, c) has index r * cols + c."""
+"""Grids of ranks: rows x cols = n; rank (r, c) has index r * cols + c. And which ranks share a host."""
 
 from __future__ import annotations
 

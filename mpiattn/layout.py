@@ -46,6 +46,11 @@ EVERYWHERE = "everywhere"
 """Layout of an algorithm that gives every rank all tokens, of some of the heads; see `heads`."""
 
 
+def default(mask: object) -> str:
+    """Return the layout where none is asked for: zigzag balances a causal mask."""
+    return "zigzag" if getattr(mask, "causal", False) else "contiguous"
+
+
 def check(layout: str, ranks: int = 0) -> str:
     """Return the layout's name, or raise ValueError with the names there are."""
     name, _, parts = layout.partition("/")

@@ -15,11 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-from .arrays import namespace
-
-Array = NDArray[Any]
+from .arrays import Array, namespace
 
 LSE = np.dtype(np.float64)
 """Dtype of a running lse, one number a row, on CPUs: rounded to float32 in each merge, it would make errors grow with

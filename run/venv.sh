@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: a virtual environment with mpiattn, an MPI library and tools, all from pip.
+# Sourced by the scripts beside it: a virtual environment with mpiattn, an MPI library and tools, all from pip.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiattn.algorithms.attach import attach
 from mpiattn.device import pinned
-from mpiattn.device.attach import attach
 from mpiattn.device.channel import Channel, Transfer
 from mpiattn.device.comm import DeviceComm
 from mpiattn.message import Tag, Testall, Waitall, constant
@@ -33,10 +33,6 @@ class Memory:
     @property
     def data(self) -> Any:
         return SimpleNamespace(ptr=self.host.ctypes.data)
-
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        return self.host.__array_interface__
 
     def __getitem__(self, index: Any) -> Memory:
         return Memory(self.host[index])
@@ -79,7 +75,7 @@ XP = SimpleNamespace(
     empty=lambda size, dtype: Memory(np.empty(size, dtype)),
     cuda=SimpleNamespace(
         Event=Event,
-        Stream=lambda non_blocking: SimpleNamespace(ptr=0, wait_event=lambda event: None),
+        Stream=lambda non_blocking: SimpleNamespace(ptr=0),
         alloc_pinned_memory=bytearray,
         runtime=SimpleNamespace(memcpyAsync=memcpy, hostRegister=lambda address, size, flags: None),
     ),

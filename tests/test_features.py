@@ -344,7 +344,7 @@ def test_refusals_count_apart(comm: Any) -> None:
 @pytest.mark.mpi(sizes=[3])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_wrong_decisions_are_found(comm: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of conformance sees a head number that is off by one on the last rank."""
+    """The check of conformance sees a head number that is off by one on rank 0."""
     drop = NumpyKernel.drop
 
     def off(kernel: NumpyKernel, dropout: Dropout | None, first_head: int = 0) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..device.channel import Channel
+from ..device.comm import DeviceComm
 from ..trace.comm import TracedComm
-from .channel import Channel
-from .comm import DeviceComm
 
 
 def attach(attention: Any, xp: Any, mode: str = "auto") -> None:

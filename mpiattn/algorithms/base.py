@@ -121,7 +121,7 @@ class Attention(Prepared):
         return total
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Return the complete out and lse of this rank's queries, in the dtype of partial sums.
+        """Return the complete out and lse of this rank's queries: out in the dtype of partial sums, lse so or wider.
 
         The ranks have agreed on the problem, and planned for it.
         """

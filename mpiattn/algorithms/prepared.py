@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from .. import arrays, kernels
 from .. import layout as layouts
 from ..arrays import Array
-from ..device.attach import attach
 from ..device.channel import check_mode
 from ..dropout import Dropout
 from ..kernels.numpy.kernel import NumpyKernel
@@ -21,6 +20,7 @@ from ..mask import Full, Mask
 from ..message import Communicator, InputError
 from ..problem import Problem
 from .agreement import described, posed, show
+from .attach import attach
 from .given import Given, agreed_given, drawn, numbered
 from .options import Check, agree, alike, check_mask, check_partials, check_scale, check_softcap
 from .storage import Storage
@@ -68,7 +68,7 @@ class Prepared(Storage):
     ) -> None:
         super().__init__()
         self.mask = Full() if mask is None else mask
-        self.layout = layout or ("zigzag" if getattr(mask, "causal", False) else "contiguous")
+        self.layout = layout or layouts.default(mask)
         self.comm = comm
         self.scale, self.softcap, self.partials = scale, softcap, partials
         self.kernel_name, self.gpu_messages = kernel, gpu_messages

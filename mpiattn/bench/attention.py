@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from .. import arrays, gpu, grid, kernels, mask
+from .. import arrays, gpu, grid, mask
 from ..algorithms import ALGORITHMS
 from ..device.probe import takes_device_memory
+from ..env.environment import environment
 from ..mask import Causal
 from ..message import Communicator, InputError
 from ..problem import PARTIALS
@@ -128,14 +129,13 @@ def _variant(text: str) -> tuple[str, str, dict[str, Any]]:
 
 def describe(comm: Communicator, xp: Any) -> list[str]:
     """Return what this runs on, a line each."""
-    from mpi4py import MPI
-
-    what = [MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0 ")]
+    surroundings = environment(comm)
+    what = [surroundings["mpi"]]
     if xp is not np:
         name = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()
         shared = set(comm.allgather((socket.gethostname(), xp.cuda.Device().pci_bus_id)))
         what.insert(0, f"{len(shared)} x {name}, {comm.Get_size()} ranks")
-        what += [f"CuPy {xp.__version__}", kernels.on_gpus()]
+        what += [f"CuPy {xp.__version__}", surroundings["gpu_kernel"]]
         what.append(f"messages of device memory: {'yes' if takes_device_memory(comm, xp) else 'no'}")
     return what
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from ..arrays import Array
 from ..kernels.numpy.kernel import NumpyKernel
 from ..kernels.numpy.tiles import plan
 from ..mask import Mask
-from ..softmax import Array, accumulator, delta
+from ..softmax import accumulator, delta
 
 Timed = dict[str, Callable[[], object]]
 

@@ -135,6 +135,4 @@ def one_call(setting: Setting) -> Contender:
 
     pieces = setting.comm.Get_size() * 4.0 * tokens**2 * setting.heads * setting.head_dim
     run = {"forward": forward, "forward+backward": both}
-    return Contender(
-        f"one call, {kernel.name if hasattr(kernel, 'name') else 'numpy'}", run, pieces / setting.operations
-    )
+    return Contender(f"one call, {kernel.name}", run, pieces / setting.operations)

@@ -8,10 +8,11 @@ import numpy as np
 
 from .. import arrays, files, machines, oracle
 from ..algorithms import ALGORITHMS
+from ..arrays import Array
 from ..mask import Causal
 from ..message import Communicator
-from ..oracle import Array
 from ..shares import gather
+from ..virtual import run
 
 
 def sample(tokens: int, dtype: str) -> dict[str, Array]:
@@ -48,8 +49,6 @@ def attend(name: str, comm: Communicator, given: dict[str, Array], partials: str
 
 def attend_virtually(name: str, ranks: int, given: dict[str, Array], partials: str) -> list[Array]:
     """Return the same from a cluster of virtual ranks."""
-    from ..virtual import run
-
     results: list[Array] = run(ranks, machines.load("laptop"), lambda comm: attend(name, comm, given, partials))[0]
     return results
 

@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from tabulate import tabulate
 
+from ..arrays import FLOATS
+from ..arrays import dtype as dtype_of
 from ..env.environment import environment
 from ..mask import Causal, Full, Mask
 from ..message import Communicator, InputError
@@ -25,8 +26,6 @@ from ..root import check_folders, on_root, patiently
 from .block import interleave, one_thread, peak_bytes, products, runs, textbook, torch_runs
 
 MASKS: dict[str, Mask] = {"full": Full(), "causal": Causal()}
-
-DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 TARGETS = {"forward": {"products": 0.80, "torch": 0.85}, "backward": {"products": 0.80, "torch": 0.80}}
 """The least speed wanted of the kernel, as a fraction of what it is compared with."""
@@ -60,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5, after one that is not timed")
     parser.add_argument("--mask", choices=MASKS, default="full", help="default full")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs (default float32)")
+    parser.add_argument(
+        "--dtype", choices=[dtype.name for dtype in FLOATS], default="float32", help="of the inputs (default float32)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
 
 
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace, comm: Communicator, surroundings: dict[str
             progress.set_postfix_str(f"head_dim {head_dim}, {tokens} tokens")
             random = np.random.default_rng(0)
             shape = 1, args.heads, tokens, head_dim
-            q, k, v, d_out = (random.standard_normal(shape).astype(DTYPES[args.dtype]) for _ in range(4))
+            q, k, v, d_out = (random.standard_normal(shape).astype(dtype_of(args.dtype)) for _ in range(4))
             peaks = peak_bytes(q, k, v, d_out, MASKS[args.mask])
             progress.update()
             timed = {

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         compute[dtype.name] = Rates(tuple(sizes), forward, backward, min(calls))
     progress.close()
     eager = links.eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
-    library = environment(comm)["mpi"].splitlines()[0]
+    library = environment(comm)["mpi"]
     if comm.Get_rank() == 0:
         source = f"mpiattn calibrate on {comm.Get_size()} ranks of {len(set(hosts))} hosts, {platform.platform()}"
         machine = Machine(

@@ -12,6 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from .. import oracle
+from ..charts import COLOURS
 from ..inputs import Inputs
 from ..mask import Positions
 from ..message import Communicator
@@ -97,7 +98,7 @@ def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
         (bytes_received, "bytes_received", "received by the rank that receives most (MB)", 1e-6, max),
     ):
         left = np.zeros(len(results))
-        for name, colour in zip(PASSES, ("#0072b2", "#e69f00"), strict=True):
+        for name, colour in zip(PASSES, COLOURS, strict=False):
             values = np.array([factor * reduce(result[f"{name}_{key}"]) for result in results])
             axes.barh(places, values, left=left, color=colour, label=name)
             left += values

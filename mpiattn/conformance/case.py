@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from .. import arrays, oracle
+from ..arrays import Array
 from ..dropout import Dropout
 from ..layout import LAYOUTS
 from ..mask import parse
-from ..oracle import Array
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import arrays, oracle, shares
+from ..arrays import Array
 from ..costs.traffic import Costs, sink_gradient
 from ..message import Communicator
-from ..oracle import Array
 from ..trace.comm import TracedComm
 from .case import Case, problem
 

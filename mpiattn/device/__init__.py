@@ -10,8 +10,7 @@ Where the MPI library takes device memory it is given just that. Else a message 
 - `probe`: whether the MPI library takes device memory
 - `pinned`, `staging`: the way through the host's memory
 - `channel`: messages under way, and what the communicators of an algorithm share
-- `comm`: the communicator
-- `attach`: an algorithm's communicators made such ones
+- `comm`: the communicator; `algorithms.attach` makes an algorithm's communicators such ones
 
 All this serves CuPy through the namespace that an array brings along; NumPy's arrays pass it untouched.
 """

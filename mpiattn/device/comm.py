@@ -57,12 +57,14 @@ class DeviceComm:
         if self.channel.on_device:
             return Transfer(self.channel, self._on_device(post, pointer, size, peer, tag, ready), array)
         segment, pieces = self.channel.segment, staging.pieces(pointer, size)
-        if segment is not None and self.names[peer] in segment.parts:
-            shared = staging.shared_send if kind == "send" else staging.shared_receive
-            steps = shared(self.comm, self.channel, segment, self.names[peer], pieces, peer, tag, BACK, ready)
-        else:
+        name = self.names[peer]
+        if segment is None or name not in segment.parts:
             staged = staging.send if kind == "send" else staging.receive
             steps = staged(self.comm, self.channel, pieces, peer, tag, ready)
+        elif kind == "send":
+            steps = staging.shared_send(self.comm, self.channel, segment, pieces, peer, tag, BACK, ready)
+        else:
+            steps = staging.shared_receive(self.comm, self.channel, segment, name, pieces, peer, tag, BACK, ready)
         return Transfer(self.channel, steps, array)
 
     def _on_device(

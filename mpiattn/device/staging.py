@@ -66,15 +66,7 @@ def receive(comm: Communicator, channel: Any, pieces: Pieces, source: int, tag: 
 
 
 def shared_send(
-    comm: Communicator,
-    channel: Any,
-    segment: Segment,
-    part: str,
-    pieces: Pieces,
-    dest: int,
-    tag: int,
-    back: int,
-    ready: Any,
+    comm: Communicator, channel: Any, segment: Segment, pieces: Pieces, dest: int, tag: int, back: int, ready: Any
 ) -> Iterator[None]:
     """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
     there = comm.Irecv(NOTHING, dest, tag + back)
@@ -109,7 +101,7 @@ def shared_receive(
     back: int,
     ready: Any,
 ) -> Iterator[None]:
-    """Copy pieces from the sender's slots, and tell it that they are free again."""
+    """Copy pieces from the slots of the sender, whose name is `part`, and tell it that they are free again."""
     receiving, copying, told = deque[Any](), deque[Any](), [comm.Isend(NOTHING, source, tag + back)]
     while pieces or receiving or copying:
         while pieces and len(receiving) < SLOTS:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Print the environment, once; write it where asked."""
     info = environment(comm)
-    if comm.rank == 0:
+    if comm.Get_rank() == 0:
         print(text(info))
         if args.json:
             args.json.write_text(json.dumps(info, indent=2) + "\n")

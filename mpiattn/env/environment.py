@@ -29,11 +29,15 @@ def environment(comm: Communicator) -> dict[str, Any]:
         The software of rank 0 by name (see `warnings.SOFTWARE`), `ranks`: a list with one dict a rank, and `warnings`:
         a list of sentences. The same on every rank, and ready for JSON.
     """
-    everyone: list[dict[str, Any]] = comm.allgather({**_software(), **_rank(comm.rank)})
+    everyone: list[dict[str, Any]] = comm.allgather({**_software(), **_rank(comm.Get_rank())})
     return {
         **{name: everyone[0][name] for name in SOFTWARE},
         "ranks": [{name: value for name, value in one.items() if name not in SOFTWARE} for one in everyone],
-        "warnings": [*launcher_warnings(os.environ, comm.size), *mixture_warnings(everyone), *core_warnings(everyone)],
+        "warnings": [
+            *launcher_warnings(os.environ, comm.Get_size()),
+            *mixture_warnings(everyone),
+            *core_warnings(everyone),
+        ],
     }
 
 

@@ -69,7 +69,7 @@ class Task:
 
     def problem(self, ranks: int) -> Problem:
         """Return the problem that it poses to so many ranks."""
-        kind = self.layout or ("zigzag" if self.mask.causal else "contiguous")
+        kind = self.layout or layout.default(self.mask)
         return Problem(
             ranks, self.batch, self.heads, self.kv_heads, self.head_dim, self.v_head_dim or self.head_dim,
             self.tokens, self.kv_tokens or self.tokens, arrays.dtype(self.dtype), layout.check(kind), self.mask,

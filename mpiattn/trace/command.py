@@ -11,6 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
+from .figure import draw_trace
 from .file import read
 from .report import matrix, phases, summary, timeline
 
@@ -25,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print what a trace says: timeline, time by phase, bytes from rank to rank; draw it where asked."""
-    from tabulate import tabulate
-
     try:
         traces = read(args.file)
         if args.phase is not None:
@@ -49,8 +50,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"{unit} from rank (row) to rank (column), {bytes_sent.sum() / divisor:.4g} in all")
     print(tabulate(table, headers=["", *map(str, range(len(traces)))], disable_numparse=True, stralign="right"))
     if args.plot:
-        from .figure import draw_trace
-
         names = [name for name, _ in phases(traces)]
         draw_trace(traces, args.plot, names[0] if len(names) == 1 else "")
     return 0

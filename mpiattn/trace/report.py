@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from tabulate import tabulate
 
 from .events import Event, Trace
 
@@ -59,8 +60,6 @@ def phases(traces: Sequence[Trace]) -> list[tuple[str, list[Trace]]]:
 
 def summary(traces: Sequence[Trace]) -> str:
     """Return a table: for each phase the time, and what the ranks did in it."""
-    from tabulate import tabulate
-
     grouped: dict[str, list[list[float]]] = defaultdict(list)
     for name, parts in phases(traces):
         ends = [max((event.end for event in part.events), default=0.0) for part in parts]

@@ -36,16 +36,6 @@ class Collectives:
         """Return this rank."""
         return self.place
 
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return len(self.group.ranks)
-
-    @property
-    def rank(self) -> int:
-        """The number of this rank."""
-        return self.place
-
     def _meet(self, name: str, value: Any, finish: Callable[[Meeting], float]) -> tuple[Request, Meeting]:
         """Bring a value to a collective call; the last rank to come finishes it and says how long it takes."""
         self.calls += 1

@@ -71,10 +71,6 @@ class VirtualComm(Collectives):
         self.children += 1
         return VirtualComm(self.group.child((self.children, color), places), self.me, **cart)
 
-    def Dup(self) -> VirtualComm:
-        """Return a communicator of the same ranks."""
-        return self._child("dup", range(self.Get_size()), dims=self.dims, periods=self.periods)
-
     def Create_cart(self, dims: Sequence[int], periods: Sequence[bool], reorder: bool = False) -> VirtualComm:
         """Make a Cartesian communicator of all ranks; they keep their order."""
         if math.prod(dims) != self.Get_size():

@@ -66,7 +66,7 @@ def pieces(
             later, more = (last > first and bool(step[first]) for step in steps)
             left = (int(stop[first] - start[first]) if more else 1) if later else None
             before = keys.stop - keys.start - (queries.stop - queries.start)  # keys that the first query sees
-            if SQUARE and more and left is None and before >= SQUARE:
+            if more and left is None and before >= SQUARE:
                 seen = slice(keys.start, keys.start + before)
                 result.append(Piece(queries, seen, False, None, q_positions[queries], k_positions[seen]))
                 keys = slice(seen.stop, keys.stop)

@@ -40,6 +40,8 @@ class NumpyKernel(Sums):
         Scores are softcap * tanh(scale q k^T / softcap).
     """
 
+    name = "numpy"
+
     def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
         self.mask = mask
         self.scale = scale
@@ -75,8 +77,8 @@ class NumpyKernel(Sums):
             Global positions, ascending.
         out : float32 or float64, (batch, heads, q_tokens, v_head_dim)
             Normalised output so far; zeros at the start.
-        lse : the same dtype, (batch, heads, q_tokens)
-            Natural logarithm of the sum of exponentials so far; -inf at the start.
+        lse : as wide or wider, (batch, heads, q_tokens)
+            Natural logarithm of the sum of exponentials so far; -inf at the start. See `softmax.LSE`.
         progress : callable, optional
             Called before each tile, so that an MPI library can move messages.
         """
