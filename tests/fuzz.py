@@ -67,7 +67,7 @@ def cases(draw: st.DrawFn, decodes: bool) -> Case:
 class Fuzz:
     """Cases of all variants of all algorithms on the ranks of a communicator."""
 
-    def __init__(self, comm: MPI.Comm, algorithms: str) -> None:
+    def __init__(self, comm: MPI.Intracomm, algorithms: str) -> None:
         self.comm = comm
         parser = argparse.ArgumentParser()
         add_arguments(parser)

@@ -23,6 +23,7 @@ from mpiattn.mask import Causal
 from mpiattn.message import InputError
 from mpiattn.planner import Candidate, Choice
 from mpiattn.planner.choice import here
+from mpiattn.trace.comm import TracedComm
 
 SIZES: dict[str, Any] = {"tokens": 60, "heads": 4, "kv_heads": 2, "head_dim": 8}
 
@@ -48,9 +49,10 @@ def attend(comm: Any, **options: Any) -> tuple[list[float], str]:
 @pytest.mark.mpi
 def test_the_chosen_algorithm_is_the_same_on_every_rank_and_right(comm: Any) -> None:
     for options in ({}, {"machine": "ethernet"}, {"layout": "striped", "kernel": "numpy", "algorithms": ["ring"]}):
-        errors, name = attend(comm, **options)
-        assert set(comm.allgather(name)) == {name}
-        assert comm.Get_rank() or max(errors) < 1e-10
+        for over in (comm, TracedComm(comm)):
+            errors, name = attend(over, **options)
+            assert set(comm.allgather(name)) == {name}
+            assert comm.Get_rank() or max(errors) < 1e-10
 
 
 @pytest.mark.mpi

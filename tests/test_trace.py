@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, message, scatter
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, machines, message, scatter, virtual
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.schedule.steps import Op, Step
 from mpiattn.trace import command as trace_command
@@ -130,6 +130,15 @@ def test_clocks_are_aligned(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
             # No message arrives before it leaves, but for the error of the alignment.
             assert -0.005 < arrived.end - sent.start < 60
         assert max(event.end for one in traces for event in one.events) < 60
+
+
+def test_the_trace_of_virtual_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    virtual.run(3, machines.load("laptop"), lambda comm: file.write(comm, run(comm, "ring")[1], path))
+    traces = file.read(path)
+    assert [trace.received()[0] for trace in traces] == [2 + 4] * 3
+    for _, sent, _, arrived in report.flows(traces):
+        assert arrived.end > sent.start
 
 
 @pytest.mark.mpi(sizes=[2, 4])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import grid
 from ..arrays import Array, Spec
-from ..message import Communicator, Tag, Testall, Waitall
+from ..message import Cartesian, Communicator, Tag, Testall, Waitall
 from ..parcel import Parcel
 from ..problem import Problem
 from ..travel import Travel, windows
@@ -177,7 +177,7 @@ class DoubleRingAttention(Attention):
             comm.Free()
 
 
-def pass_on(ring: Communicator, slots: Sequence[Parcel], ways: Sequence[Travel], step: int) -> list[Any]:
+def pass_on(ring: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], step: int) -> list[Any]:
     """Post a hop of K/V round a row or a column: the next ones arrive, these travel on."""
     source, dest = ring.Shift(0, 1)
     requests = []

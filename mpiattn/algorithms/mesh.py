@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import grid, tile
 from ..arrays import Array, Spec
-from ..message import Communicator, Tag, Testall, Waitall
+from ..message import Cartesian, Communicator, Tag, Testall, Waitall
 from ..parcel import Parcel
 from ..problem import Problem
 from ..schedule.steps import Op
@@ -148,7 +148,7 @@ class MeshAttention(Attention):
         return slots
 
     def collect(
-        self, ring: Communicator, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
+        self, ring: Cartesian, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
         hop: int,
     ) -> list[Any]:  # fmt: skip
         """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
@@ -174,7 +174,7 @@ class MeshAttention(Attention):
             comm.Free()
 
 
-def spread(ring: Communicator, slots: Sequence[Parcel], ways: Sequence[Travel], tag: Tag, hop: int) -> list[Any]:
+def spread(ring: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], tag: Tag, hop: int) -> list[Any]:
     """Post one hop of the chunks that travel round a row or a column: slot hop-1 leaves, slot hop arrives."""
     source, dest = ring.Shift(0, 1)
     requests = []

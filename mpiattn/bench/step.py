@@ -11,7 +11,7 @@ import numpy as np
 
 from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full
-from ..message import Communicator, Tag, Testall, Waitall, constant
+from ..message import Communicator, Tag, Testall, Waitall
 from ..parcel import Parcel
 
 HEADS, HEAD_DIM = 8, 128
@@ -81,12 +81,10 @@ def measure(step: Step, ratio: float, rounds: int) -> list[dict[str, Any]]:
     for number in range(rounds + 1):
         for name, way in ways.items():
             overall, wait = step.time(*way)
-            slowest = np.empty(2)
-            comm.Allreduce(np.array([overall, wait]), slowest, constant("MAX"))
-            mean = np.empty(1)
-            comm.Allreduce(np.array([wait]), mean)
+            ranks = np.array(comm.allgather((overall, wait)))
             if number:
-                times[name].append((*map(float, slowest), float(mean[0]) / comm.Get_size()))
+                longest, most = map(float, ranks.max(axis=0))
+                times[name].append((longest, most, float(ranks[:, 1].mean())))
     medians = {name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in ways}
     rows = []
     for name in ("none", "testall"):
@@ -114,6 +112,4 @@ def measure(step: Step, ratio: float, rounds: int) -> list[dict[str, Any]]:
 
 def _slowest(comm: Communicator, seconds: list[float]) -> float:
     """Return the median of the slowest rank's times."""
-    slowest = np.empty(len(seconds))
-    comm.Allreduce(np.array(seconds), slowest, constant("MAX"))
-    return float(np.median(slowest))
+    return float(np.median(np.max(comm.allgather(seconds), axis=0)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..message import Communicator, constant
+from ..message import Communicator
 from ..timing import timed
 
 ENOUGH = 0.01
@@ -20,7 +20,7 @@ def median(comm: Communicator, rounds: int, work: Callable[[], object], xp: Any)
     timed(comm, work, 1, xp)
     once, calls = timed(comm, work, 1, xp), 1
     if xp is not np:
-        calls = comm.allreduce(int(ENOUGH / once) + 1, constant("MAX"))
+        calls = max(comm.allgather(int(ENOUGH / once) + 1))
     seconds = [timed(comm, work, calls, xp) for _ in range(rounds)]
     return median_of_slowest(comm.allgather(seconds))
 

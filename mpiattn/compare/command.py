@@ -130,8 +130,9 @@ def build(
             choice = inputs.choose(comm, given, args, backward=True)
             options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
             attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
-            chosen = choice.plan.best.candidate.algorithm
-            cases.append(Case(chosen, choice.arguments, attention.comm, attention, why=choice.explain()))
+            chosen, traced = choice.plan.best.candidate.algorithm, attention.comm
+            assert isinstance(traced, TracedComm)
+            cases.append(Case(chosen, choice.arguments, traced, attention, why=choice.explain()))
             continue
         for arguments in ALGORITHMS[name].variants(comm.Get_size()):
             if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:

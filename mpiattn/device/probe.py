@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..message import Communicator
-
 FROM_LAUNCHER = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_", "OMPI_UNIVERSE", "HYDI_", "HYDRA_", "SLURM_", "MPI_LOCAL")
 
 PROBE = """
@@ -42,7 +40,7 @@ found: list[bool] = []
 """What was found out about the MPI library, once it was."""
 
 
-def takes_device_memory(comm: Communicator, xp: Any) -> bool:
+def takes_device_memory(comm: Any, xp: Any) -> bool:
     """Find out by messages whether the MPI library takes device memory; all ranks call it together.
 
     The first one is in a process of its own, on rank 0. The second goes to the next rank.

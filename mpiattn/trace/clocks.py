@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from .. import message
-from ..message import Communicator, Tag
+from ..message import Communicator, Tag, Waitall
 from .comm import TracedComm
 from .events import Trace
 
@@ -28,18 +28,18 @@ def clock_offset(comm: Communicator) -> float:
             best = math.inf
             for _ in range(ROUND_TRIPS):
                 start = message.clock()
-                comm.Send(here, rank, Tag.CLOCK)
-                comm.Recv(there, rank, Tag.CLOCK)
+                Waitall([comm.Isend(here, rank, Tag.CLOCK)])
+                Waitall([comm.Irecv(there, rank, Tag.CLOCK)])
                 end = message.clock()
                 if end - start < best:
                     best, offset = end - start, (start + end) / 2 - float(there[0])
-            comm.Send(np.array([offset]), rank, Tag.CLOCK)
+            Waitall([comm.Isend(np.array([offset]), rank, Tag.CLOCK)])
         return 0.0
     for _ in range(ROUND_TRIPS):
-        comm.Recv(here, 0, Tag.CLOCK)
+        Waitall([comm.Irecv(here, 0, Tag.CLOCK)])
         there[0] = message.clock()
-        comm.Send(there, 0, Tag.CLOCK)
-    comm.Recv(here, 0, Tag.CLOCK)
+        Waitall([comm.Isend(there, 0, Tag.CLOCK)])
+    Waitall([comm.Irecv(here, 0, Tag.CLOCK)])
     return float(here[0])
 
 

@@ -29,7 +29,7 @@ class TracedComm:
     """
 
     def __init__(self, comm: Communicator, trace: Trace | None = None, ranks: list[int] | None = None) -> None:
-        self.comm = comm
+        self.comm: Any = comm
         self.trace = trace or Trace()
         self.ranks = ranks or list(range(comm.Get_size()))
 
@@ -144,6 +144,10 @@ class TracedComm:
         """Exchange what ranks must agree on."""
         return self._agree(self.comm.allgather, value)
 
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """Tell all ranks what one knows."""
+        return self._agree(self.comm.bcast, value, root)
+
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Tell all ranks what one knows."""
         self._agree(self.comm.Bcast, buf, root)
@@ -153,6 +157,21 @@ class TracedComm:
         self.trace.events.append(event)
         result = call(*arguments)
         event.end = message.clock()
+        return result
+
+    # What isn't recorded
+
+    def Barrier(self) -> None:
+        """Wait for all ranks."""
+        self.comm.Barrier()
+
+    def Ibarrier(self) -> Any:
+        """Start to wait for all ranks."""
+        return self.comm.Ibarrier()
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        """Give the root the objects of all."""
+        result: list[Any] | None = self.comm.gather(value, root)
         return result
 
 

@@ -7,14 +7,11 @@ to be busy at once. All that a call does is done by the rank that comes last.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..message import constant
 from .clock import Rank
 from .group import Group, Meeting
 from .messages import Request, copy
@@ -76,15 +73,6 @@ class Collectives:
         """Give the root the objects of all."""
         values = self._tell("gather", value)
         return list(values) if self.place == root else None
-
-    def allreduce(self, value: Any, op: Any = "SUM") -> Any:
-        """Give every rank the sum, or the maximum, of the objects of all."""
-        values = self._tell("allreduce", value)
-        if op == constant("MAX"):
-            return max(values)
-        if op not in ("SUM", constant("SUM")):
-            raise ValueError(f"a virtual communicator adds and takes maxima; it knows no {op}")
-        return functools.reduce(operator.add, values)
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """Give every rank the root's object."""
