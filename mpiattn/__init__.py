@@ -1,8 +1,24 @@
-"""Exact distributed attention over MPI, forward and backward, in which every message can be read."""
+"""Exact distributed attention over MPI, forward and backward, in which every message can be read.
+
+    with mpiattn.MeshAttention(comm, mask=mpiattn.Causal()) as attention:
+        out, saved = attention.forward(q, k, v)
+        d_q, d_k, d_v = attention.backward(d_out, saved)
+
+- `Attention` says what all algorithms have in common; `ALGORITHMS` has them by name
+- `Full`, `Causal`, `SlidingWindow`, `Documents`: masks, joined by `&`
+- `Dropout`: for `forward`
+- `scatter`, `gather`: whole arrays of one rank, and the shares of all
+- `auto`, `choose`: the algorithm and the grid that suit a problem and a cluster
+- `InputError`: what every rank raises where input is bad
+
+Further in: `arrays.use_gpu`, for CuPy arrays; `costs`, the bytes received and held; `trace`, what went over a
+communicator; `planner`, for clusters that aren't at hand; `virtual`, ranks without MPI.
+"""
 
 from .algorithms import (
     ALGORITHMS,
     AllGatherAttention,
+    Attention,
     DecodeAttention,
     DenseAttention,
     DoubleRingAttention,
@@ -16,12 +32,14 @@ from .algorithms import (
 )
 from .dropout import Dropout
 from .mask import Causal, Documents, Full, SlidingWindow
+from .message import InputError
 from .planner import auto, choose
 from .shares import gather, scatter
 
 __all__ = [
     "ALGORITHMS",
     "AllGatherAttention",
+    "Attention",
     "Causal",
     "DecodeAttention",
     "DenseAttention",
@@ -31,6 +49,7 @@ __all__ = [
     "Full",
     "GatheredMeshAttention",
     "HybridAttention",
+    "InputError",
     "MeshAttention",
     "RingAttention",
     "SharedRingAttention",

@@ -1,7 +1,8 @@
 """Arrays of any kind: their functions, their dtypes, and kind, dtype and shape as integers.
 
 Every array brings the namespace of its functions along (`__array_namespace__`, as in the Python array API
-standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual` runs an algorithm.
+standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual` runs an algorithm. What CuPy has
+no fast function for is in `kernels.cupy.rows`, which needs CuPy, and so is imported where there is such an array.
 """
 
 from __future__ import annotations
@@ -101,6 +102,11 @@ def use_gpu(comm: Communicator) -> ModuleType:
     """Make one of the host's GPUs this rank's current device, by the rank's number on the host; return CuPy.
 
     Ranks share GPUs where there are more ranks than GPUs, with a warning.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        All its ranks call this.
 
     Raises
     ------

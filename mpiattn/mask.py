@@ -32,6 +32,11 @@ class Mask:
         ----------
         queries : int64, (tokens,)
             Global positions, ascending.
+
+        Returns
+        -------
+        lo, hi : int64, (tokens,)
+            Neither ever decreases.
         """
         raise NotImplementedError
 
@@ -73,7 +78,18 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """A query at p attends to the keys at p - left .. p + right; `right=0` makes it causal."""
+    """A query at p attends to the keys at p - left .. p + right; `right=0` makes it causal.
+
+    Parameters
+    ----------
+    left, right : int
+        Tokens, 0 or more.
+
+    Raises
+    ------
+    ValueError
+        Where one is negative.
+    """
 
     left: int
     right: int = 0
@@ -96,7 +112,18 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True, init=False)
 class Documents(Mask):
-    """Documents packed one after the other: a token attends inside its own document."""
+    """Documents packed one after the other: a token attends inside its own document.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each, 0 or more; together those of the sequence.
+
+    Raises
+    ------
+    ValueError
+        Where one is negative.
+    """
 
     lengths: tuple[int, ...]
 

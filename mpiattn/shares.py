@@ -94,7 +94,7 @@ def gather(
     ----------
     array : (batch, heads, tokens, head_dim)
         This rank's share; the shapes of all ranks agree but for `axis`.
-    layout, root, axis
+    comm, layout, root, axis
         As in `scatter`.
     shape : tuple of int, optional
         Of the whole; needed where layout is a function.

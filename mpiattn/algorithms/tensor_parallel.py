@@ -80,6 +80,11 @@ class TensorParallelAttention(Attention):
         out : (batch, heads of this rank, tokens, v_head_dim)
         weight : (heads of this rank * v_head_dim, features)
             The rows of W_o for this rank's heads.
+
+        Raises
+        ------
+        InputError
+            On every rank, where the shapes do not fit on one.
         """
         table = self._gather(out, weight).tobytes()
         for rank, (out_spec, weight_spec) in enumerate(described(table, self.comm.Get_size(), 2)):
@@ -100,6 +105,13 @@ class TensorParallelAttention(Attention):
         ----------
         d_y : (batch, tokens, features)
             The same on every rank.
+        out, weight
+            As in `project`.
+
+        Returns
+        -------
+        d_out, d_weight
+            Of the shapes and dtypes of out and weight.
         """
         wide = accumulator(out.dtype)
         batch, count, tokens, dim = out.shape
@@ -114,6 +126,11 @@ class TensorParallelAttention(Attention):
         Parameters
         ----------
         share : float32 or float64, the same shape on every rank
+
+        Raises
+        ------
+        InputError
+            On every rank, where it is anything else on one.
         """
         specs = [spec for [spec] in described(self._gather(share).tobytes(), self.comm.Get_size(), 1)]
         for rank, spec in enumerate(specs):

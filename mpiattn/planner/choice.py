@@ -156,6 +156,16 @@ def auto(
         See `choose`.
     scale, softcap, kernel, gpu_messages
         See `Attention`.
+
+    Yields
+    ------
+    Attention
+        On `attention.comm`, where the ranks may be in another order; see `Choice.attention`.
+
+    Raises
+    ------
+    InputError
+        As `choose` and `Attention`.
     """
     choice = choose(
         comm, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype, mask=mask,
