@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpiattn.layout import LAYOUTS
+from mpiattn.layout import positions as owned
 from mpiattn.mask import (
     Causal,
     Documents,
@@ -50,6 +52,18 @@ def test_pairs_are_counted(mask: Mask, queries: Positions, keys: Positions, othe
     assert pairs(mask, queries, keys) == allowed(mask, queries, keys).sum()
     table = counts(mask, [queries, others], [keys, others, queries])
     assert np.array_equal(table, [[pairs(mask, q, k) for k in (keys, others, queries)] for q in (queries, others)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "mask", [mask for mask, _ in DEFINITIONS[:4]] + [Documents([7, 0, 40, 3, 60]) & Causal()], ids=str
+)
+@pytest.mark.parametrize(("queries", "keys"), [(110, 110), (5, 90), (37, 0), (1, 1)])
+def test_pairs_of_the_layouts_blocks(layout: str, mask: Mask, queries: int, keys: int) -> None:
+    """Of long runs of positions, and of single ones."""
+    q = [owned(layout, queries, 4, rank) for rank in range(4)]
+    k = [owned(layout, keys, 7, rank) for rank in range(7)]
+    assert counts(mask, q, k).tolist() == [[pairs(mask, one, other) for other in k] for one in q]
 
 
 def test_which_masks_are_causal() -> None:
