@@ -1,4 +1,6 @@
-"""What the algorithm files need of MPI beyond a communicator's own methods; it imports no MPI.
+"""What the algorithm files need of MPI: a communicator's methods, and what goes beyond them.
+
+It imports MPI where only MPI's own objects will do, so that virtual ranks need none.
 
 Real, traced and virtual requests each bring their own `Waitall` and `Testall`, so these two serve all.
 """

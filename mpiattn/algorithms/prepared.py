@@ -19,6 +19,7 @@ from ..kernels.numpy.kernel import NumpyKernel
 from ..mask import Full, Mask
 from ..message import Communicator, InputError
 from ..problem import Problem
+from ..trace.kernel import TracedKernel
 from .agreement import described, posed, show
 from .attach import attach
 from .given import Given, agreed_given, drawn, numbered
@@ -147,7 +148,7 @@ class Prepared(Storage):
             options = self.mask, self.scale, self.kernel_name, self.softcap, dropout
             kernel = kernels.choose(xp.__name__, problem, *options)
             kernel.rounds = self.final
-            if hasattr(self.kernel, "kernel"):  # a TracedKernel
+            if isinstance(self.kernel, TracedKernel):
                 self.kernel.kernel = kernel
             else:
                 self.kernel = kernel

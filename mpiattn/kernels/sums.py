@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpiattn.arrays import add
-from mpiattn.parcel import Parcel
-from mpiattn.softmax import merge
+from ..arrays import add
+from ..parcel import Parcel
+from ..softmax import merge
 
 Array = Any
 

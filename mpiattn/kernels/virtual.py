@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.machine import operations
-from mpiattn.mask import Mask, Positions
-from mpiattn.pairs import pairs
-from mpiattn.problem import Problem
-from mpiattn.virtual import current
-
+from ..machine import operations
+from ..mask import Mask, Positions
+from ..pairs import pairs
+from ..problem import Problem
+from ..virtual import current
 from .sums import Sums
 
 
