@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from . import files, planner
+from .algorithms import Attention
 from .arrays import FLOATS, Array
 from .arrays import dtype as dtype_of
 from .dropout import Dropout
 from .message import Communicator
 from .planner import Choice
 from .problem import PARTIALS
+from .shares import owned_heads, scatter
 
 AUTO = "auto"
 """In place of an algorithm: what the planner chooses."""
@@ -82,6 +84,31 @@ def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
     if args.dropout is not None:
         result["dropout"] = Dropout(args.dropout, args.seed)
     return result
+
+
+def share(
+    given: Inputs | None, comm: Communicator, attention: Attention, args: argparse.Namespace, xp: Any
+) -> tuple[dict[str, tuple[int, ...]], list[Array], dict[str, Any]]:
+    """Give each rank its share of the input, which rank 0 has, as an algorithm takes it.
+
+    Returns
+    -------
+    shapes : dict
+        Of the whole "q", "k", "v", "out".
+    arrays : list
+        This rank's q, k, v, d_out, in the namespace `xp`.
+    features : dict
+        What `forward` is given beside them.
+    """
+    wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
+    shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
+    places = {name: attention.owned(name, shapes) for name in shapes}
+    arrays = [xp.asarray(scatter(wholes.get(name), comm, place)) for name, place in places.items()]
+    beside = features(args, shapes["q"][1])
+    if "sinks" in beside:
+        heads = owned_heads(places["out"](shapes["out"], comm.Get_rank()))
+        beside["sinks"] = xp.asarray(beside["sinks"][heads])
+    return shapes, arrays, beside
 
 
 def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, backward: bool) -> Choice:

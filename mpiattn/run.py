@@ -16,7 +16,7 @@ from .inputs import AUTO
 from .layout import LAYOUTS
 from .message import Communicator, InputError
 from .root import check_folders, on_root
-from .shares import gather, owned_heads, scatter
+from .shares import gather
 from .trace.comm import TracedComm
 from .trace.file import write
 from .trace.kernel import watch
@@ -69,14 +69,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         comm = attention.comm.comm if args.trace else attention.comm  # auto may have put the ranks in another order
         if args.trace:
             watch(attention)
-        wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
-        shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
-        places = {name: attention.owned(name, shapes) for name in shapes}
-        q, k, v, d_out = (xp.asarray(scatter(wholes.get(name), comm, where)) for name, where in places.items())
-        features = inputs.features(args, shapes["q"][1])
-        if "sinks" in features:
-            place = places["out"](shapes["out"], comm.Get_rank())
-            features["sinks"] = xp.asarray(features["sinks"][owned_heads(place)])
+        shapes, (q, k, v, d_out), features = inputs.share(given, comm, attention, args, xp)
         with traced.trace.phase("forward"):
             out, saved = attention.forward(q, k, v, **features)
         results = {"out": out, "lse": saved.lse}
@@ -87,7 +80,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         for name, array in results.items():
             like = "out" if name == "lse" else name.removeprefix("d_")
             shape = shapes[like][: array.ndim]
-            whole[name] = gather(on_host(array), comm, places[like], shape=shape, copies=like in attention.copied)
+            where, copies = attention.owned(like, shapes), like in attention.copied
+            whole[name] = gather(on_host(array), comm, where, shape=shape, copies=copies)
     if args.trace:
         write(traced, traced.trace, args.trace)
     if comm.Get_rank() == 0:

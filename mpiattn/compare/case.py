@@ -18,7 +18,7 @@ from ..costs.peak import peak
 from ..inputs import AUTO, Inputs
 from ..mask import Positions
 from ..message import clock
-from ..shares import gather, owned_heads, scatter
+from ..shares import gather
 from ..trace.comm import TracedComm
 from ..trace.events import Trace
 
@@ -60,15 +60,7 @@ class Case:
     def share(self, given: Inputs | None, args: argparse.Namespace, xp: Any) -> None:
         """Receive this rank's share of the input, as arrays of a namespace."""
         self.xp = xp
-        comm = self.comm.comm
-        wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
-        self.shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
-        places = {name: self.attention.owned(name, self.shapes) for name in self.shapes}
-        self.inputs = [xp.asarray(scatter(wholes.get(name), comm, place)) for name, place in places.items()]
-        self.features = inputs.features(args, self.shapes["q"][1])
-        if "sinks" in self.features:
-            place = places["out"](self.shapes["out"], comm.Get_rank())
-            self.features["sinks"] = xp.asarray(self.features["sinks"][owned_heads(place)])
+        self.shapes, self.inputs, self.features = inputs.share(given, self.comm.comm, self.attention, args, xp)
 
     def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
