@@ -14,6 +14,7 @@ from .. import message
 from ..message import Communicator
 from .events import Event, Trace
 from .request import TracedRequest
+from .window import TracedWindow
 
 
 class TracedComm:
@@ -173,24 +174,3 @@ class TracedComm:
         """Give the root the objects of all."""
         result: list[Any] | None = self.comm.gather(value, root)
         return result
-
-
-class TracedWindow:
-    """A window of shared memory whose fences are recorded as waits; nothing is received."""
-
-    def __init__(self, window: Any, trace: Trace) -> None:
-        self.window, self.trace = window, trace
-
-    def Shared_query(self, rank: int) -> Any:
-        """Return the memory of a rank's part, and its unit."""
-        return self.window.Shared_query(rank)
-
-    def Fence(self) -> None:
-        """Wait for the other ranks, and see what they wrote."""
-        start = message.clock()
-        self.window.Fence()
-        self.trace.events.append(Event("wait", "Fence", -1, 0, start, message.clock()))
-
-    def Free(self) -> None:
-        """Free the window."""
-        self.window.Free()
