@@ -32,6 +32,7 @@ def main() -> None:
     """Profile each algorithm on each number of tokens, and print on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     attention.add_arguments(parser)
+    parser.set_defaults(tokens="16384,65536")
     args = parser.parse_args()
     xp = gpu.namespace(args, WORLD, "cupy")
     torch.cuda.set_device(xp.cuda.Device().id)
