@@ -38,6 +38,11 @@ class Link:
     shared: float = math.inf
     cards: int = 0
 
+    def per_byte(self, crossing: float = 1) -> float:
+        """Return the seconds of a byte into a rank while so many ranks of its node use links of this level."""
+        in_turn = max(crossing / self.cards, 1) if self.cards else 1
+        return max(in_turn / self.bandwidth, crossing / self.shared)
+
 
 def operations(head_dim: int, v_head_dim: int, backward: bool) -> int:
     """Return the floating-point operations of a pair of a query and a key, for one head.

@@ -85,6 +85,20 @@ def test_ranks_of_a_node_share_its_cards() -> None:
     assert max(virtual.run(4, two, ways)) == 20
 
 
+def test_collectives_of_several_groups_share_the_cards_of_a_node() -> None:
+    """Ranks 0, 2 and ranks 1, 3 gather over one card a node: all they receive from the other node comes in turn."""
+    one = dataclasses.replace(PLAIN, links={**PLAIN.links, "network": Link(0.0, 0.5, cards=1)})
+
+    def program(comm: VirtualComm, groups: int) -> float:
+        own = comm.Split(comm.Get_rank() % groups)
+        start = comm.me.clock
+        own.Allgather(np.zeros(5, np.uint8), np.empty(5 * own.Get_size(), np.uint8))
+        return comm.me.clock - start
+
+    assert max(virtual.run(4, one, partial(program, groups=2))) == 20
+    assert max(virtual.run(4, one, partial(program, groups=1))) == 30  # three messages, one into a node at a time
+
+
 def test_ranks_of_a_node_share_its_memory() -> None:
     four = dataclasses.replace(PLAIN, ranks_per_node=4, links={**PLAIN.links, "node": Link(1.0, 1.0, shared=1.0)})
     assert max(virtual.run(4, four, pass_bytes((0, 1, 5), (2, 3, 5)))) == 11

@@ -8,7 +8,7 @@ from typing import Any
 from ..machine import LEVELS
 from .clock import Rank
 from .messages import Channel, Request
-from .network import Network
+from .network import INSIDE, Network
 
 
 class Meeting:
@@ -55,19 +55,21 @@ class Group:
     def seconds(self, rounds: float, nbytes: float, pairwise: bool = False) -> float:
         """Return the time of a collective: so many messages one after the other, so many bytes into a rank.
 
-        Round a ring, one rank of a node at a time receives from another node. Pairwise, all do at once.
+        Round a ring, one rank of a node at a time receives from another node. Pairwise, all do at once. The node's
+        other ranks are taken to be in other groups that do the same.
         """
         machine, first = self.network.machine, self.ranks[0].number
         if len(self.ranks) == 1:
             return 0.0
         levels = [machine.level(first, other.number) for other in self.ranks[1:]]
         slowest = max(set(levels), key=LEVELS.index)
+        near = 1 + sum(level in INSIDE for level in levels)
         link, seconds = machine.links[slowest], 0.0
         for level in set(levels) if pairwise else {slowest}:
             part = nbytes * levels.count(level) / len(levels) if pairwise else nbytes
-            cards = machine.links[level].cards
-            share = min(cards / machine.ranks_per_node, 1.0) if pairwise and cards else 1.0
-            seconds = max(seconds, part / (machine.links[level].bandwidth * share))
+            one_by_one = not pairwise and level not in INSIDE
+            crossing = max(machine.ranks_per_node / near, 1) if one_by_one else machine.ranks_per_node
+            seconds = max(seconds, part * machine.links[level].per_byte(crossing))
         return rounds * (link.latency + machine.overhead) + seconds
 
     @property
