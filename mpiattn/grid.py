@@ -29,7 +29,9 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     """Return (rows, cols), completed where one or both are None, or raise ValueError with those that fit."""
     if rows is None and cols is None:
         return squarest(ranks)
-    choice = (rows or ranks // max(cols or 1, 1), cols or ranks // max(rows or 1, 1))
+    if any(number is not None and (not isinstance(number, int) or number < 1) for number in (rows, cols)):
+        raise ValueError(f"rows and cols of a grid are whole numbers, 1 or more, got {rows!r} and {cols!r}")
+    choice = (rows or ranks // (cols or 1), cols or ranks // (rows or 1))
     if choice not in grids(ranks):
         fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))
         raise ValueError(f"a grid of {choice[0]}x{choice[1]} does not hold {ranks} ranks: choose from {fits}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mpiattn
-from mpiattn.message import InputError
+from mpiattn import InputError
 from mpiattn.trace.comm import TracedComm
 
 
@@ -34,6 +34,7 @@ def ring(comm: Any) -> Any:
 
 
 TEXT: Any = "x"
+FRACTION: Any = 1.0
 
 ARRAYS: dict[str, tuple[Callable[[int, int], Any], str]] = {
     "heads no multiple of kv heads": (
@@ -85,6 +86,30 @@ def test_gradient_of_another_shape(comm: Any) -> None:
     assert "d_out on rank" in refused(comm, ring, act)
 
 
+OTHERS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "another algorithm": lambda comm, q, saved: mpiattn.UlyssesAttention(comm).forward(q, q, q)[1],
+    "another scale": lambda comm, q, saved: mpiattn.RingAttention(comm, scale=0.3).forward(q, q, q)[1],
+    "nothing": lambda comm, q, saved: None,
+    "nothing on one rank": lambda comm, q, saved: None if comm.Get_rank() == 1 else saved,
+    "fewer tokens on one rank": lambda comm, q, saved: (ring(comm).forward(*[q[:, :, :3]] * 3)[1], saved)[
+        comm.Get_rank() != 1
+    ],
+}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("case", OTHERS)
+def test_saved_by_another(comm: Any, case: str) -> None:
+    def act(attention: Any) -> None:
+        q = zeros(comm.Get_rank(), comm.Get_size())
+        _, saved = attention.forward(q, q, q)
+        given = OTHERS[case](comm, q, saved)
+        attention.comm.trace.clear()
+        attention.backward(q, given)
+
+    assert_matches(refused(comm, ring, act), "saved is not what forward|saved by another forward than on rank 0")
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("build", "message"),
@@ -95,8 +120,13 @@ def test_gradient_of_another_shape(comm: Any) -> None:
             "a grid of 7x11 does not hold . ranks: choose from 1x",
         ),
         (lambda comm: mpiattn.MeshAttention(comm, rows=77), "does not hold"),
+        (lambda comm: mpiattn.MeshAttention(comm, rows=0), "whole numbers, 1 or more, got 0 and None"),
+        (
+            lambda comm: mpiattn.MeshAttention(comm, rows=FRACTION, cols=comm.Get_size()),
+            "whole numbers, 1 or more, got 1.0",
+        ),
         (lambda comm: mpiattn.RingAttention(comm, mask=TEXT), "a mask is Full.*, got 'x'"),
-        (lambda comm: mpiattn.MeshAttention(comm, rows=None if comm.Get_rank() else TEXT), "'str'"),
+        (lambda comm: mpiattn.MeshAttention(comm, rows=None if comm.Get_rank() else TEXT), "got 'x' and None"),
         (lambda comm: mpiattn.RingAttention(comm, scale=TEXT), "a scale is a finite number, got .x."),
         (lambda comm: mpiattn.RingAttention(comm, scale=float("nan")), "a scale is a finite number, got nan"),
     ],

@@ -152,7 +152,8 @@ class Attention(Prepared):
         if self.sinks is not None:
             out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
         result = self.rounded(out)
-        return result, Saved(q, k, v, result, lse.astype(self.problem.wide), self.problem, self.sinks, self.dropout)
+        given = self.sinks, self.dropout, self.identity
+        return result, Saved(q, k, v, result, lse.astype(self.problem.wide), self.problem, *given)
 
     def rounded(self, total: Array) -> Array:
         """Return complete sums in the dtype of the problem, in memory that nothing else uses."""

@@ -69,7 +69,7 @@ def check_scale(scale: object) -> None:
 
 def check_softcap(softcap: object) -> None:
     """Raise ValueError where that is no softcap."""
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+    if softcap is not None and not (isinstance(softcap, Real) and 0 < float(softcap) < math.inf):
         raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ class Saved:
     problem: Problem
     sinks: Array | None = None
     dropout: Dropout | None = None
+    by: tuple[object, ...] = ()
+    """Of the attention that gives it: `Prepared.identity`."""
 
 
 class Prepared(Storage):
@@ -109,17 +112,23 @@ class Prepared(Storage):
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
-        problem = saved.problem
-        own = (problem.layout, problem.mask) == (self.layout, self.mask)
-        given = saved.sinks is not None, *drawn(saved.dropout)
-        table = self._gather(saved.out, d_out, numbers=(own, *problem.sizes, *given))
+        own = isinstance(saved, Saved) and saved.by == self.identity
+        saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
+        numbers = own, zlib.crc32(repr(saves).encode())
+        table = self._gather(saved.out if own else None, d_out, numbers=numbers)
         specs = described(table.tobytes(), self.comm.Get_size(), 2)
         if not own:
-            raise InputError("saved is of an attention with another layout or mask")
+            raise InputError("saved is not what forward of this algorithm returns with the same options")
+        problem = saved.problem
         for rank, (out, gradient) in enumerate(specs):
             if gradient != out:
                 raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")
         return self.prepare(problem, saved.q, saved.dropout)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be the same of the attention that saves and the one that goes back."""
+        return type(self).__name__, self.layout, self.mask, self.scale, self.softcap
 
     def _gather(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
         """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""
