@@ -84,7 +84,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             refused.append(f"{name} refused {error}")
         except InputError as error:
             if args.kernel is None:
-                raise
+                raise InputError(f"{name} refused {case}: {error}") from None
             refused.append(f"{name} refused {case}: {error}")
         progress.update()
     progress.close()
