@@ -27,8 +27,10 @@ def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:
 
 
 def check_folders(*paths: Path | None) -> None:
-    """Raise InputError, before any work, where there is no folder for one of the files that are to be written."""
+    """Raise InputError, before any work, where one of the files that are to be written has no folder, or is one."""
     for path in paths:
+        if path is not None and path.is_dir():
+            raise InputError(f"{path}: is a folder, not a file")
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such folder")
 

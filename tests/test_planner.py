@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,9 +15,11 @@ import pytest
 from mpiattn import machines
 from mpiattn.costs import COSTS
 from mpiattn.machine import Link, Machine
-from mpiattn.mask import Causal, Documents, Full
+from mpiattn.mask import Causal, Documents, Full, SlidingWindow
 from mpiattn.message import InputError
 from mpiattn.planner import Candidate, Task, candidates, command, plan, simulate, units
+from mpiattn.planner.candidates import tile
+from mpiattn.planner.estimate import estimate
 
 H200 = machines.load("h200-ib")
 SMALL = Task(16384, 16, 4, 64, mask=Causal())
@@ -109,6 +112,42 @@ def test_estimates_find_the_fastest(name: str, kv_heads: int) -> None:
     assert quick.best.seconds <= 1.05 * best
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "task"),
+    [
+        ("laptop", 4, Task(4096, 32, 8, 128, mask=SlidingWindow(256), backward=False)),
+        ("laptop", 16, Task(32768, 32, 8, 128, mask=SlidingWindow(2048), backward=False)),
+        ("ethernet", 16, Task(262144, 32, 8, 128, mask=SlidingWindow(16384), backward=False)),
+        ("h200-ib", 8, Task(4096, 32, 32, 128, mask=SlidingWindow(256))),
+        ("h200-ib", 16, Task(4096, 32, 8, 128, mask=SlidingWindow(256), backward=False)),
+        ("h200-nvlink", 6, Task(4096, 32, 8, 128, mask=Causal(), backward=False)),
+    ],
+    ids=lambda value: f"{value.mask}" if isinstance(value, Task) else str(value),
+)
+def test_estimates_with_windows_few_tokens_and_part_of_a_node(name: str, ranks: int, task: Task) -> None:
+    """As above."""
+    described = machines.load(name)
+    quick = plan(task, described, ranks, quick=True)
+    for one in candidates(ranks, described):
+        with contextlib.suppress(TimeoutError):
+            assert quick.best.seconds <= 1.05 * simulate(task, described, ranks, one, quick.best.seconds).seconds
+
+
+def test_an_estimate_counts_a_nodes_ranks_once() -> None:
+    """Groups larger than a node have no more ranks in it that send to another than it holds."""
+    laptop = machines.load("laptop")
+    task = Task(32768, 32, 8, 128, mask=SlidingWindow(2048))
+    candidate = Candidate("hybrid", (("ulysses", 32), ("rows", 2), ("cols", 1)))
+    assert estimate(task, laptop, 64, candidate).seconds == pytest.approx(
+        simulate(task, laptop, 64, candidate).seconds, rel=0.2
+    )
+
+
+def test_a_tile_has_no_more_than_the_sequence() -> None:
+    assert tile(Task(10, 4, 4, 8), 7, Candidate("ring")) == (2, 10)
+    assert tile(Task(10, 4, 4, 8, kv_tokens=3), 7, Candidate("mesh", (("rows", 1), ("cols", 7)))) == (10, 1)
+
+
 def test_uneven_lengths() -> None:
     task = Task(1001, 12, 12, 64, mask=Causal(), dtype="float32")
     names = {outcome.candidate.algorithm for outcome in plan(task, machines.load("laptop"), 6).outcomes}
@@ -149,7 +188,8 @@ def test_other_bad_input() -> None:
 
 def test_numbers_on_the_command_line() -> None:
     assert [units.count(text) for text in ("4096", "128K", "1M")] == [4096, 2**17, 2**20]
-    assert [units.size(text) for text in ("80GB", "512MB", "1.5G")] == [80e9, 512e6, 1.5e9]
+    assert [units.size(text) for text in ("80GB", "512MB", "1.5G", "7")] == [80e9, 512e6, 1.5e9, 7]
+    assert [units.size(text) for text in ("80GiB", "1 kiB", "2Mi")] == [80 * 2**30, 2**10, 2**21]
     for wrong in ("0", "-4", "x", "1T"):
         with pytest.raises(argparse.ArgumentTypeError):
             units.count(wrong)
@@ -184,7 +224,9 @@ def test_the_command_prints_the_plan_and_three_lines_why(capsys: Any, tmp_path: 
         (("--curve", "curve.bmp"), "must end in .png, .svg or .pdf"),
         (("--curve", "nowhere/curve"), "nowhere: no such folder"),
         (("--json", "nowhere/plan.json"), "nowhere: no such folder"),
-        (("--algorithms", "rung"), "unknown algorithm rung: choose from"),
+        (("--json", "."), ".: is a folder, not a file"),
+        (("--v-head-dim", "0"), "v_head_dim must be a whole number, 1 or more, got 0"),
+        (("--algorithms", "rung"), "unknown algorithm rung: choose from ring, double_ring, mesh"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
     ],
 )

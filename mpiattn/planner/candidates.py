@@ -86,9 +86,10 @@ class Candidate:
 
 def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = None) -> list[Candidate]:
     """Return every variant of every algorithm, those on grids with each way to place them on nodes."""
-    names = [name for name in ALGORITHMS if name not in APART] if algorithms is None else list(algorithms)
+    every = [name for name in ALGORITHMS if name not in APART]
+    names = every if algorithms is None else list(algorithms)
     if unknown := [name for name in names if name not in ALGORITHMS]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}")
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(every)}")
     if apart := [f"{name}: {APART[name]}" for name in names if name in APART]:
         raise InputError(f"nothing to plan for {'; '.join(apart)}")
     result = []
@@ -96,7 +97,7 @@ def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = 
         for arguments in ALGORITHMS[name].variants(ranks):
             plain = Candidate(name, tuple(arguments.items()))
             group, rows, cols = plain.shape(ranks)
-            near = math.gcd(machine.ranks_per_node, ranks) // group
+            near = per_node(machine, ranks) // group
             if "rows" in arguments and min(rows, cols) > 1 and 1 < near < rows * cols:
                 ways = [(r, near // r) for r in range(1, near + 1) if near % r == 0]
                 fits = [(r, c) for r, c in ways if rows % r == 0 and cols % c == 0]
@@ -106,8 +107,14 @@ def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = 
     return result
 
 
+def per_node(machine: Machine, ranks: int) -> int:
+    """Return how many ranks a node has: all, where one node has room for them, else what divides them evenly."""
+    return ranks if ranks <= machine.ranks_per_node else math.gcd(machine.ranks_per_node, ranks)
+
+
 def tile(task: Task, ranks: int, candidate: Candidate) -> tuple[int, int]:
     """Return how many queries and keys a rank's tile has; a ring's has one chunk of queries, and all keys."""
     group, rows, cols = candidate.shape(ranks)
-    chunk, kv_chunk = (-(-tokens * group // ranks) for tokens in (task.tokens, task.kv_tokens or task.tokens))
-    return chunk * cols, kv_chunk * rows
+    kv_tokens = task.kv_tokens or task.tokens
+    chunk, kv_chunk = (-(-tokens * group // ranks) for tokens in (task.tokens, kv_tokens))
+    return min(chunk * cols, task.tokens), min(kv_chunk * rows, kv_tokens)

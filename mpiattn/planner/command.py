@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: as many)")
     parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--v-head-dim", type=int, metavar="N", help="of the values (default: as --head-dim)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--dtype", default=None, help="default bfloat16 where the machine has it, else float32")
     parser.add_argument("--mask", type=mask.argument, default=Causal(), help="default causal")
@@ -64,7 +65,7 @@ def task_of(args: argparse.Namespace, machine: Machine) -> Task:
     kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     return Task(
         args.tokens, args.heads, kv_heads, args.head_dim, args.batch, dtype, args.mask, args.backward, args.layout,
-        partials=args.partials,
+        v_head_dim=args.v_head_dim, partials=args.partials,
     )  # fmt: skip
 
 

@@ -27,8 +27,12 @@ TRIES, TIES = 4, 2
 SLOWER, FIRST = 1.5, 4
 """How many times as long as the fastest so far a candidate may take; and how many the first of its algorithm."""
 
-FEW, ALIKE, CLOSE = 6, 3, 1.05
-"""Of a quick plan: candidates that are run, how many of one algorithm, and how near an estimate is near enough."""
+FEW, ALIKE = 6, 3
+"""Of a quick plan: candidates that are run, and how many of one algorithm."""
+
+GAIN, UNSURE = 1.05, 1.25
+"""Of a quick plan: how many times as fast is worth a run, where the kernel's time allows it, and how far off estimates
+are at most."""
 
 
 @dataclass
@@ -105,8 +109,8 @@ def plan(
     everyone = [(estimate(task, machine, ranks, one), one) for one in candidates(ranks, machine, algorithms)]
     everyone.sort(key=lambda pair: pair[0])
     search = _Search(task, machine, ranks, limit)
-    for (seconds, _), candidate in everyone:
-        if reason := search.hopeless(seconds, candidate, quick):
+    for (seconds, _, least), candidate in everyone:
+        if reason := search.hopeless(seconds, least, candidate, quick):
             search.left_out.append((candidate, reason))
             continue
         if progress:
@@ -130,8 +134,8 @@ class _Search:
     def fastest(self) -> float:
         return min((outcome.seconds for outcome in self.fitting), default=math.inf)
 
-    def hopeless(self, seconds: float, candidate: Candidate, quick: bool) -> str:
-        """Say why a candidate of that estimate isn't worth a run, or return nothing."""
+    def hopeless(self, seconds: float, least: float, candidate: Candidate, quick: bool) -> str:
+        """Say why a candidate of that estimate, which can't take less than `least`, isn't worth a run, or nothing."""
         needed = held(self.task, self.ranks, candidate)
         if needed > self.memory:
             return f"needs {in_bytes(needed)} a rank"
@@ -142,7 +146,9 @@ class _Search:
             return f"{TIES} of the same algorithm with the same estimate were run"
         if not self.fitting or candidate.algorithm == "ring":
             return ""
-        if seconds > (self.fastest / CLOSE if quick else self.patience(candidate)):
+        if quick and least > self.fastest / GAIN:
+            return f"computes for {in_seconds(least)}"
+        if seconds > (self.fastest * UNSURE if quick else self.patience(candidate)):
             return f"is estimated at {in_seconds(seconds)}"
         return f"{FEW} with better estimates were run" if quick and self.tries.total() >= FEW else ""
 

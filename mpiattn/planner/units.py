@@ -15,11 +15,12 @@ def count(text: str) -> int:
 
 
 def size(text: str) -> float:
-    """Read a size of memory, such as 80GB or 512MB (of 1000), in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text)
+    """Read a size of memory, such as 80GB or 512MB (of 1000) or 80GiB (of 1024), in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kKMGT](i?))[bB]?", text)
     if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 80GB")
-    return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()]
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 80GB or 80GiB")
+    power = " KMGT".index(match[2][:1].upper() or " ")
+    return float(match[1]) * float((1024 if match[3] else 1000) ** power)
 
 
 def in_bytes(number: float) -> str:
