@@ -296,6 +296,13 @@ def test_command_refuses_other_files(content: str, tmp_path: Path, capsys: pytes
     assert "is no trace that mpiattn wrote" in capsys.readouterr().err
 
 
+def test_a_binary_file_is_no_trace_and_is_not_printed(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff" * 10000)
+    with pytest.raises(ValueError, match="is no trace that mpiattn wrote") as hit:
+        file.read(tmp_path / "binary")
+    assert len(str(hit.value)) < 400
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert report.timeline([Trace(), Trace()], 80)

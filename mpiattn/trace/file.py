@@ -111,5 +111,5 @@ def read(file: str | Path) -> list[Trace]:
                 event = Event(entry["cat"], more["name"], peer, nbytes, start, start + entry["dur"] / 1e6, block)
                 traces[entry["pid"]].events.append(event)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{file} is no trace that mpiattn wrote: {error!r}") from None
+        raise ValueError(f"{file} is no trace that mpiattn wrote: {type(error).__name__}: {error}") from None
     return traces
