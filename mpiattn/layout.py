@@ -47,8 +47,12 @@ EVERYWHERE = "everywhere"
 
 
 def default(mask: object) -> str:
-    """Return the layout where none is asked for: zigzag balances a causal mask."""
-    return "zigzag" if getattr(mask, "causal", False) else "contiguous"
+    """Return the layout where none is asked for: zigzag balances a causal mask, but not one of a window.
+
+    The keys of a window are near its queries: contiguous chunks go to a neighbour or two, not all the way round.
+    """
+    balances = getattr(mask, "causal", False) and not getattr(mask, "windowed", False)
+    return "zigzag" if balances else "contiguous"
 
 
 def check(layout: str, ranks: int = 0) -> str:

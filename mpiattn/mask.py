@@ -48,6 +48,11 @@ class Mask:
         """Whether no query attends to a later key, whatever the positions."""
         return False
 
+    @property
+    def windowed(self) -> bool:
+        """Whether queries attend to keys near them only, however long the sequence."""
+        return False
+
     def __and__(self, other: Mask) -> Mask:
         return Intersection(self, other)
 
@@ -106,6 +111,11 @@ class SlidingWindow(Mask):
         """Whether it does not reach to the right."""
         return self.right == 0
 
+    @property
+    def windowed(self) -> bool:
+        """True."""
+        return True
+
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         return np.maximum(queries - self.left, 0), queries + self.right + 1
 
@@ -160,6 +170,11 @@ class Intersection(Mask):
     def causal(self) -> bool:
         """Whether one of the two is."""
         return self.first.causal or self.second.causal
+
+    @property
+    def windowed(self) -> bool:
+        """Whether one of the two is."""
+        return self.first.windowed or self.second.windowed
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         (lo, hi), (other_lo, other_hi) = self.first.bounds(queries), self.second.bounds(queries)

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
     )
-    parser.add_argument("--layout", choices=LAYOUTS, help="default zigzag with a causal mask, else contiguous")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="default zigzag with a causal mask without a window, else contiguous"
+    )
     parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
     parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
     parser.add_argument("--backward", action="store_true", help="write the gradients too")

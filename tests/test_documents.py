@@ -63,6 +63,14 @@ def test_claims_stand_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {file.suffix for file in tmp_path.iterdir()} == {".md", ".json", ".png", ".svg"}
 
 
+def test_reasons_are_those_of_the_default_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communication, "DEVICES", (4,))
+    for options, said in (((), "Why it differs: the article's"), (("--machine", "ethernet"), "says it of its own")):
+        called("communication", tmp_path, *options)
+        text = (tmp_path / "communication.md").read_text()
+        assert said in text and ("faster links" in text) == (not options)
+
+
 def test_training_claims_have_the_articles_ratios() -> None:
     assert [round(mesh / ring, 2) for ring, mesh in TRAINING.values()] == [1.06, 1.17, 1.35, 1.72, 2.40]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpiattn import Causal, gather, scatter
-from mpiattn.layout import LAYOUTS, positions
+from mpiattn.layout import LAYOUTS, default, positions
 from mpiattn.mask import parse
 from mpiattn.message import InputError
 from mpiattn.pairs import pairs
@@ -32,6 +32,13 @@ def test_zigzag_balances_a_causal_mask(ranks: int) -> None:
     work = {name: [pairs(Causal(), positions(name, tokens, ranks, r), whole) for r in range(ranks)] for name in LAYOUTS}
     assert len(set(work["zigzag"])) == 1
     assert max(work["contiguous"]) > 1.4 * min(work["contiguous"])
+
+
+def test_default_is_zigzag_where_that_balances() -> None:
+    found = {mask: default(parse(mask)) for mask in ("full", "causal", "window=8", "causal+window=8", "window=8,8")}
+    assert [mask for mask, layout in found.items() if layout == "zigzag"] == ["causal"]
+    assert set(found.values()) == {"zigzag", "contiguous"}
+    assert default(parse("documents=5,7+causal")) == "zigzag"
 
 
 def test_unknown_layout_names_the_choices() -> None:

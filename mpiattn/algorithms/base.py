@@ -31,7 +31,8 @@ class Attention(Prepared):
     *own : functools.partial
         For subclasses: the checks of their own arguments; see `options.agree`.
     layout : {"contiguous", "zigzag", "striped"}, optional
-        Which tokens each rank owns. By default zigzag with a causal mask, which balances it, else contiguous.
+        Which tokens each rank owns. By default zigzag with a causal mask without a window, which balances it, else
+        contiguous.
     mask : Mask
         Evaluated on global positions.
     scale : float, optional

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--dtype", help="default bfloat16 on GPUs, else float32")
     parser.add_argument("--mask", type=mask.argument, default=Causal(), help=mask.HELP)
-    parser.add_argument("--layout", help="default zigzag with a causal mask, else contiguous")
+    parser.add_argument("--layout", help="default zigzag with a causal mask without a window, else contiguous")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
     parser.add_argument("--no-torch", action="store_true", help="leave out torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing")

@@ -40,7 +40,7 @@ def make(args: argparse.Namespace) -> Report:
     headers = ("tokens", "devices", "article (GB/s)", "article: improvement", "received (GB)", "mesh: less",
                "waiting (ms)", "time (ms)", "received / time (GB/s)", "mesh: more")  # fmt: skip
     report.table(rows, headers)
-    report.note(
+    report.reason(
         "Why it differs: the article's column is in GB/s, and it counts a higher rate as an improvement. What costs "
         "is bytes and the time waited for them, so these are given; received / time, the rate that comes nearest to "
         "its column, is high where an algorithm sends much in little time, not where it is good. It is higher here, as "

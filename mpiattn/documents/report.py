@@ -38,6 +38,13 @@ class Report:
         for paragraph in paragraphs:
             self.text += [paragraph, ""]
 
+    def reason(self, text: str) -> None:
+        """Add why the documents say something else, which holds for the default machine and lengths."""
+        command, *options = self.data["command"].split(" --")
+        self.note(
+            text if not options else f"Why it differs from the documents: `{command}` says it of its own numbers."
+        )
+
     def figure(self, panels: int = 1, width: float = 7) -> list[Any]:
         """Add a figure, so many inches wide, and return the axes of its panels, side by side."""
         self.drawing, axes = charts.figure(width, 4.5, panels)

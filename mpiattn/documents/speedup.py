@@ -35,7 +35,7 @@ def make(args: argparse.Namespace) -> Report:
         headers = ("devices", "ring: article", "ring: ours", "mesh: article", "mesh: ours", "mesh's rows x columns",
                    "ring received (GB)", "mesh received (GB)")  # fmt: skip
         report.table(rows, headers, f"{length} tokens")
-    report.note(
+    report.reason(
         "Why it differs: the article names neither hardware nor length. Here, between nodes, each step of the ring "
         "crosses one card, and a device receives about the same bytes however many devices there are: as soon as that "
         "takes longer than the blocks, the ring's time stops falling. The article's ring goes on gaining from 64 to "

@@ -33,7 +33,7 @@ def make(args: argparse.Namespace) -> Report:
     headers = ("devices", "ring: article", "ring: ours", "mesh: article", "mesh: ours", "mesh's rows x columns",
                "ring (s)", "mesh (s)")  # fmt: skip
     report.table(rows, headers)
-    report.note(
+    report.reason(
         "Why it differs: with so many tokens a device, the ring's blocks and its messages stay as they are however "
         "many devices there are. Inside a node the messages hide behind the blocks; across nodes they take about twice "
         "as long, and the ring runs at the same fraction of the ideal from 16 devices on. That the article's ring "
