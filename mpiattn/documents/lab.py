@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -92,8 +93,8 @@ def written(args: argparse.Namespace, size: int, rows: list[tuple[object, ...]])
     report = Report(args.output, "lab", "Standard against ring attention (lab, performance test)", args.called)
     report.note(
         f"Measured: batch {BATCH}, d_model {MODEL}, d_k = d_v = {DIM}, float32, forward with projections; the standard "
-        f"form on one rank, the ring on {size} MPI ranks of one host; median of {args.iterations}. Peak: bytes "
-        "allocated by NumPy in the call, traced."
+        f"form on one rank, the ring on {size} MPI ranks of one host with {os.cpu_count()} cores; median of "
+        f"{args.iterations}. Peak: bytes allocated by NumPy in the call, traced."
     )
     headers = ("tokens", "standard (ms)", f"ring, {size} ranks (ms)", "standard: lab's formula (MiB)",
                "standard: peak (MiB)", "ring: lab's formula (MiB)", "ring: peak a rank (MiB)",
@@ -104,8 +105,8 @@ def written(args: argparse.Namespace, size: int, rows: list[tuple[object, ...]])
         "the scores of one block. The standard form holds them three times (before, in, after the softmax). A block's "
         "scores need not exist at all: the kernel works in tiles, so the ring's real memory grows with n/N, and what "
         "it holds are Q, the output and two buffers of K/V, which the lab leaves out. The lab's ring is slower "
-        "than the standard form, as it computes the same blocks again each round on one device; on ranks with cores of "
-        "their own it is faster."
+        "than the standard form, as it computes the same blocks again each round on one device; on several cores it is "
+        "faster."
     )
     left, right = report.figure(2, width=11)
     values = [[float(str(value)) for value in column] for column in zip(*rows, strict=True)]
