@@ -11,7 +11,7 @@ import cupy
 from ..cupy.kernel import CupyKernel
 from ..cupy.passes import Place, RowPass
 from .pieces import Piece
-from .plans import Plan, Tensor, build
+from .plans import Plan, build
 from .scratch import Scratch
 from .waiting import WaitingSums
 
@@ -29,7 +29,7 @@ class Calls:
     def forward(self, piece: Piece, *arrays: Array) -> Call | None:
         """Return what computes a piece forward, on arrays of these shapes; None where cuDNN can't."""
         views = _part(piece, arrays)
-        plan = self._plan(piece, arrays[0], *map(Tensor.of, views[:3]))
+        plan = self._plan(piece, arrays[0], *map(Place.of, views[:3]))
         if plan is None:
             return None
         q, _, v, out, lse = views
@@ -52,12 +52,11 @@ class Calls:
         views = _part(piece, arrays)
         q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
         rows, dtype = q.shape[:3], q.dtype
-        saved = Tensor.of(known[0]) if known else Tensor.packed(*d_out.shape)
-        plan = self._plan(piece, q, *map(Tensor.of, (q, k, v, d_out)), saved)
+        near = Place.packed(d_out.shape, dtype), Place.packed(rows, lse.dtype)
+        plan = self._plan(piece, q, *map(Place.of, (q, k, v, d_out)), Place.of(known[0]) if known else near[0])
         if plan is None:
             return None
         shapes = [array.shape for array in (q, k, v)]
-        near = Place.packed(d_out.shape, dtype), Place.packed(rows, lse.dtype)
         stand_in = RowPass("stand_in", lse.dtype, dtype, *near, *map(Place.of, (d_out, lse, delta)))
         adds = [
             RowPass("accumulate", lse.dtype, dtype, Place.of(total), Place.packed(shape, dtype))
@@ -95,9 +94,9 @@ class Calls:
 
         return call
 
-    def _plan(self, piece: Piece, q: Array, *tensors: Tensor) -> Plan | None:
+    def _plan(self, piece: Piece, q: Array, *places: Place) -> Plan | None:
         scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
-        return build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *tensors)
+        return build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *places)
 
 
 def _part(piece: Piece, arrays: Sequence[Array]) -> list[Array]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
+import numpy as np
 
+from ..cupy.passes import Place
 from .library import handle_of, loaded
 from .scratch import Scratch
-
-Array = Any
 
 
 class Plan:
@@ -31,62 +30,44 @@ class Plan:
         self.graph.execute(dict(zip(self.uids, pointers, strict=True)), workspace, handle)
 
 
-class Tensor(NamedTuple):
-    """Shape and strides in elements: what a plan depends on."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, array: Array) -> Tensor:
-        """Return those of an array."""
-        return cls(array.shape, tuple(stride // array.itemsize for stride in array.strides))
-
-    @classmethod
-    def packed(cls, *shape: int) -> Tensor:
-        """Return those of an array without gaps."""
-        return cls(shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-
-
 @functools.cache
-def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *tensors: Tensor) -> Plan | None:
+def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *places: Place) -> Plan | None:
     """Return the plan for q, k, v (forward), or for q, k, v, d_out, out (backward); None where cuDNN has none."""
     cudnn, _ = loaded()
     half, single = getattr(cudnn.data_type, "HALF" if dtype == "float16" else "BFLOAT16"), cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
         io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=handle_of(device)
     )
-    square = tensors[0].shape[2] == tensors[1].shape[2]  # both corners are one then; cuDNN is faster at the top left
+    square = places[0].shape[2] == places[1].shape[2]  # both corners are one then; cuDNN is faster at the top left
     alignment = getattr(cudnn.diagonal_alignment, "BOTTOM_RIGHT" if causal and not square else "TOP_LEFT")
     band = {"diagonal_alignment": alignment, "diagonal_band_left_bound": left}
     if causal:
         band["diagonal_band_right_bound"] = 0
 
-    def tensor(name: str, like: Tensor, data_type: Any = half) -> Any:
-        return graph.tensor(name=name, dim=list(like.shape), stride=list(like.strides), data_type=data_type)
+    def tensor(name: str, like: Place, data_type: Any = half) -> Any:
+        return graph.tensor(name=name, dim=list(like.shape), stride=like.steps, data_type=data_type)
 
-    def result(output: Any, like: Tensor, data_type: Any = half) -> Any:
-        return output.set_output(True).set_dim(list(like.shape)).set_stride(list(like.strides)).set_data_type(data_type)
+    def result(output: Any, like: Place, data_type: Any = half) -> Any:
+        return output.set_output(True).set_dim(list(like.shape)).set_stride(like.steps).set_data_type(data_type)
 
-    inputs = [tensor(name, like) for name, like in zip("qkv", tensors, strict=False)]
-    (batch, heads, queries, _), v_dim = tensors[0].shape, tensors[2].shape[3]
-    packed_out = Tensor.packed(batch, heads, queries, v_dim)
-    if len(tensors) == 3:
+    inputs = [tensor(name, like) for name, like in zip("qkv", places, strict=False)]
+    (batch, heads, queries, _), v_dim = places[0].shape, places[2].shape[3]
+    rows = Place.packed((batch, heads, queries, 1), np.float32)
+    if len(places) == 3:
         out, stats = graph.sdpa(
             name="forward", q=inputs[0], k=inputs[1], v=inputs[2], attn_scale=scale, generate_stats=True, **band
         )
-        result(out, packed_out)
-        result(stats, Tensor.packed(batch, heads, queries, 1), single)
+        result(out, Place.packed((batch, heads, queries, v_dim), dtype))
+        result(stats, rows, single)
         ends = [*inputs, out, stats]
     else:
-        rows = Tensor.packed(batch, heads, queries, 1)
-        inputs += [tensor("o", tensors[4]), tensor("d_out", tensors[3]), tensor("lse", rows, single)]
+        inputs += [tensor("o", places[4]), tensor("d_out", places[3]), tensor("lse", rows, single)]
         gradients = graph.sdpa_backward(
             **dict(zip(("q", "k", "v", "o", "dO", "stats"), inputs, strict=True)),
             name="backward", attn_scale=scale, **band,
         )  # fmt: skip
-        for gradient, like in zip(gradients, tensors, strict=False):
-            result(gradient, Tensor.packed(*like.shape))
+        for gradient, like in zip(gradients, places, strict=False):
+            result(gradient, Place.packed(like.shape, dtype))
         ends = [*inputs, *gradients]
     try:
         graph.validate()

@@ -65,6 +65,11 @@ class Place(NamedTuple):
         size = np.dtype(dtype).itemsize
         return cls(tuple(shape), tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))), size)
 
+    @property
+    def steps(self) -> list[int]:
+        """Strides in numbers."""
+        return [stride // self.itemsize for stride in self.strides]
+
 
 class RowPass:
     """A pass with one warp a row, prepared for arrays in some places, to be run on any pointers.
@@ -83,10 +88,10 @@ class RowPass:
         batch, heads, tokens, dim = next(place.shape for place in places if len(place.shape) == 4)
         rows = batch * heads * tokens
         vector = VECTOR // np.dtype(wide).itemsize
-        self.strides = [[stride // place.itemsize for stride in place.strides[:3]] for place in places]
+        self.strides = [place.steps[:3] for place in places]
         for place, strides in zip(places, self.strides, strict=True):
             if len(place.shape) == 4:
-                if place.strides[3] != place.itemsize and dim > 1 and rows:
+                if place.steps[3] != 1 and dim > 1 and rows:
                     raise ValueError("the numbers of a row must be neighbours in memory")
                 if any(number % vector for number in (dim, *strides)) or not place.aligned:
                     vector = 1
