@@ -13,11 +13,11 @@ from .message import Communicator
 
 
 def timed(comm: Communicator, work: Callable[[], object], calls: int = 1, xp: Any = np) -> float:
-    """Return the seconds that a call takes on this rank, until the device is done too; all ranks start together."""
+    """Return the seconds that a call takes on the slowest rank, until the device is done too; all start together."""
     gpu.wait(xp)
     comm.Barrier()
     start = time.perf_counter()
     for _ in range(calls):
         work()
     gpu.wait(xp)
-    return (time.perf_counter() - start) / calls
+    return float(max(comm.allgather((time.perf_counter() - start) / calls)))

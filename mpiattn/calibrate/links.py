@@ -12,7 +12,6 @@ import numpy as np
 from .. import gpu
 from ..machine import Link
 from ..message import Communicator, Tag, Waitall
-from .rounds import median_of_slowest
 
 SMALL = 8
 """Bytes of the messages whose time is the latency."""
@@ -66,7 +65,8 @@ def link(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: Any) -> L
                 Waitall(_post(comm, pair, arriving, leaving))
             seconds.append((time.perf_counter() - start) / repeat)
         # Each rank waits for its neighbour: the slowest of a round says how long the exchange took.
-        times[size] = median_of_slowest([mine for mine in comm.allgather(seconds[1:] if pair else None) if mine])
+        ranks = [mine for mine in comm.allgather(seconds[1:] if pair else None) if mine]
+        times[size] = statistics.median(max(one) for one in zip(*ranks, strict=True))
     slope = (times[2 * nbytes] - times[nbytes]) / nbytes
     if slope <= 0:
         slope = times[nbytes] / nbytes

@@ -18,13 +18,6 @@ ENOUGH = 0.01
 def median(comm: Communicator, rounds: int, work: Callable[[], object], xp: Any) -> float:
     """Return the median over rounds, after two that don't count, of the seconds of a call on the slowest rank."""
     timed(comm, work, 1, xp)
-    once, calls = timed(comm, work, 1, xp), 1
-    if xp is not np:
-        calls = max(comm.allgather(int(ENOUGH / once) + 1))
-    seconds = [timed(comm, work, calls, xp) for _ in range(rounds)]
-    return median_of_slowest(comm.allgather(seconds))
-
-
-def median_of_slowest(ranks: list[list[float]]) -> float:
-    """Return the median over rounds of the slowest rank's seconds, given each rank's."""
-    return float(statistics.median(max(one) for one in zip(*ranks, strict=True)))
+    once = timed(comm, work, 1, xp)
+    calls = 1 if xp is np else int(ENOUGH / once) + 1
+    return statistics.median(timed(comm, work, calls, xp) for _ in range(rounds))
