@@ -18,8 +18,10 @@ Where = Callable[[tuple[int, ...], int], Any]
 """Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
 
 
-def by_tokens(layout: str, ranks: int, axis: int = 2) -> Where:
-    """Return where each rank's tokens lie along an axis."""
+def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
+    """Return where each rank's tokens lie along an axis; or what says it, where that is given instead of a layout."""
+    if not isinstance(layout, str):
+        return layout
     try:
         layouts.check(layout)
     except ValueError as error:
@@ -63,7 +65,7 @@ def scatter(
         On every rank, where the layout is unknown or the root has no such array.
     """
     size, rank = comm.Get_size(), comm.Get_rank()
-    where = by_tokens(layout, size, axis) if isinstance(layout, str) else layout
+    where = by_tokens(layout, size, axis)
     description = describe(array)
     comm.Bcast(description, root)
     shape, dtype = _with_axis(axis, description, root)
@@ -112,7 +114,7 @@ def gather(
         On every rank, where the shares do not make up a whole in that layout.
     """
     size, rank = comm.Get_size(), comm.Get_rank()
-    where = by_tokens(layout, size, axis) if isinstance(layout, str) else layout
+    where = by_tokens(layout, size, axis)
     table = np.empty((size, DESCRIPTION), np.int64)
     comm.Allgather(describe(array), table)
     specs = [_with_axis(axis, description, owner) for owner, description in enumerate(table)]
