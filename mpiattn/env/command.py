@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..message import Communicator
+from ..root import check_folders, on_root
 from .environment import environment
 from .groups import group, ranges
 from .warnings import SOFTWARE
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Print the environment, once; write it where asked."""
+    on_root(comm, lambda: check_folders(args.json))
     info = environment(comm)
     if comm.Get_rank() == 0:
         print(text(info))

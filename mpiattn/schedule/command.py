@@ -16,6 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .. import grid
+from ..root import check_folders
 from .figure import draw
 from .search import backward, forward
 from .steps import Costs, Step, makespan, relative
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
     rows, cols = args.grid
     names = ["q", "kv", "dq", "dkv", "block"] if args.backward else ["q", "kv", "o", "block"]
     try:
+        check_folders(args.plot, args.json)
         if args.kv_ratio < 1:
             raise ValueError(f"--kv-ratio is a whole number from 1, not {args.kv_ratio}")
         if args.costs:

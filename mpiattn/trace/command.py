@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..root import check_folders
 from .figure import draw_trace
 from .file import read
 from .report import matrix, phases, summary, timeline
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print what a trace says: timeline, time by phase, bytes from rank to rank; draw it where asked."""
     try:
+        check_folders(args.plot)
         traces = read(args.file)
         if args.phase is not None:
             names = [name for name, _ in phases(traces)]
