@@ -11,7 +11,9 @@
 - `auto`, `choose`: the algorithm and the grid that suit a problem and a cluster
 - `InputError`: what every rank raises where input is bad
 
-Further in: `arrays.use_gpu`, for CuPy arrays; `costs`, the bytes received and held; `trace`, what went over a
+- `use_gpu`: one of the host's GPUs for this rank, and CuPy
+
+Further in: `costs`, the bytes received and held; `trace`, what went over a
 communicator; `planner`, for clusters that aren't at hand; `virtual`, ranks without MPI.
 """
 
@@ -30,11 +32,12 @@ from .algorithms import (
     TensorParallelAttention,
     UlyssesAttention,
 )
-from .dropout import Dropout
-from .mask import Causal, Documents, Full, SlidingWindow
-from .message import InputError
+from .algorithms.shares import gather, scatter
+from .errors import InputError
+from .messages.hosts import use_gpu
 from .planner import auto, choose
-from .shares import gather, scatter
+from .problems.dropout import Dropout
+from .problems.mask import Causal, Documents, Full, SlidingWindow
 
 __all__ = [
     "ALGORITHMS",
@@ -60,4 +63,5 @@ __all__ = [
     "choose",
     "gather",
     "scatter",
+    "use_gpu",
 ]

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpiattn.arrays import FLOATS
+from mpiattn.commands.conformance import add_arguments, find, reproducer
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
-from mpiattn.conformance.command import add_arguments, find, reproducer
-from mpiattn.layout import LAYOUTS
+from mpiattn.problems.layout import LAYOUTS
 
 ROUND = 50  # cases from one seed; the next round takes the next seed
 SECONDS = 120  # after which a case is taken to hang

@@ -17,12 +17,15 @@ from launch import mpiexec
 from safetensors.numpy import load_file
 
 import mpiattn
-from mpiattn import arrays, grid, inputs, machines, oracle, virtual
+from mpiattn import arrays, machines, virtual
 from mpiattn.algorithms import Attention
-from mpiattn.mask import Causal
-from mpiattn.message import InputError
+from mpiattn.commands import inputs
+from mpiattn.conformance import oracle
+from mpiattn.errors import InputError
+from mpiattn.messages.hosts import by_host
 from mpiattn.planner import Candidate, Choice
 from mpiattn.planner.choice import here
+from mpiattn.problems.mask import Causal
 from mpiattn.trace.comm import TracedComm
 
 SIZES: dict[str, Any] = {"tokens": 60, "heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -126,7 +129,7 @@ def test_ranks_in_another_order() -> None:
 
     def program(comm: Any) -> tuple[list[int], list[float], bool]:
         mixed = comm.Split(0, comm.Get_rank() % 4 * 2 + comm.Get_rank() // 4)  # 0, 4, 1, 5, ...: nodes in turn
-        hosts, near = grid.by_host(mixed)
+        hosts, near = by_host(mixed)
         choice = mpiattn.choose(mixed, **SIZES, dtype="float64", mask=Causal(), algorithms=["mesh"])
         candidate = Candidate("mesh", (("rows", 4), ("cols", 2)), (4, 1))
         assert choice.places == tuple(choice.plan.best.candidate.order(8)[hosts.index(rank)] for rank in range(8))

@@ -13,9 +13,9 @@ import pytest
 from launch import FROM_LAUNCHER, mpiexec
 from safetensors.numpy import load_file, save_file
 
-from mpiattn import oracle
-from mpiattn.compare import command as compare
-from mpiattn.mask import Causal
+from mpiattn.commands.compare import command as compare
+from mpiattn.conformance import oracle
+from mpiattn.problems.mask import Causal
 
 SMALL = ("--tokens", "37", "--heads", "4", "--kv-heads", "2", "--head-dim", "8")
 KEYS = {

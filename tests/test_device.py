@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mpiattn.algorithms.attach import attach
-from mpiattn.device import pinned
-from mpiattn.device.channel import Channel, Transfer
-from mpiattn.device.comm import DeviceComm
-from mpiattn.message import Tag, Testall, Waitall, constant
-from mpiattn.reduction import all_reduce, maximum
+from mpiattn.messages.device import pinned
+from mpiattn.messages.device.channel import Channel, Transfer
+from mpiattn.messages.device.comm import DeviceComm
+from mpiattn.messages.message import Tag, Testall, Waitall, constant
+from mpiattn.messages.reduction import all_reduce, maximum
 from mpiattn.trace.comm import TracedComm
 
 
@@ -85,7 +85,7 @@ XP = SimpleNamespace(
 @pytest.fixture(params=["device", "shared", "network"])
 def around(request: pytest.FixtureRequest, comm: Any, monkeypatch: pytest.MonkeyPatch) -> DeviceComm:
     monkeypatch.setattr(pinned, "PIECE", 1000)
-    monkeypatch.setattr("mpiattn.device.comm.LARGEST", 2500)
+    monkeypatch.setattr("mpiattn.messages.device.comm.LARGEST", 2500)
     monkeypatch.setattr(pinned.Segment, "known", {})
     channel = Channel(comm, XP, "device" if request.param == "device" else "host")
     if request.param == "network":

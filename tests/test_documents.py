@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from mpiattn import cli
-from mpiattn.documents import communication, complexity, lab, setting
-from mpiattn.documents.claims import COMMUNICATION, TRAINING
-from mpiattn.documents.command import REPORTS, add_arguments, main
-from mpiattn.message import InputError
+from mpiattn.commands import cli
+from mpiattn.commands.documents import communication, complexity, lab, setting
+from mpiattn.commands.documents.claims import COMMUNICATION, TRAINING
+from mpiattn.commands.documents.command import REPORTS, add_arguments, main
+from mpiattn.errors import InputError
 
 
 def called(report: str, folder: Path, *options: str, comm: Any = None) -> dict[str, Any]:

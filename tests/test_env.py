@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from launch import mpiexec
 
-from mpiattn.env import command
-from mpiattn.env.environment import environment
-from mpiattn.env.groups import ranges
-from mpiattn.env.warnings import SOFTWARE, core_warnings, launcher_warnings, mixture_warnings
+from mpiattn.commands.env import command
+from mpiattn.commands.env.environment import environment
+from mpiattn.commands.env.groups import ranges
+from mpiattn.commands.env.warnings import SOFTWARE, core_warnings, launcher_warnings, mixture_warnings
 
 if TYPE_CHECKING:
     from mpi4py import MPI

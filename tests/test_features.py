@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpiattn import ALGORITHMS, RingAttention, oracle, softmax
-from mpiattn import layout as layouts
+from mpiattn import ALGORITHMS, RingAttention
+from mpiattn.arrays import softmax
+from mpiattn.conformance import oracle
 from mpiattn.conformance.case import Case, fast
 from mpiattn.conformance.check import Refused, check
-from mpiattn.dropout import Dropout, philox
 from mpiattn.kernels.numpy.kernel import NumpyKernel
-from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
+from mpiattn.problems import layout as layouts
+from mpiattn.problems.dropout import Dropout, philox
+from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow
 from mpiattn.trace.comm import TracedComm
 
 Array = NDArray[Any]

@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, RingAttention, arrays, cli, kernels, layout
+from mpiattn import ALGORITHMS, RingAttention, arrays, kernels
+from mpiattn.arrays.softmax import accumulator, delta, merge
+from mpiattn.commands import cli
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check, compare
 from mpiattn.costs import COSTS
-from mpiattn.device.channel import Channel
-from mpiattn.device.comm import DeviceComm
-from mpiattn.device.probe import takes_device_memory
-from mpiattn.mask import Causal, parse
-from mpiattn.message import InputError, Tag, Waitall
-from mpiattn.problem import Problem
-from mpiattn.softmax import accumulator, delta, merge
+from mpiattn.errors import InputError
+from mpiattn.messages.device.channel import Channel
+from mpiattn.messages.device.comm import DeviceComm
+from mpiattn.messages.device.probe import takes_device_memory
+from mpiattn.messages.hosts import use_gpu
+from mpiattn.messages.message import Tag, Waitall
+from mpiattn.problems import layout
+from mpiattn.problems.mask import Causal, parse
+from mpiattn.problems.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -179,7 +183,7 @@ def xp(comm: Any) -> Any:
     """CuPy, with a GPU for each rank if there are as many."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return arrays.use_gpu(comm)
+        return use_gpu(comm)
 
 
 @pytest.fixture(params=["device", "host"])

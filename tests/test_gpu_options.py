@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn import cli, gpu
-from mpiattn.message import InputError
+from mpiattn.commands import cli, gpu
+from mpiattn.errors import InputError
 
 SCRIPT = Path(__file__).parents[1] / "run" / "gpu.sh"
 COMMANDS = {

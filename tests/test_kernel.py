@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mpiattn import layout as layouts
-from mpiattn import softmax
+from mpiattn.arrays import softmax
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.kernels.numpy.scores import exp2
 from mpiattn.kernels.numpy.tiles import KEYS, QUERIES, SIDE, plan
-from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow, allowed
-from mpiattn.pairs import pairs
+from mpiattn.problems import layout as layouts
+from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow, allowed
+from mpiattn.problems.pairs import pairs
 
 Array = NDArray[Any]
 TOLERANCE = {np.dtype(np.float64): 1e-10, np.dtype(np.float32): 2e-5}  # relative to max|reference|

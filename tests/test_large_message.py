@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn.message import Tag, Waitall
-from mpiattn.parcel import Parcel
+from mpiattn.messages.message import Tag, Waitall
+from mpiattn.messages.parcel import Parcel
 
 NBYTES = 2**31 + 12_345
 

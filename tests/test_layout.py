@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpiattn import Causal, gather, scatter
-from mpiattn.layout import LAYOUTS, default, positions
-from mpiattn.mask import parse
-from mpiattn.message import InputError
-from mpiattn.pairs import pairs
-from mpiattn.problem import GRAIN, Problem
+from mpiattn.errors import InputError
+from mpiattn.problems.layout import LAYOUTS, default, positions
+from mpiattn.problems.mask import parse
+from mpiattn.problems.pairs import pairs
+from mpiattn.problems.problem import GRAIN, Problem
 
 
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 200), st.integers(1, 20))

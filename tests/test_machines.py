@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mpiattn import machines
-from mpiattn.machine import Rates
-from mpiattn.message import InputError
+from mpiattn.errors import InputError
+from mpiattn.machines.machine import Rates
 
 TEXT = """
 name = "small"

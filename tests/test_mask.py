@@ -7,19 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpiattn.layout import LAYOUTS
-from mpiattn.layout import positions as owned
-from mpiattn.mask import (
-    Causal,
-    Documents,
-    Full,
-    Mask,
-    Positions,
-    SlidingWindow,
-    allowed,
-    parse,
-)
-from mpiattn.pairs import counts, pairs
+from mpiattn.problems.layout import LAYOUTS
+from mpiattn.problems.layout import positions as owned
+from mpiattn.problems.mask import Causal, Documents, Full, Mask, Positions, SlidingWindow, allowed, parse
+from mpiattn.problems.pairs import counts, pairs
 
 LENGTHS = (7, 0, 20, 3)
 TOKENS = sum(LENGTHS)

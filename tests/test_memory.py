@@ -14,8 +14,8 @@ from mpiattn import arrays, machines, virtual
 from mpiattn.algorithms import ALGORITHMS, HybridAttention
 from mpiattn.conformance.case import Case, fast
 from mpiattn.costs.peak import Peak, peak
-from mpiattn.mask import Full
-from mpiattn.problem import Problem
+from mpiattn.problems.mask import Full
+from mpiattn.problems.problem import Problem
 from mpiattn.virtual import VirtualComm
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mpiattn import oracle
-from mpiattn.mask import Causal, Documents, Full, Mask, SlidingWindow
+from mpiattn.conformance import oracle
+from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow
 
 
 def test_two_keys_by_hand() -> None:

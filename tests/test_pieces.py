@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from mpiattn import layout
 from mpiattn.kernels.cudnn.pieces import MOST_PIECES, SQUARE, Piece, pieces
-from mpiattn.mask import Mask, Positions, allowed, parse
+from mpiattn.problems import layout
+from mpiattn.problems.mask import Mask, Positions, allowed, parse
 
 
 def cut(mask: Mask, queries: Positions, keys: Positions) -> list[Piece] | None:

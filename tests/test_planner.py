@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from mpiattn import machines
+from mpiattn.commands.plan import command
 from mpiattn.costs import COSTS
-from mpiattn.machine import Link, Machine
-from mpiattn.mask import Causal, Documents, Full, SlidingWindow
-from mpiattn.message import InputError
-from mpiattn.planner import Candidate, Task, candidates, command, plan, simulate, units
+from mpiattn.errors import InputError
+from mpiattn.machines.machine import Link, Machine
+from mpiattn.planner import Candidate, Task, candidates, plan, simulate, units
 from mpiattn.planner.candidates import tile
 from mpiattn.planner.estimate import estimate
+from mpiattn.problems.mask import Causal, Documents, Full, SlidingWindow
 
 H200 = machines.load("h200-ib")
 SMALL = Task(16384, 16, 4, 64, mask=Causal())

@@ -12,22 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpiattn import (
-    ALGORITHMS,
-    Causal,
-    DecodeAttention,
-    Documents,
-    DoubleRingAttention,
-    Full,
-    SlidingWindow,
-    message,
-    oracle,
-)
+from mpiattn import ALGORITHMS, Causal, DecodeAttention, Documents, DoubleRingAttention, Full, SlidingWindow
 from mpiattn.arrays import dtype as dtype_of
+from mpiattn.conformance import oracle
 from mpiattn.costs import COSTS
 from mpiattn.costs.traffic import Traffic
-from mpiattn.grid import grids
-from mpiattn.mask import Mask
+from mpiattn.messages import message
+from mpiattn.problems.grid import grids
+from mpiattn.problems.mask import Mask
 from mpiattn.trace.comm import TracedComm
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpiattn.schedule import command, search
+from mpiattn.commands.schedule import command
+from mpiattn.schedule import search
 from mpiattn.schedule.steps import Costs, Op, Step, makespan, relative
 
 Steps = tuple[Step, ...]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 import mpiattn
-from mpiattn import ALGORITHMS, layout
+from mpiattn import ALGORITHMS
 from mpiattn.algorithms import hybrid
 from mpiattn.arrays import Array
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
+from mpiattn.conformance.oracle import error
 from mpiattn.costs import COSTS
 from mpiattn.costs.traffic import allreduce
-from mpiattn.message import InputError
-from mpiattn.oracle import error
+from mpiattn.errors import InputError
+from mpiattn.problems import layout
 from mpiattn.trace.comm import TracedComm
 
 NAMES = ("allgather", "ulysses", "hybrid", "tensor_parallel")
@@ -222,7 +223,7 @@ def test_projection(comm: Any, heads: int, dtype: str) -> None:
         d_out, d_rows = attention.project_backward(d_y, out[:, own], rows)
         assert traced.trace.received() == (0, 0)
     wide_out, wide_weight, wide_d_y = (array.astype(np.float64) for array in (out, weight, d_y))
-    tolerance = mpiattn.oracle.TOLERANCES[dtype]
+    tolerance = mpiattn.conformance.oracle.TOLERANCES[dtype]
     assert y.dtype == out.dtype
     assert error(y, np.einsum("bhtd,hdf->btf", wide_out, wide_weight)) < tolerance
     assert error(d_out, np.einsum("btf,hdf->bhtd", wide_d_y, wide_weight)[:, own]) < tolerance

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import Causal, Documents, Full, SlidingWindow, gather, oracle, scatter
+from mpiattn import Causal, Documents, Full, SlidingWindow, gather, scatter
 from mpiattn.algorithms.shared_ring import SharedRingAttention, one_host
-from mpiattn.mask import Mask
+from mpiattn.conformance import oracle
+from mpiattn.problems.mask import Mask
 from mpiattn.trace.comm import TracedComm
 from mpiattn.trace.kernel import watch
 

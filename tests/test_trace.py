@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, machines, message, scatter, virtual
+from mpiattn import ALGORITHMS, Causal, Full, MeshAttention, machines, scatter, virtual
+from mpiattn.commands.trace import command as trace_command
+from mpiattn.commands.trace import report
+from mpiattn.commands.trace.figure import draw_trace
 from mpiattn.kernels.numpy.kernel import NumpyKernel
+from mpiattn.messages import message
 from mpiattn.schedule.steps import Op, Step
-from mpiattn.trace import command as trace_command
-from mpiattn.trace import file, report
+from mpiattn.trace import file
 from mpiattn.trace.clocks import gather
 from mpiattn.trace.comm import TracedComm
 from mpiattn.trace.events import Event, Trace
-from mpiattn.trace.figure import draw_trace
 from mpiattn.trace.kernel import watch
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import Refused, check
 from mpiattn.costs import COSTS
-from mpiattn.dropout import Dropout
-from mpiattn.machine import Link, Machine, Rates
-from mpiattn.mask import Causal, Full, Mask
-from mpiattn.message import Tag, Testall, Waitall
+from mpiattn.machines.machine import Link, Machine, Rates
+from mpiattn.messages.message import Tag, Testall, Waitall
 from mpiattn.planner import Candidate, Task, simulate
+from mpiattn.problems.dropout import Dropout
+from mpiattn.problems.mask import Causal, Full, Mask
 from mpiattn.virtual import VirtualComm
 from mpiattn.virtual import arrays as virtual_arrays
 

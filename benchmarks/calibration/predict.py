@@ -17,10 +17,12 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from mpiattn import charts, machines, mask
+from mpiattn import machines
 from mpiattn.algorithms import ALGORITHMS
+from mpiattn.commands import charts
 from mpiattn.planner import Candidate, Task, simulate
 from mpiattn.planner.candidates import APART
+from mpiattn.problems import mask
 
 HERE = Path(__file__).parent
 

@@ -19,8 +19,10 @@ import torch
 from mpi4py import MPI
 from torch.profiler import ProfilerActivity, profile
 
-from mpiattn import arrays, gpu, grid
-from mpiattn.bench import attention, contenders
+from mpiattn import arrays
+from mpiattn.commands import gpu
+from mpiattn.commands.bench import attention, contenders
+from mpiattn.problems import grid
 
 WORLD = MPI.COMM_WORLD
 CALLS = 5

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from mpiattn import arrays
-from mpiattn.device.channel import Channel
-from mpiattn.device.comm import DeviceComm
-from mpiattn.message import Tag, Waitall
+from mpiattn import use_gpu
+from mpiattn.messages.device.channel import Channel
+from mpiattn.messages.device.comm import DeviceComm
+from mpiattn.messages.message import Tag, Waitall
 
 WORLD = MPI.COMM_WORLD
 SIZES = 4, 64, 128, 512  # MiB
@@ -38,7 +38,7 @@ def main() -> None:
     """Measure, and print on rank 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        xp = arrays.use_gpu(WORLD)
+        xp = use_gpu(WORLD)
     source, dest = (WORLD.rank - 1) % WORLD.size, (WORLD.rank + 1) % WORLD.size
     ways = {way: DeviceComm(WORLD, Channel(WORLD, xp, way)) for way in ("device", "host")}
     name = xp.cuda.runtime.getDeviceProperties(0)["name"].decode()

@@ -17,10 +17,10 @@ import cupy as cp
 import numpy as np
 
 from mpiattn import arrays
+from mpiattn.arrays.cupy import rows
 from mpiattn.kernels.cudnn import pieces
 from mpiattn.kernels.cudnn.kernel import CudnnKernel
-from mpiattn.kernels.cupy import rows
-from mpiattn.mask import Causal, Positions
+from mpiattn.problems.mask import Causal, Positions
 
 HEADS, DIM = 32, 128
 BFLOAT16 = arrays.dtype("bfloat16")

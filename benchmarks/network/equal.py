@@ -22,9 +22,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiattn import MeshAttention
-from mpiattn.env.environment import environment
+from mpiattn.commands.env.environment import environment
 from mpiattn.kernels.numpy.kernel import NumpyKernel
-from mpiattn.parcel import Parcel
+from mpiattn.messages.parcel import Parcel
 from mpiattn.schedule.steps import Costs, Op, makespan
 
 HOPS = 3  # timed together: the ranks leave a barrier one after the other

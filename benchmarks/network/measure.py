@@ -20,8 +20,8 @@ import numpy as np
 from mpi4py import MPI
 
 import mpiattn
-from mpiattn.env.environment import environment
-from mpiattn.grid import grids
+from mpiattn.commands.env.environment import environment
+from mpiattn.problems.grid import grids
 from mpiattn.trace.comm import TracedComm
 
 PASSES = ("forward", "backward")

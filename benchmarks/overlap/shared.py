@@ -16,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiattn import ALGORITHMS
-from mpiattn.env.environment import environment
+from mpiattn.commands.env.environment import environment
 
 HEADS, HEAD_DIM = 8, 128
 

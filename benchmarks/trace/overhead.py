@@ -17,8 +17,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiattn import ALGORITHMS
-from mpiattn.env.environment import environment
-from mpiattn.message import Tag, Testall, Waitall
+from mpiattn.commands.env.environment import environment
+from mpiattn.messages.message import Tag, Testall, Waitall
 from mpiattn.trace.comm import TracedComm
 from mpiattn.trace.events import Trace
 from mpiattn.trace.kernel import TracedKernel, watch

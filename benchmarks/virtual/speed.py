@@ -14,7 +14,7 @@ import time
 from tabulate import tabulate
 
 from mpiattn import machines
-from mpiattn.env.environment import cpu_model
+from mpiattn.commands.env.environment import cpu_model
 from mpiattn.planner import Candidate, Outcome, Task, simulate
 
 HEADERS = ("ranks", "wall s", "CPU s", "peak MB", "virtual ms\nforward", "virtual ms\nbackward")

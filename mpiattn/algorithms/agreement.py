@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from ..layout import EVERYWHERE
-from ..mask import Mask
-from ..message import InputError
-from ..problem import Problem
+from ..errors import InputError
+from ..problems.layout import EVERYWHERE
+from ..problems.mask import Mask
+from ..problems.problem import Problem
 
 # The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 
@@ -41,7 +41,7 @@ def described(descriptions: bytes, ranks: int, values: int) -> list[list[arrays.
         if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
             raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
         if arrays.ELSEWHERE in present:
-            raise InputError(f"rank {rank} has arrays on another GPU than its current one: see mpiattn.arrays.use_gpu")
+            raise InputError(f"rank {rank} has arrays on another GPU than its current one: see mpiattn.use_gpu")
     return [[arrays.described(description) for description in row] for row in table]
 
 

@@ -20,10 +20,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array, add
-from ..message import Communicator, Pieces, Tag, Testall, Waitall
-from ..parcel import Parcel, nbytes
-from ..problem import Problem
-from ..reduction import exchange
+from ..messages.message import Communicator, Pieces, Tag, Testall, Waitall
+from ..messages.parcel import Parcel, nbytes
+from ..messages.reduction import exchange
+from ..problems.problem import Problem
 from .base import Attention
 from .options import Options
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..device.channel import Channel
-from ..device.comm import DeviceComm
+from ..messages.device.channel import Channel
+from ..messages.device.comm import DeviceComm
 from ..trace.comm import TracedComm
 
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import arrays
-from .. import layout as layouts
 from ..arrays import Array
-from ..mask import Positions
-from ..message import InputError
-from ..problem import Problem
-from ..reduction import all_reduce
-from ..shares import Where, by_tokens
-from ..softmax import delta, sink_gradient, with_sinks
+from ..arrays.softmax import delta, sink_gradient, with_sinks
+from ..errors import InputError
+from ..messages.reduction import all_reduce
+from ..problems import layout as layouts
+from ..problems.mask import Positions
+from ..problems.problem import Problem
 from .given import Given
 from .prepared import Prepared, Saved
+from .shares import Where, by_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays import DESCRIPTION, Array
-from ..kv_cache import CacheProblem, posed_to_cache, span
-from ..mask import Positions
-from ..message import Communicator, Tag, Waitall
-from ..parcel import Parcel
-from ..problem import Problem
-from ..reduction import all_reduce, maximum
-from ..shares import Where
-from ..softmax import merge, normalised, weighted
+from ..arrays.softmax import merge, normalised, weighted
+from ..messages.message import Communicator, Tag, Waitall
+from ..messages.parcel import Parcel
+from ..messages.reduction import all_reduce, maximum
+from ..problems.kv_cache import CacheProblem, posed_to_cache, span
+from ..problems.mask import Positions
+from ..problems.problem import Problem
 from .agreement import described, fit_together
 from .base import Attention
 from .given import Given, checksum, numbered
 from .options import Options
 from .prepared import Saved
+from .shares import Where
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..arrays import Array, Spec
-from ..message import Tag, Waitall
-from ..parcel import Parcel, nbytes
-from ..problem import Problem
-from ..shares import join
+from ..messages.message import Tag, Waitall
+from ..messages.parcel import Parcel, nbytes
+from ..problems.problem import Problem
 from .base import Attention
+from .shares import join
 
 ROOT = 0
 

@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import grid
 from ..arrays import Array, Spec
-from ..message import Cartesian, Communicator, Tag, Testall, Waitall
-from ..parcel import Parcel
-from ..problem import Problem
-from ..travel import Travel, windows
+from ..messages.hosts import by_host
+from ..messages.message import Cartesian, Communicator, Tag, Testall, Waitall
+from ..messages.parcel import Parcel
+from ..problems import grid
+from ..problems.problem import Problem
+from ..problems.travel import Travel, windows
 from .base import Attention
 from .options import Options
 
@@ -54,7 +55,7 @@ class DoubleRingAttention(Attention):
 
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
         super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
-        self.order, near = grid.by_host(comm)
+        self.order, near = by_host(comm)
         self.inner = near if outer is None else len(self.order) // outer
         self.outer = len(self.order) // self.inner
         self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))

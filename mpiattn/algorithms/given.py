@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..dropout import Dropout
-from ..message import InputError
+from ..errors import InputError
+from ..problems.dropout import Dropout
 
 NONE, FITS, WRONG = 0, 1, 2
 

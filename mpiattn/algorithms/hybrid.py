@@ -17,10 +17,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import grid
 from ..arrays import Array
-from ..message import Communicator
-from ..problem import Problem
+from ..messages.message import Communicator
+from ..problems import grid
+from ..problems.problem import Problem
 from .base import Attention
 from .mesh import MeshAttention
 from .options import Options

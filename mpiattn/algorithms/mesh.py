@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import grid, tile
 from ..arrays import Array, Spec
-from ..message import Cartesian, Communicator, Tag, Testall, Waitall
-from ..parcel import Parcel
-from ..problem import Problem
+from ..messages.message import Cartesian, Communicator, Tag, Testall, Waitall
+from ..messages.parcel import Parcel
+from ..problems import grid
+from ..problems.problem import Problem
+from ..problems.travel import Travel, travels
+from ..schedule import tile
 from ..schedule.steps import Op
-from ..travel import Travel, travels
 from .base import Attention
 from .options import Options
 

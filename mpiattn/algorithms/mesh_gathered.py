@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import grid
 from ..arrays import Array, Spec, take
-from ..mask import Positions
-from ..message import Communicator, Pieces, constant
-from ..parcel import Parcel, nbytes
-from ..problem import Problem
-from ..shares import join
-from ..softmax import merge
+from ..arrays.softmax import merge
+from ..messages.message import Communicator, Pieces, constant
+from ..messages.parcel import Parcel, nbytes
+from ..problems import grid
+from ..problems.mask import Positions
+from ..problems.problem import Problem
 from .base import Attention
 from .options import Options
+from .shares import join
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -7,9 +7,10 @@ from functools import partial
 from numbers import Real
 from typing import Any, TypedDict
 
-from ..mask import Mask
-from ..message import Communicator, InputError
-from ..problem import PARTIALS
+from ..errors import InputError
+from ..messages.message import Communicator
+from ..problems.mask import Mask
+from ..problems.problem import PARTIALS
 
 
 class Options(TypedDict, total=False):

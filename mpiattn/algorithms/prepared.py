@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import arrays, kernels
-from .. import layout as layouts
 from ..arrays import Array
-from ..device.channel import check_mode
-from ..dropout import Dropout
+from ..errors import InputError
 from ..kernels.numpy.kernel import NumpyKernel
-from ..mask import Full, Mask
-from ..message import Communicator, InputError
-from ..problem import Problem
+from ..messages.device.channel import check_mode
+from ..messages.message import Communicator
+from ..problems import layout as layouts
+from ..problems.dropout import Dropout
+from ..problems.mask import Full, Mask
+from ..problems.problem import Problem
 from ..trace.kernel import TracedKernel
 from .agreement import described, posed, show
 from .attach import attach

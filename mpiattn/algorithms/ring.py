@@ -16,10 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array
-from ..message import Communicator, Tag, Testall, Waitall
-from ..parcel import Parcel
-from ..problem import Problem
-from ..travel import travels
+from ..messages.message import Communicator, Tag, Testall, Waitall
+from ..messages.parcel import Parcel
+from ..problems.problem import Problem
+from ..problems.travel import travels
 from .base import Attention
 from .options import Options
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays import Array
-from ..message import Allocate_shared, Communicator, InputError, constant
-from ..parcel import Parcel, nbytes
-from ..problem import Problem
+from ..errors import InputError
+from ..messages.message import Allocate_shared, Communicator, constant
+from ..messages.parcel import Parcel, nbytes
+from ..problems.problem import Problem
 from .base import Attention
 from .options import Options, agree
 

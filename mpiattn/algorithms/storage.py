@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array, Spec
-from ..parcel import Parcel, Uses, nbytes
-from ..problem import Problem
-from ..softmax import LSE
+from ..arrays.softmax import LSE
+from ..messages.parcel import Parcel, Uses, nbytes
+from ..problems.problem import Problem
 
 
 class Storage:

@@ -18,15 +18,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..arrays import FLOATS, Array
-from ..layout import EVERYWHERE, heads
-from ..message import Communicator, InputError
-from ..problem import Problem
-from ..reduction import all_reduce
-from ..shares import Where
-from ..softmax import accumulator
+from ..arrays.softmax import accumulator
+from ..errors import InputError
+from ..messages.message import Communicator
+from ..messages.reduction import all_reduce
+from ..problems.layout import EVERYWHERE, heads
+from ..problems.problem import Problem
 from .agreement import described
 from .base import Attention
 from .options import Options
+from .shares import Where
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..arrays import Array, Spec, take
-from ..message import Communicator, Tag, Waitall
-from ..parcel import Parcel
-from ..problem import Problem
-from ..shares import join
-from ..softmax import delta
+from ..arrays.softmax import delta
+from ..messages.message import Communicator, Tag, Waitall
+from ..messages.parcel import Parcel
+from ..problems.problem import Problem
 from .base import Attention
 from .given import Given
 from .options import Check, Options
 from .prepared import Saved
+from .shares import join
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,11 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from .. import arrays, oracle
+from .. import arrays
 from ..arrays import Array
-from ..dropout import Dropout
-from ..layout import LAYOUTS
-from ..mask import parse
+from ..problems.dropout import Dropout
+from ..problems.layout import LAYOUTS
+from ..problems.mask import parse
+from . import oracle
 
 
 @dataclass(frozen=True)

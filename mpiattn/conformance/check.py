@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, oracle, shares
+from .. import arrays
+from ..algorithms import shares
 from ..arrays import Array
 from ..costs.traffic import Costs, sink_gradient
-from ..message import Communicator
+from ..messages.message import Communicator
 from ..trace.comm import TracedComm
+from . import oracle
 from .case import Case, problem
 
 Factory = Callable[..., Any]

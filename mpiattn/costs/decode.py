@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..kv_cache import CacheProblem
-from ..parcel import nbytes
-from ..reduction import even
+from ..messages.parcel import nbytes
+from ..messages.reduction import even
+from ..problems.kv_cache import CacheProblem
 from .memory import Pass
 from .traffic import Costs, allreduce, messages
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..parcel import nbytes
-from ..problem import Problem
-from ..travel import windows
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
+from ..problems.travel import windows
 from .memory import Pass, around, largest, running, sums, total, turns
 from .traffic import Costs, Traffic, messages, passing, sent, spread
 

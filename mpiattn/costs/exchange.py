@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..arrays import Spec
-from ..parcel import nbytes
-from ..problem import Problem
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
 from .memory import Pass, largest, total
 from .traffic import Costs, pieces
 

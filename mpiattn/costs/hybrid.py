@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..problem import Problem
-from ..softmax import LSE
+from ..arrays.softmax import LSE
+from ..problems.problem import Problem
 from . import exchange, mesh, ring
 from .memory import Pass
 from .traffic import Costs

@@ -35,9 +35,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..arrays import Spec
-from ..parcel import nbytes
-from ..problem import Problem
-from ..softmax import LSE
+from ..arrays.softmax import LSE
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
 
 
 @dataclass(frozen=True)

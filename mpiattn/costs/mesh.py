@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .. import grid
-from ..problem import Problem
-from ..travel import travels
+from ..problems import grid
+from ..problems.problem import Problem
+from ..problems.travel import travels
 from .memory import Pass, around, arriving, sums, total
 from .traffic import Costs, collect, sent, spread
 

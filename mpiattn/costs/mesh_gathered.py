@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .. import grid
 from ..arrays import Spec
-from ..parcel import nbytes
-from ..problem import Problem
+from ..messages.parcel import nbytes
+from ..problems import grid
+from ..problems.problem import Problem
 from .memory import Pass, largest, running, total
 from .traffic import Costs, pieces
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..parcel import nbytes
-from ..problem import Problem
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
 from . import PASSES
 
 

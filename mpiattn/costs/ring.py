@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..parcel import nbytes
-from ..problem import Problem
-from ..travel import travels
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
+from ..problems.travel import travels
 from .memory import Pass, around, arriving, running, sums, total, turns
 from .traffic import Costs, collect, sent, spread
 

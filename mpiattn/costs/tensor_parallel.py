@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..parcel import nbytes
-from ..problem import Problem
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
 from .memory import Pass, running, total
 from .traffic import Costs, allreduce
 

@@ -30,10 +30,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..arrays import Spec
-from ..parcel import nbytes
-from ..problem import Problem
-from ..reduction import even
-from ..travel import Travel
+from ..messages.parcel import nbytes
+from ..messages.reduction import even
+from ..problems.problem import Problem
+from ..problems.travel import Travel
 
 
 @dataclass(frozen=True)

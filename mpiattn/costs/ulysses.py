@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..problem import Problem
-from ..softmax import LSE
+from ..arrays.softmax import LSE
+from ..problems.problem import Problem
 from . import exchange
 from .memory import Pass, running, total
 from .traffic import Costs

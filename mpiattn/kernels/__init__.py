@@ -6,10 +6,11 @@ import importlib.util
 from typing import Any
 
 from ..arrays import gpus
-from ..dropout import Dropout
-from ..mask import Mask
-from ..message import InputError, virtual_time
-from ..problem import Problem
+from ..errors import InputError
+from ..messages.message import virtual_time
+from ..problems.dropout import Dropout
+from ..problems.mask import Mask
+from ..problems.problem import Problem
 
 KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual.arrays": ("virtual",)}
 """The kernels for each kind of arrays, the one that can do everything first."""
@@ -61,11 +62,11 @@ def choose(
         kernel = NumpyKernel(mask, scale, softcap)
         if virtual_time() is None:
             return kernel
-        from .virtual import ClockedKernel, VirtualKernel
+        from ..virtual.kernel import ClockedKernel, VirtualKernel
 
         return ClockedKernel(kernel, VirtualKernel(mask, scale, problem))
     if kind == "mpiattn.virtual.arrays":
-        from .virtual import VirtualKernel
+        from ..virtual.kernel import VirtualKernel
 
         return VirtualKernel(mask, scale, problem)
     from .cudnn.kernel import CudnnKernel

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..arrays import add
-from ..parcel import Parcel
-from ..softmax import merge
+from ..arrays.softmax import merge
+from ..messages.parcel import Parcel
 
 Array = Any
 

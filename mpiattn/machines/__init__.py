@@ -10,8 +10,8 @@ import math
 from importlib import resources
 from pathlib import Path
 
-from ..machine import LEVELS, Link, Machine, Rates
-from ..message import InputError
+from ..errors import InputError
+from .machine import LEVELS, Link, Machine, Rates
 from .table import Table
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..message import InputError
+from ..errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib

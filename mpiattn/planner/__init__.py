@@ -5,7 +5,7 @@
 - `simulate`: one candidate in virtual time
 - `search`: which are run, and their order
 - `choice`: the best for a communicator, agreed on by its ranks
-- `curve`, `units`, `command`: `mpiattn plan`
+- `units`: numbers as people write them
 """
 
 from .candidates import Candidate, candidates, tile

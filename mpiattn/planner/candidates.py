@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import ALGORITHMS
-from ..machine import Machine
-from ..message import InputError
+from ..errors import InputError
+from ..machines.machine import Machine
 from .task import Task
 
 APART = {

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import arrays, grid, virtual
+from .. import arrays, virtual
 from ..algorithms import ALGORITHMS, Attention
 from ..algorithms.options import Options
-from ..machine import Machine
+from ..errors import InputError
 from ..machines import load
-from ..mask import Full, Mask
-from ..message import Communicator, InputError
+from ..machines.machine import Machine
+from ..messages.hosts import by_host
+from ..messages.message import Communicator
+from ..problems.mask import Full, Mask
 from .search import Plan, plan
 from .task import Task
 
@@ -123,7 +125,7 @@ def choose(
     for rank, text in enumerate(texts):
         if text != texts[0]:
             raise InputError(f"rank {rank} asks for a plan of {text}, rank 0 of {texts[0]}")
-    hosts, near = grid.by_host(comm)
+    hosts, near = by_host(comm)
     found, error = None, None
     if comm.Get_rank() == 0:
         try:

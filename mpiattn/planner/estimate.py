@@ -10,10 +10,10 @@ import numpy as np
 
 from ..costs import double_ring
 from ..costs.peak import peak
-from ..machine import Machine, operations
-from ..parcel import nbytes
-from ..problem import Problem
-from ..travel import travels
+from ..machines.machine import Machine, operations
+from ..messages.parcel import nbytes
+from ..problems.problem import Problem
+from ..problems.travel import travels
 from .candidates import GATHERED, Candidate, per_node
 from .task import Task
 

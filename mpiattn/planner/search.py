@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..machine import Machine
-from ..mask import Causal, Full
-from ..message import InputError
+from ..errors import InputError
+from ..machines.machine import Machine
+from ..problems.mask import Causal, Full
 from .candidates import Candidate, candidates
 from .estimate import estimate, held
 from .simulate import Outcome, simulate

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import arrays, virtual
 from ..algorithms import ALGORITHMS
-from ..machine import Machine
+from ..machines.machine import Machine
 from ..virtual import Cluster, VirtualComm
 from .candidates import Candidate
 from .task import Task

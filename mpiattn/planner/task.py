@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .. import arrays, layout
+from .. import arrays
 from ..algorithms.options import check_partials
-from ..mask import Full, Mask
-from ..message import InputError
-from ..problem import Problem
+from ..errors import InputError
+from ..problems import layout
+from ..problems.mask import Full, Mask
+from ..problems.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,5 @@
 - `steps`: what a schedule consists of, and the time that it takes
 - `search`: the orders of messages that are tried
 - `fill`: the blocks of each step, for one order of messages
-- `figure`: a schedule as a picture
-- `command`: `mpiattn schedule`
+- `tile`: the schedule of a problem, and the blocks that its mask leaves
 """

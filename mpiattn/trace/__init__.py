@@ -2,7 +2,5 @@
 
 - `events`: one of these, and all of a rank
 - `comm`, `request`, `window`, `kernel`: what records them, in place of a communicator, a request, ...
-- `report`, `figure`: what they say, as text and as a picture
 - `clocks`, `file`: the events of all ranks on one clock, in one file
-- `command`: `mpiattn trace`
 """

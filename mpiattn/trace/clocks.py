@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .. import message
-from ..message import Communicator, Tag, Waitall
+from ..messages import message
+from ..messages.message import Communicator, Tag, Waitall
 from .comm import TracedComm
 from .events import Trace
 

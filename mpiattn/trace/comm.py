@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .. import message
-from ..message import Communicator
+from ..messages import message
+from ..messages.message import Communicator
 from .events import Event, Trace
 from .request import TracedRequest
 from .window import TracedWindow

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .. import message
+from ..messages import message
 
 
 @dataclass

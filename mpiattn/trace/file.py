@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..message import Communicator
+from ..commands.trace.report import flows
+from ..messages.message import Communicator
 from .clocks import gather
 from .events import Event, Trace
-from .report import flows
 
 COMPUTE, FIRST_LANE = 0, 1  # tracks of a rank: blocks, waits and phases; messages
 

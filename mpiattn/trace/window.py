@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import message
+from ..messages import message
 from .events import Event, Trace
 
 

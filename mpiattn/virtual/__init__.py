@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..errors import InputError
 from ..machines import load
-from ..message import InputError
 from .arrays import VirtualArray as VirtualArray
 from .arrays import empty as empty
 from .clock import Rank as Rank

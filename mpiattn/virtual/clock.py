@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import greenlet
 
-from ..machine import Machine
+from ..machines.machine import Machine
 
 _running: list[Rank] = []
 """The rank that runs now, last; empty outside of a virtual cluster."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..machine import Machine
+from ..machines.machine import Machine
 from .clock import Agenda, Rank
 from .comm import VirtualComm
 from .group import Group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..machine import LEVELS
+from ..machines.machine import LEVELS
 from .clock import Rank
 from .messages import Channel, Request
 from .network import INSIDE, Network

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..machine import LEVELS, Machine
+from ..machines.machine import LEVELS, Machine
 
 INSIDE = LEVELS[:2]
 """The levels of links inside a node."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import cupy
 
+from mpiattn.arrays.cupy.passes import Place, RowPass
+
 from ..cupy.kernel import CupyKernel
-from ..cupy.passes import Place, RowPass
 from .pieces import Piece
 from .plans import Plan, build
 from .scratch import Scratch

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpiattn.dropout import Dropout
-from mpiattn.mask import Mask, Positions
+from mpiattn.problems.dropout import Dropout
+from mpiattn.problems.mask import Mask, Positions
 
 from ..cupy.bounds import BoundsOf
 from ..cupy.kernel import CupyKernel, Progress

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from typing import Any
 
-from mpiattn.problem import Problem
+from mpiattn.problems.problem import Problem
 
 LARGEST_HEAD = 256
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.mask import Positions
+from mpiattn.problems.mask import Positions
 
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
 SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: cuDNN is faster at squares

@@ -9,7 +9,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ..cupy.passes import Place
+from mpiattn.arrays.cupy.passes import Place
+
 from .library import handle_of, loaded
 from .scratch import Scratch
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import cupy
 
-from mpiattn.parcel import Parcel
+from mpiattn.arrays.cupy.passes import packed_pass
+from mpiattn.messages.parcel import Parcel
 
-from ..cupy.passes import packed_pass
 from ..sums import Sums
 
 Array = Any

@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.mask import Mask, Positions
+from mpiattn.problems.mask import Mask, Positions
 
 Array = Any
 

@@ -13,14 +13,14 @@ from typing import Any
 import cupy
 import numpy as np
 
-from mpiattn.dropout import Dropout
-from mpiattn.mask import Mask, Positions
+from mpiattn.arrays.cupy.passes import THREADS, compiled
+from mpiattn.arrays.cupy.rows import merge
+from mpiattn.problems.dropout import Dropout
+from mpiattn.problems.mask import Mask, Positions
 
 from ..sums import Sums
 from .bounds import Bounds, BoundsOf
-from .passes import THREADS, compiled
 from .products import product
-from .rows import merge
 from .tiles import Tile, tiles
 
 Array = Any

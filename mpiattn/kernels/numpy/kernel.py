@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.dropout import Dropout
-from mpiattn.mask import Mask, Positions
-from mpiattn.softmax import accumulator, merge
+from mpiattn.arrays.softmax import accumulator, merge
+from mpiattn.problems.dropout import Dropout
+from mpiattn.problems.mask import Mask, Positions
 
 from ..sums import Sums
 from .scores import FAR, LN2, LOG2E, SAFE, exp2, longest, shift

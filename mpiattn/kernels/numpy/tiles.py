@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.mask import Mask, Positions
+from mpiattn.problems.mask import Mask, Positions
 
 QUERIES, KEYS = 384, 512  # a tile: its scores (768 kB in float32) stay in the second-level cache
 SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked

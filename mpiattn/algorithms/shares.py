@@ -1,0 +1,171 @@
+"""The ranks' shares of a whole array: where they lie in it, and the way there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import DESCRIPTION, DTYPES, Spec, describe, described, namespace, put
+from ..errors import InputError
+from ..messages.message import Communicator, Tag, Waitall
+from ..messages.parcel import Parcel
+from ..problems import layout as layouts
+from ..problems.mask import Positions
+
+Where = Callable[[tuple[int, ...], int], Any]
+"""Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
+
+
+def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
+    """Return where each rank's tokens lie along an axis; or what says it, where that is given instead of a layout."""
+    if not isinstance(layout, str):
+        return layout
+    try:
+        layouts.check(layout)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+    def where(shape: tuple[int, ...], rank: int) -> Any:
+        return (*[slice(None)] * (axis % len(shape)), layouts.positions(layout, shape[axis], ranks, rank))
+
+    return where
+
+
+def owned_heads(place: Any) -> Any:
+    """Return which heads a rank's share has, as a slice, from where it lies in a whole array of four axes."""
+    return place[1] if len(place) > 1 else slice(None)
+
+
+def scatter(
+    array: NDArray[Any] | None, comm: Communicator, layout: str | Where, root: int = 0, axis: int = 2
+) -> NDArray[Any]:
+    """Give each rank its share of an array that the root holds, without pickling.
+
+    Parameters
+    ----------
+    array : (batch, heads, tokens, head_dim) on the root, None elsewhere
+        Any array with tokens along `axis`, of a dtype in `arrays.DTYPES`.
+    comm : mpi4py.MPI.Comm
+    layout : {"contiguous", "zigzag", "striped"}, or a function
+        Which tokens each rank owns; or a function of the shape and a rank, such as `Attention.owned` makes
+        it for arrays that are not shared out by tokens.
+    root : int
+    axis : int
+        Axis of the tokens.
+
+    Returns
+    -------
+    This rank's share, contiguous in memory; tokens in the order of their positions.
+
+    Raises
+    ------
+    InputError
+        On every rank, where the layout is unknown or the root has no such array.
+    """
+    size, rank = comm.Get_size(), comm.Get_rank()
+    where = by_tokens(layout, size, axis)
+    description = describe(array)
+    comm.Bcast(description, root)
+    shape, dtype = _with_axis(axis, description, root)
+    own = Parcel([(_share(shape, where, rank), dtype)])
+    requests = [comm.Irecv(own.message, root, Tag.SCATTER)]
+    if array is not None and rank == root:
+        for dest in range(size):
+            share = array[where(shape, dest)]
+            leaving = Parcel([(share.shape, dtype)])
+            leaving.pack(share)
+            requests.append(comm.Isend(leaving.message, dest, Tag.SCATTER))
+    Waitall(requests)
+    return own.arrays[0]
+
+
+def gather(
+    array: NDArray[Any],
+    comm: Communicator,
+    layout: str | Where,
+    root: int = 0,
+    axis: int = 2,
+    shape: tuple[int, ...] | None = None,
+    copies: bool = False,
+) -> NDArray[Any] | None:
+    """Collect each rank's share on the root, without pickling: the inverse of `scatter`.
+
+    Parameters
+    ----------
+    array : (batch, heads, tokens, head_dim)
+        This rank's share; the shapes of all ranks agree but for `axis`.
+    comm, layout, root, axis
+        As in `scatter`.
+    shape : tuple of int, optional
+        Of the whole; needed where layout is a function.
+    copies : bool
+        Whether shares that overlap are the same there, and count once; else they are added up, as the
+        gradients of copies are.
+
+    Returns
+    -------
+    The whole array on the root, None elsewhere.
+
+    Raises
+    ------
+    InputError
+        On every rank, where the shares do not make up a whole in that layout.
+    """
+    size, rank = comm.Get_size(), comm.Get_rank()
+    where = by_tokens(layout, size, axis)
+    table = np.empty((size, DESCRIPTION), np.int64)
+    comm.Allgather(describe(array), table)
+    specs = [_with_axis(axis, description, owner) for owner, description in enumerate(table)]
+    first, dtype = specs[0]
+    if shape is None:
+        lengths = [*first]
+        lengths[axis] = sum(part[axis] for part, _ in specs)
+        shape = tuple(lengths)
+    for owner, spec in enumerate(specs):
+        expected = _share(shape, where, owner), dtype
+        if spec != expected:
+            raise InputError(
+                f"rank {owner} has {spec[1]} {spec[0]}; its share of {shape} over {size} ranks is {dtype} {expected[0]}"
+            )
+    own = Parcel([specs[rank]])
+    own.pack(array)
+    requests = []
+    arriving = [Parcel([spec]) for spec in specs] if rank == root else []
+    for source, part in enumerate(arriving):
+        requests.append(comm.Irecv(part.message, source, Tag.GATHER))
+    requests.append(comm.Isend(own.message, root, Tag.GATHER))
+    Waitall(requests)
+    if rank != root:
+        return None
+    whole = np.zeros(shape, dtype)
+    for owner, part in enumerate(arriving):
+        place = where(shape, owner)
+        whole[place] = part.arrays[0] if copies else whole[place] + part.arrays[0]
+    return whole
+
+
+def _with_axis(axis: int, description: NDArray[np.int64], rank: int) -> Spec:
+    """Return the shape and dtype of the array that a rank describes, or raise InputError."""
+    spec = described(description)
+    if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
+        raise InputError(f"rank {rank} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
+    return spec
+
+
+def _share(shape: tuple[int, ...], where: Where, rank: int) -> tuple[int, ...]:
+    """Return the shape of a rank's share of a whole of that shape."""
+    outline = np.broadcast_to(np.empty(1), shape)
+    return outline[where(shape, rank)].shape
+
+
+def join(parts: Sequence[NDArray[Any]], positions: Sequence[Positions]) -> NDArray[Any]:
+    """Put chunks in the order of their positions; tokens are on axis 2."""
+    shape = [*parts[0].shape]
+    shape[2] = sum(map(len, positions))
+    whole: NDArray[Any] = namespace(parts[0]).empty(shape, parts[0].dtype)
+    for part, where in zip(parts, positions, strict=True):
+        put(whole, where, part)
+    return whole

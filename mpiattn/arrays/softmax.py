@@ -1,0 +1,139 @@
+"""The online-softmax state (out, lse) and its merge: the one place where partial attention is combined.
+
+Attention of the same queries over two disjoint sets of keys, each normalised on its own and with the
+natural logarithm of its sum of exponentials, combines exactly (Milakov and Gimelshein 2018,
+arXiv 1805.02867; Rabe and Staats 2021, arXiv 2112.05682):
+
+    lse = logaddexp(lse_1, lse_2)
+    out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2
+
+The neutral state is out = 0, lse = -inf, which is also the answer for a query that attends to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from . import Array, namespace
+
+LSE = np.dtype(np.float64)
+"""Dtype of a running lse, one number a row, on CPUs: rounded to float32 in each merge, it would make errors grow with
+the number of blocks, 1.4 times by 64."""
+
+
+def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype that partial sums of inputs of `dtype` are kept in: float32 or wider."""
+    return np.result_type(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
+    """Merge another partial result of the same queries into (out, lse), in place.
+
+    Parameters
+    ----------
+    out, other_out : float32 or float64, (..., tokens, head_dim)
+        Normalised partial outputs.
+    lse, other_lse : as wide or wider, (..., tokens)
+        Natural logarithms of their sums; -inf where a query has attended to nothing.
+    """
+    if namespace(out).__name__ == "cupy":
+        from .cupy import rows
+
+        rows.merge(out, lse, other_out, other_lse)
+        return
+    if lse.max(initial=-np.inf) == -np.inf:  # the neutral state: as a row's first block finds it
+        out[...] = other_out
+        lse[...] = other_lse
+        return
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        odds = np.exp(other_lse - lse)
+        odds[np.isneginf(other_lse)] = 0  # where both are empty, -inf - -inf made NaN
+        # Not exp(lse_i - lse): these sum to 1 whatever lse was rounded to, merge after merge.
+        weight, other_weight = ((1 / (1 + x)).astype(out.dtype) for x in (odds, 1 / odds))
+        total = np.logaddexp(lse, other_lse)
+    # Head by head, so that the passes over (tokens, head_dim) stay in the cache.
+    for head in np.ndindex(lse.shape[:-1]):
+        out[head] *= weight[head][:, None]
+        out[head] += other_weight[head][:, None] * other_out[head]
+    lse[...] = total
+
+
+def delta(d_out: Array, out: Array) -> Array:
+    """Return rowsum(d_out * out), (..., tokens): what the softmax's backward subtracts from d_P.
+
+    The owner of the queries computes it once, so that out itself need not travel.
+    """
+    result: Array
+    if namespace(d_out).__name__ == "cupy":
+        from .cupy import rows
+
+        result = rows.delta(d_out, out)
+    else:
+        result = np.einsum("...td,...td->...t", d_out, out, dtype=accumulator(d_out.dtype))
+    return result
+
+
+def weighted(out: Array, lse: Array, top: Array) -> Array:
+    """Return what an all-reduce can add up: exp(lse - top) * out, and behind it exp(lse - top).
+
+    Parameters
+    ----------
+    out, lse : as in `merge`
+        A partial result.
+    top : as lse
+        The largest lse of all partial results of the same queries.
+
+    Returns
+    -------
+    (..., tokens, head_dim + 1)
+    """
+    xp = namespace(out)
+    result: Array = xp.empty((*out.shape[:-1], out.shape[-1] + 1), out.dtype)
+    weight = xp.exp(lse - xp.where(xp.isneginf(top), 0, top))  # where all are empty, -inf - -inf would make NaN
+    result[..., :-1], result[..., -1] = out, weight
+    result[..., :-1] *= weight[..., None]
+    return result
+
+
+def normalised(sums: Array, top: Array) -> tuple[Array, Array]:
+    """Return (out, lse) from the sum of all that `weighted` returned for the same top; out is in the same memory."""
+    xp = namespace(sums)
+    empty = xp.isneginf(top)
+    out, total = sums[..., :-1], xp.where(empty, 1, sums[..., -1])
+    out /= total[..., None]
+    return out, xp.where(empty, top, top + xp.log(total))
+
+
+def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Return (out, lse) with one more logit in each query's softmax, at which there is nothing to attend to.
+
+    A query that attends to no key has out = 0 and the sink as its lse.
+
+    Parameters
+    ----------
+    out, lse : as in `merge`
+        Complete results.
+    sinks : (heads,)
+        The logit of each head.
+    """
+    xp = namespace(out)
+    total = xp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
+    weight = xp.exp(lse - xp.where(xp.isneginf(total), 0, total))
+    return out * weight[..., None], total
+
+
+def sink_gradient(sinks: Array, lse: Array, delta: Array) -> Array:
+    """Return what some queries contribute to the gradient of the sinks, (heads,), in the dtype of lse.
+
+    Parameters
+    ----------
+    sinks : (heads,)
+    lse, delta : (batch, heads, tokens)
+        Final ones, the sinks included.
+    """
+    xp = namespace(lse)
+    probability = xp.exp(sinks.astype(lse.dtype)[:, None] - xp.where(xp.isneginf(lse), 0, lse))
+    return -(probability * delta).sum(axis=(0, 2))  # type: ignore[no-any-return]

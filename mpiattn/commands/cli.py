@@ -1,0 +1,150 @@
+"""The command line: `mpiexec -n N mpiattn COMMAND`, parsed on rank 0, so that help and errors appear once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from .. import machines, virtual
+from ..errors import InputError
+from . import conformance as conformance
+from . import run
+from .bench import command as bench
+from .calibrate import command as calibrate
+from .compare import command as compare
+from .documents import command as documents
+from .env import command as env
+from .plan import command as planner
+from .schedule import command as schedule
+from .trace import command as trace
+
+USAGE_ERROR = 2
+
+COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
+    "compare": (compare, True, "run algorithms side by side on the same input and check them"),
+    "run": (run, True, "run one algorithm on a file and write the output to a file"),
+    "conformance": (conformance, True, "check an implementation, yours too, against the oracle and the formulas"),
+    "bench": (bench, True, "measure kernels and messages"),
+    "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
+    "schedule": (schedule, False, "print the order of messages and blocks of a mesh tile"),
+    "trace": (trace, False, "show what a file written with --trace recorded"),
+    "calibrate": (calibrate, True, "measure this machine and write its description for plan"),
+    "plan": (planner, False, "say which algorithm and grid suit a cluster, and why, in virtual time"),
+    "documents": (documents, None, "make the tables and figures of the documents on Mesh- and Ring Attention"),
+}
+"""Module, whether it needs MPI (None: takes it where it is), and summary of each command."""
+
+VIRTUAL = ("compare", "conformance")
+"""Commands that also run on virtual ranks in one process."""
+
+EPILOG = """\
+examples:
+  mpiexec -n 4 mpiattn compare                          every algorithm on real input, checked
+  mpiexec -n 6 mpiattn compare --algorithms mesh --grid 2x3 --tokens 1001 --layout striped
+  mpiexec -n 4 mpiattn run --algorithm ring --qkv in.npz --output out.npz
+  mpiattn schedule 4x4                                  the order of messages and blocks of a mesh tile
+  mpiattn compare --virtual 16                          the same on 16 virtual ranks, without MPI
+  mpiattn plan --tokens 1M --ranks 256 --machine h200-ib
+  mpiexec -n 4 mpiattn compare --algorithms auto,ring   what the planner chooses here, and why, beside the ring
+  mpiattn bench kernel                                  the NumPy kernel against its own matrix products
+  mpiexec -n 4 mpiattn env                              what each rank really got
+
+Exit status: 0 success, 1 a failure or a mismatch, 2 a wrong command line or wrong input.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="mpiattn",
+        description="Exact distributed attention over MPI, forward and backward.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, _, summary) in COMMANDS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
+        module.add_arguments(command)
+        if name in VIRTUAL:
+            group = command.add_argument_group("without MPI")
+            group.add_argument("--virtual", type=int, metavar="N", help="on N virtual ranks, in virtual time")
+            names = ", ".join(machines.presets())
+            group.add_argument("--machine", metavar="NAME", help=f"of one host (default laptop): {names}, or a file")
+    return top
+
+
+def world() -> Any:
+    """Return MPI's COMM_WORLD, or None on a machine without an MPI library."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return None
+    return MPI.COMM_WORLD
+
+
+def parse(argv: Sequence[str] | None, comm: Any) -> argparse.Namespace | int:
+    """Return the options, or the exit status where there is nothing to do; rank 0 parses and prints."""
+    result: argparse.Namespace | int | None = None
+    if comm is None or comm.Get_rank() == 0:
+        try:
+            result = parser().parse_args(argv)
+        except SystemExit as done:
+            result = done.code if isinstance(done.code, int) else USAGE_ERROR
+        sys.stdout.flush()
+    return result if comm is None else comm.bcast(result)  # type: ignore[return-value]
+
+
+def blas_threads(command: str) -> int | None:
+    """Return 1 unless the user has decided otherwise: threads of several ranks on the same cores only get in the way.
+
+    `env` shows what a program without this line gets.
+    """
+    return None if command == "env" or "OMP_NUM_THREADS" in os.environ else 1
+
+
+def run_command(args: argparse.Namespace, comm: Any) -> int:
+    """Run the command that was parsed; return the exit status."""
+    module, needs_mpi, _ = COMMANDS[args.command]
+    alone = needs_mpi is False or getattr(args, "virtual", None) is not None
+    if alone and comm is not None and comm.Get_rank() > 0:
+        return 0
+    if alone:
+        if needs_mpi is False:
+            return int(module.main(args))
+        args.machine = args.machine or "laptop"
+        return virtual.command(module.main, args)
+    if comm is None and needs_mpi:
+        print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
+        return 1
+    with threadpool_limits(blas_threads(args.command), "blas"):
+        return int(module.main(args, comm))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    comm = world()
+    try:
+        args = parse(argv, comm)
+        status = args if isinstance(args, int) else run_command(args, comm)
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        if comm is None or comm.Get_rank() == 0:
+            print(f"mpiattn: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BaseException as error:
+        # The other ranks may wait for a message that will never come: nothing but an abort ends them.
+        if comm is not None and comm.Get_size() > 1:
+            print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            comm.Abort(1)
+        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+            return 1
+        raise

@@ -1,0 +1,167 @@
+"""Run algorithms side by side on the same input, forward and backward, and check each against the oracle.
+
+By default every algorithm, grid and layout that fits the number of ranks, with a causal mask, on real input.
+Times are the slowest rank's, medians over rounds in which the algorithms take turns; waiting is time spent
+in waits for messages; errors are relative to the largest value, against textbook attention in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from ...algorithms import ALGORITHMS
+from ...arrays import Array
+from ...conformance import oracle
+from ...errors import InputError
+from ...messages.message import Communicator
+from ...problems import grid, mask
+from ...problems.layout import LAYOUTS
+from ...problems.mask import Positions
+from ...trace.comm import TracedComm
+from ...trace.events import Trace
+from ...trace.file import write
+from ...trace.kernel import watch
+from .. import gpu, inputs
+from ..env.environment import environment
+from ..inputs import AUTO, Inputs
+from ..progress import bar
+from ..root import check_folders, on_root, patiently
+from .case import Case
+from .report import plot, print_results, report
+
+ORACLE_SCORES = 2**28
+"""Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn compare`."""
+    parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}, or auto")
+    parser.add_argument("--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: every grid)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: every layout")
+    parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
+    parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
+    parser.add_argument("--iterations", type=int, default=3, metavar="N", help="timed rounds (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and bytes (.png, .svg, .pdf)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
+    inputs.add_arguments(parser)
+    gpu.add_arguments(parser)
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
+    xp = gpu.namespace(args, comm)
+    surroundings = environment(comm)
+    given = on_root(comm, lambda: load(args))
+    with ExitStack() as stack:
+        cases, left_out = build(args, comm, stack, given[0] if given else None)
+        kept = Trace()
+        if args.trace:
+            for case in cases:
+                watch(case.attention)
+        right = patiently(comm, lambda: expected(*given, args) if given else None)
+        progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
+        for number, case in itertools.product(range(1 + args.iterations), cases):
+            progress.set_postfix_str(f"{case.title} {case.grid} {case.attention.layout}", refresh=False)
+            if number == 0:
+                case.share(given[0] if given else None, args, xp)
+                case.check(given[1] if given else None, right)
+            else:
+                case.measure(kept if args.trace else None)
+            progress.update()
+        progress.close()
+        results = [report(case, comm, str(args.mask)) for case in cases]
+    if args.trace:
+        write(comm, kept, args.trace)
+    if given:
+        print_results(results, *given, args)
+        for case in cases:
+            if case.why:
+                print(*case.why, sep="\n  ")
+        print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
+        if args.json:
+            document = {"environment": surroundings, "input": given[0].describe(), "results": results}
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
+        if args.plot:
+            plot(results, given[0], args.plot)
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
+    """Return the input, and the queries to check: None for all, a sample where the whole is too large.
+
+    The gradient of the output is zero at the other queries, so that the oracle's gradients are exact.
+    """
+    if args.iterations < 1:
+        raise ValueError("--iterations is at least 1")
+    check_folders(args.json, args.plot, args.trace)
+    given = inputs.load(args)
+    batch, heads, tokens, _ = given.q.shape
+    checked = max(ORACLE_SCORES // max(batch * heads * given.k.shape[2], 1), 1)
+    if checked >= tokens:
+        return given, None
+    queries = np.sort(np.random.default_rng(args.seed).choice(tokens, checked, replace=False))
+    given.d_out[:, :, np.setdiff1d(np.arange(tokens), queries)] = 0
+    return given, queries
+
+
+def build(
+    args: argparse.Namespace, comm: Communicator, stack: ExitStack, given: Inputs | None
+) -> tuple[list[Case], list[str]]:
+    """Build each algorithm that is asked for, in each of its variants that fit and each layout.
+
+    "auto" is one case: what the planner chooses for the input, which rank 0 has.
+
+    Returns the cases and, where all algorithms are asked for, what was left out and why.
+    """
+    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
+    if unknown := [name for name in names if name not in (*ALGORITHMS, AUTO)]:
+        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, {AUTO}, or all")
+    if args.grid and args.grid not in grid.grids(comm.Get_size()):
+        fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
+        raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
+    cases: list[Case] = []
+    left_out = []
+    for name in names:
+        if name == AUTO:
+            choice = inputs.choose(comm, given, args, backward=True)
+            options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
+            attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
+            chosen, traced = choice.plan.best.candidate.algorithm, attention.comm
+            assert isinstance(traced, TracedComm)
+            cases.append(Case(chosen, choice.arguments, traced, attention, why=choice.explain()))
+            continue
+        for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+            if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
+                continue
+            for layout in [args.layout] if args.layout else LAYOUTS:
+                traced = TracedComm(comm)
+                try:
+                    options = {"layout": layout, **inputs.options(args), **gpu.options(args)}
+                    attention = ALGORITHMS[name](traced, **options, **arguments)
+                except InputError as error:
+                    if args.algorithms != "all":
+                        raise
+                    left_out.append(f"{name}: {error}")
+                    break
+                case = Case(name, arguments, traced, stack.enter_context(attention))
+                if (name, case.grid, attention.layout) not in [(c.title, c.grid, c.attention.layout) for c in cases]:
+                    cases.append(case)  # else the layout makes no difference to it
+    if not cases:
+        raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
+    return cases, left_out
+
+
+def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Array]:
+    """Return the oracle's out and d_q at the checked queries, d_k and d_v."""
+    q, k, v = given.q, given.k, given.v
+    d_out = given.d_out if queries is None else given.d_out[:, :, queries]
+    features = {"softcap": args.softcap, **inputs.features(args, q.shape[1])}
+    out, _ = oracle.attention(q, k, v, args.mask, args.scale, queries, **features)
+    return [out, *oracle.gradients(q, k, v, d_out, args.mask, args.scale, queries, **features)]

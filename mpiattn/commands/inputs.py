@@ -1,0 +1,172 @@
+"""Where the command line's queries, keys and values come from: the sample, a file, or a seed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import planner
+from ..algorithms import Attention
+from ..algorithms.shares import owned_heads, scatter
+from ..arrays import FLOATS, Array
+from ..arrays import dtype as dtype_of
+from ..messages.message import Communicator
+from ..planner import Choice
+from ..problems.dropout import Dropout
+from ..problems.problem import PARTIALS
+from . import files
+
+AUTO = "auto"
+"""In place of an algorithm: what the planner chooses."""
+
+SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
+
+
+@dataclass
+class Inputs:
+    """Global arrays: q (batch, heads, tokens, head_dim), k and v (batch, kv_heads, tokens, head_dim), d_out."""
+
+    name: str
+    q: Array
+    k: Array
+    v: Array
+    d_out: Array
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the input is, for people and for JSON."""
+        return {
+            "name": self.name,
+            "dtype": self.q.dtype.name,
+            **{name: list(getattr(self, name).shape) for name in ("q", "k", "v")},
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose an input."""
+    group = parser.add_argument_group("input (by default, real queries, keys and values that come with mpiattn)")
+    group.add_argument("--qkv", metavar="FILE", type=Path, help=".npz or .safetensors with q, k, v and maybe d_out")
+    group.add_argument("--tokens", type=int, metavar="N", help="random input of this length (default 2048)")
+    group.add_argument("--heads", type=int, metavar="N", help="random input with so many query heads (default 8)")
+    group.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: as many as query heads)")
+    group.add_argument("--head-dim", type=int, metavar="N", help="random input with this head_dim (default 64)")
+    group.add_argument("--batch", type=int, metavar="N", help="random input with this batch size (default 1)")
+    group.add_argument(
+        "--dtype",
+        choices=[dtype.name for dtype in FLOATS],
+        help="convert to this dtype (default float32; a file keeps its own)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    features = parser.add_argument_group("features (by default none)")
+    features.add_argument(
+        "--partials",
+        choices=PARTIALS,
+        default=PARTIALS[0],
+        help="narrow: partial sums travel rounded to the input's dtype (default %(default)s: as they are added up)",
+    )
+    features.add_argument("--softcap", type=float, metavar="X", help="scores become X tanh(scores / X)")
+    features.add_argument("--sinks", action="store_true", help="one more logit for each head, random, to attend to")
+    features.add_argument("--dropout", type=float, metavar="RATE", help="of the probabilities, the same on any ranks")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every algorithm is built with, but for its layout."""
+    return {name: getattr(args, name) for name in ("mask", "scale", "softcap", "partials")}
+
+
+def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
+    """Return the sinks of all heads and the dropout that the options ask for."""
+    result: dict[str, Any] = {}
+    if args.sinks:
+        result["sinks"] = np.random.default_rng(args.seed).standard_normal(heads, dtype=np.float32)
+    if args.dropout is not None:
+        result["dropout"] = Dropout(args.dropout, args.seed)
+    return result
+
+
+def share(
+    given: Inputs | None, comm: Communicator, attention: Attention, args: argparse.Namespace, xp: Any
+) -> tuple[dict[str, tuple[int, ...]], list[Array], dict[str, Any]]:
+    """Give each rank its share of the input, which rank 0 has, as an algorithm takes it.
+
+    Returns
+    -------
+    shapes : dict
+        Of the whole "q", "k", "v", "out".
+    arrays : list
+        This rank's q, k, v, d_out, in the namespace `xp`.
+    features : dict
+        What `forward` is given beside them.
+    """
+    wholes = {"q": given.q, "k": given.k, "v": given.v, "out": given.d_out} if given else {}
+    shapes = comm.bcast({name: whole.shape for name, whole in wholes.items()})
+    places = {name: attention.owned(name, shapes) for name in shapes}
+    arrays = [xp.asarray(scatter(wholes.get(name), comm, place)) for name, place in places.items()]
+    beside = features(args, shapes["q"][1])
+    if "sinks" in beside:
+        heads = owned_heads(places["out"](shapes["out"], comm.Get_rank()))
+        beside["sinks"] = xp.asarray(beside["sinks"][heads])
+    return shapes, arrays, beside
+
+
+def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, backward: bool) -> Choice:
+    """Return what the planner chooses for the input, which rank 0 has, on the machine `args.machine`."""
+    sizes: Any = None
+    if given:
+        batch, heads, tokens, head_dim = given.q.shape
+        _, kv_heads, kv_tokens, v_head_dim = given.v.shape
+        sizes = {
+            "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch,
+            "dtype": given.q.dtype.name, "kv_tokens": kv_tokens, "v_head_dim": v_head_dim,
+        }  # fmt: skip
+    sizes = comm.bcast(sizes)
+    asked = {name: getattr(args, name) for name in ("mask", "layout", "partials", "machine")}
+    return planner.choose(comm, **sizes, **asked, backward=backward)
+
+
+def load(args: argparse.Namespace) -> Inputs:
+    """Return the input that the options ask for.
+
+    Raises
+    ------
+    ValueError, OSError
+        Where the file is missing or damaged, or the options or the arrays do not fit together.
+    """
+    features(args, heads=0)  # finds a wrong dropout rate
+    sizes = {name: getattr(args, name) for name in SYNTHETIC}
+    given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
+    if args.qkv is not None and given:
+        raise ValueError(f"--qkv and {', '.join(given)} exclude each other: a file has its own sizes")
+    rng = np.random.default_rng(args.seed)
+    if args.qkv is not None:
+        arrays, name = files.read(args.qkv), str(args.qkv)
+        dtype = dtype_of(args.dtype) if args.dtype else arrays["q"].dtype
+    else:
+        dtype = dtype_of(args.dtype or "float32")
+        if given:
+            sizes = {name: SYNTHETIC[name] if value is None else value for name, value in sizes.items()}
+            arrays, name = synthetic(rng, **sizes), f"random, seed {args.seed}"
+        else:
+            arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
+    q, k, v = (arrays[name].astype(dtype) for name in "qkv")
+    if "d_out" not in arrays:
+        arrays["d_out"] = rng.standard_normal((*q.shape[:3], v.shape[3]), dtype=np.float32)
+    return Inputs(name, q, k, v, arrays["d_out"].astype(dtype))
+
+
+def synthetic(
+    rng: np.random.Generator, tokens: int, heads: int, kv_heads: int | None, head_dim: int, batch: int
+) -> dict[str, Array]:
+    """Return standard normal q, k, v."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if min(heads, kv_heads, head_dim, batch) < 1 or tokens < 0:
+        raise ValueError("--heads, --kv-heads, --head-dim and --batch are at least 1, --tokens at least 0")
+    if heads % kv_heads:
+        raise ValueError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    return {
+        name: rng.standard_normal((batch, count, tokens, head_dim), dtype=np.float32) for name, count in shapes.items()
+    }

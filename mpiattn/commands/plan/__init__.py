@@ -1,0 +1,1 @@
+"""`mpiattn plan`: the table of candidates, and the curve over the number of ranks."""

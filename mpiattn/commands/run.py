@@ -1,0 +1,94 @@
+"""Run one algorithm on a file of queries, keys and values, and write its output, for use from scripts.
+
+The output file has out and lse; with --backward also d_q, d_k, d_v, for the input's d_out (or a random one).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..algorithms import ALGORITHMS
+from ..algorithms.shares import gather
+from ..arrays import on_host
+from ..errors import InputError
+from ..messages.message import Communicator
+from ..problems import grid, mask
+from ..problems.layout import LAYOUTS
+from ..trace.comm import TracedComm
+from ..trace.file import write
+from ..trace.kernel import watch
+from . import files, gpu, inputs
+from .inputs import AUTO
+from .root import check_folders, on_root
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn run`."""
+    parser.add_argument(
+        "--algorithm", choices=[*ALGORITHMS, AUTO], default="mesh", help="auto: what the planner chooses (default mesh)"
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="that auto plans for: a name or a file of `mpiattn calibrate` (default: a guess)",
+    )
+    parser.add_argument(
+        "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="default zigzag with a causal mask without a window, else contiguous"
+    )
+    parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
+    parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
+    parser.add_argument("--backward", action="store_true", help="write the gradients too")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each rank did, for mpiattn trace")
+    inputs.add_arguments(parser)
+    gpu.add_arguments(parser)
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Run forward, and backward where asked, and write the result on rank 0."""
+    given = on_root(comm, lambda: inputs.load(args))
+    on_root(comm, lambda: files.check_output(args.output))
+    on_root(comm, lambda: check_folders(args.trace))
+    xp = gpu.namespace(args, comm)
+    options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
+    if args.grid:
+        if args.algorithm == AUTO or "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
+            raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
+        options["rows"], options["cols"] = args.grid
+    traced = TracedComm(comm)
+    over = traced if args.trace else comm
+    if args.algorithm == AUTO:
+        choice = inputs.choose(comm, given, args, args.backward)
+        if comm.Get_rank() == 0:
+            print(*choice.explain(), sep="\n  ")
+        built: Any = choice.attention(over, **options)
+    else:
+        built = ALGORITHMS[args.algorithm](over, **options)
+    with built as attention:
+        comm = attention.comm.comm if args.trace else attention.comm  # auto may have put the ranks in another order
+        if args.trace:
+            watch(attention)
+        shapes, (q, k, v, d_out), features = inputs.share(given, comm, attention, args, xp)
+        with traced.trace.phase("forward"):
+            out, saved = attention.forward(q, k, v, **features)
+        results = {"out": out, "lse": saved.lse}
+        if args.backward:
+            with traced.trace.phase("backward"):
+                results |= dict(zip(("d_q", "d_k", "d_v"), attention.backward(d_out, saved), strict=True))
+        whole = {}
+        for name, array in results.items():
+            like = "out" if name == "lse" else name.removeprefix("d_")
+            shape = shapes[like][: array.ndim]
+            where, copies = attention.owned(like, shapes), like in attention.copied
+            whole[name] = gather(on_host(array), comm, where, shape=shape, copies=copies)
+    if args.trace:
+        write(traced, traced.trace, args.trace)
+    if comm.Get_rank() == 0:
+        files.write(args.output, {name: array for name, array in whole.items() if array is not None})
+        print(f"{args.output}: {', '.join(whole)}")
+    return 0

@@ -1,0 +1,1 @@
+"""`mpiattn schedule`: a schedule as a table and as a picture."""

@@ -1,0 +1,85 @@
+"""Print the order of messages and blocks in one rank's Mesh-Attention tile (arXiv 2512.20968); draw or write it.
+
+Q slot j is the Q chunk that has travelled j hops along the grid row, KV slot i the K/V chunk that has travelled
+i hops along the grid column; slot 0 is the rank's own. Every rank does the same step at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ...problems import grid
+from ...schedule.search import backward, forward
+from ...schedule.steps import Costs, Step, makespan, relative
+from ..root import check_folders
+from .figure import draw
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn schedule`."""
+    parser.add_argument("grid", type=grid.argument, metavar="ROWSxCOLS", help="the grid of ranks, such as 4x4")
+    parser.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
+    parser.add_argument("--kv-ratio", type=int, default=1, metavar="G", help="query heads for each K/V head")
+    parser.add_argument(
+        "--costs",
+        metavar="NUMBERS",
+        help="times of one hop and of one block: q,kv,o,block, or backward q,kv,dq,dkv,block "
+        "(default: hops by their bytes, and blocks that take as long as all hops)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the schedule (png, pdf, svg)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the schedule")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print one schedule; draw or write it where asked."""
+    rows, cols = args.grid
+    names = ["q", "kv", "dq", "dkv", "block"] if args.backward else ["q", "kv", "o", "block"]
+    try:
+        check_folders(args.plot, args.json)
+        if args.kv_ratio < 1:
+            raise ValueError(f"--kv-ratio is a whole number from 1, not {args.kv_ratio}")
+        if args.costs:
+            numbers = [float(number) for number in args.costs.split(",")]
+            if len(numbers) != len(names):
+                raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(numbers)}")
+            costs = Costs(**dict(zip(names, numbers, strict=True)))
+        else:
+            costs = relative(backward=args.backward, heads=args.kv_ratio).balanced(rows, cols)
+    except ValueError as error:
+        print(f"mpiattn schedule: error: {error}", file=sys.stderr)
+        return 2
+    steps = (backward if args.backward else forward)(rows, cols, costs)
+    times = {
+        "time": makespan(steps, costs),
+        "communication": costs.communication(rows, cols),
+        "compute": rows * cols * costs.block,
+    }
+    direction = "backward" if args.backward else "forward"
+    title = f"Mesh-Attention, {rows} x {cols}, {direction}: " + ", ".join(
+        f"{name} {value:.4g}" for name, value in times.items()
+    )
+    print(title, text(steps), sep="\n\n")
+    if args.plot:
+        draw(steps, costs, args.plot, title)
+    if args.json:
+        report = {"rows": rows, "cols": cols, "direction": direction, "costs": asdict(costs), **times}
+        report["steps"] = [asdict(step) for step in steps]
+        args.json.write_text(json.dumps(report) + "\n")
+    return 0
+
+
+def text(steps: Sequence[Step]) -> str:
+    """Table of steps: what arrives, what leaves, and the blocks computed meanwhile."""
+    table = []
+    for number, step in enumerate(steps, 1):
+        message = f"{step.message.value} {step.hop}" if step.message else ""
+        table.append((number, message, " ".join(f"{i},{j}" for i, j in step.blocks)))
+    headers = ("step", "message, slot", "blocks (KV slot,Q slot)")
+    return tabulate(table, headers=headers, maxcolwidths=[None, None, 72])

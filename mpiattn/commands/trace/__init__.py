@@ -1,0 +1,1 @@
+"""`mpiattn trace`: what a file of events says, as text and as a picture."""

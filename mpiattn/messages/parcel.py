@@ -1,0 +1,141 @@
+"""Several arrays in one buffer, as messages carry them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import Array, Spec, add, cast
+from .message import Rows
+
+
+class Uses:
+    """What a GPU has still to do with a buffer: all that was queued before `event` was recorded.
+
+    Work on a buffer is queued right after its arrays are asked for. So who records an event later on, see
+    `device.channel.Channel.ready`, sets it for all buffers that are open, those whose arrays were asked for before.
+    """
+
+    opened: ClassVar[list[Uses]] = []
+
+    def __init__(self) -> None:
+        self.event: Any = None
+        self.open()  # its memory may have been another array's
+
+    def open(self) -> None:
+        """Note that work on the buffer is about to be queued."""
+        if self not in self.opened:
+            self.opened.append(self)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A buffer as a message of which it is known when the GPU last had to do with it."""
+
+    buffer: Any
+    uses: Uses
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the message."""
+        return int(self.buffer.nbytes)
+
+
+class Parcel:
+    """Several arrays that travel in one message: views of one buffer of bytes, one after the other.
+
+    Parameters
+    ----------
+    specs : sequence of (shape, dtype)
+        With the widest dtype first nothing is lost between them, where the next one must be aligned.
+    buffer : uint8, at least the sum of the sizes, optional
+        Storage to use; several parcels may take turns in it. A new NumPy array by default.
+    uses : Uses, optional
+        Of a buffer on a GPU; `arrays` is then to be asked for anew before each piece of work.
+    """
+
+    def __init__(
+        self, specs: Sequence[Spec], buffer: NDArray[np.uint8] | None = None, uses: Uses | None = None
+    ) -> None:
+        *starts, end = _starts(specs)
+        self.specs = list(specs)
+        self.buffer = (np.empty(end, np.uint8) if buffer is None else buffer)[:end]
+        self.uses = uses
+        self.sent_as: Parcel | None = None
+        """The parcel in which this one's numbers travel, rounded, if they do."""
+        self.rounded = False
+        """Whether they are there already: a kernel may have put them nowhere else."""
+        self.views: list[Array] = [
+            self.buffer[start : start + nbytes([spec])].view(spec[1]).reshape(spec[0])
+            for start, spec in zip(starts, specs, strict=True)
+        ]
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays."""
+        if self.uses is not None:
+            self.uses.open()
+        return self.views
+
+    @property
+    def message(self) -> Any:
+        """The parcel as a buffer argument of a send or a receive; what travels rounded is rounded now."""
+        if self.sent_as is None:
+            return self._message
+        if not self.rounded:
+            self.sent_as.pack(*self.arrays)
+        self.rounded = False
+        return self.sent_as.message
+
+    @functools.cached_property
+    def _message(self) -> Any:
+        return Rows(self.buffer) if self.uses is None else Tracked(self.buffer, self.uses)
+
+    def pack(self, *arrays: Array) -> None:
+        """Copy arrays into the parcel."""
+        place: Any
+        for place, array in zip(self.arrays, arrays, strict=True):
+            alike = array.shape == place.shape and array.dtype == place.dtype
+            on_gpu = type(array).__module__ == "cupy"
+            if on_gpu and alike and array.flags.c_contiguous:
+                # Four times as fast as CuPy's own copy of numbers of two bytes.
+                place.data.copy_from_device_async(array.data, place.nbytes)
+            elif on_gpu and array.dtype.itemsize > place.dtype.itemsize:
+                cast(array, place.dtype, place)
+            elif on_gpu:
+                from ..arrays.cupy import rows
+
+                rows.copy(place, array)
+            else:
+                place[...] = array
+
+    def add(self, other: Parcel) -> None:
+        """Add the arrays of another parcel to this one's."""
+        for place, array in zip(self.arrays, other.arrays, strict=True):
+            add(place, array)
+
+    def fill(self, *values: float) -> None:
+        """Set each array to one value."""
+        for place, value in zip(self.arrays, values, strict=True):
+            place.fill(value)
+
+
+def nbytes(specs: Sequence[Spec]) -> int:
+    """Return the bytes of arrays of these shapes and dtypes, one after the other."""
+    return _starts(specs)[-1]
+
+
+def _starts(specs: Sequence[Spec]) -> list[int]:
+    """Return where each array starts, a multiple of its numbers' size, and where the last one ends."""
+    starts, end = [], 0
+    for shape, dtype in specs:
+        size = int(np.dtype(dtype).itemsize)
+        starts.append(-(-end // size) * size)
+        end = starts[-1] + math.prod(shape) * size
+    return [*starts, end]
