@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from mpiattn.commands.schedule import command
 from mpiattn.schedule import search
-from mpiattn.schedule.steps import Costs, Op, Step, makespan, relative
+from mpiattn.schedule.steps import HopTimes, Op, Step, makespan, relative
 
 Steps = tuple[Step, ...]
 Rank = tuple[int, int]
 
 
-def order(rows: int, cols: int, costs: Costs, backward: bool) -> Steps:
+def order(rows: int, cols: int, costs: HopTimes, backward: bool) -> Steps:
     return (search.backward if backward else search.forward)(rows, cols, costs)
 
 
@@ -89,12 +89,12 @@ def simulate(rows: int, cols: int, steps: Steps) -> None:
 
 
 numbers = st.one_of(st.just(0.0), st.floats(0.001, 1000), st.integers(1, 5).map(float))
-all_costs = st.builds(Costs, q=numbers, kv=numbers, block=numbers, o=numbers, dq=numbers, dkv=numbers)
+all_costs = st.builds(HopTimes, q=numbers, kv=numbers, block=numbers, o=numbers, dq=numbers, dkv=numbers)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(1, 7), st.integers(1, 7), all_costs, st.booleans())
-def test_a_schedule_is_valid_on_every_rank(rows: int, cols: int, costs: Costs, backward: bool) -> None:
+def test_a_schedule_is_valid_on_every_rank(rows: int, cols: int, costs: HopTimes, backward: bool) -> None:
     steps = order(rows, cols, costs, backward)
     check(rows, cols, steps, backward)
     simulate(rows, cols, steps)
@@ -142,7 +142,7 @@ def sends_in_every_order(rows: int, cols: int, backward: bool) -> list[list[tupl
     return orders
 
 
-def optimum(rows: int, cols: int, costs: Costs, backward: bool, limit: float) -> float:
+def optimum(rows: int, cols: int, costs: HopTimes, backward: bool, limit: float) -> float:
     """Return the least makespan of any schedule, or `limit` if none is below it, by best-first search.
 
     A state is (Q hops, KV hops, sends, blocks done); all places of the receives among the sends are tried. Given
@@ -205,7 +205,7 @@ def optimum(rows: int, cols: int, costs: Costs, backward: bool, limit: float) ->
     return limit if best == limit * (1 - 1e-9) else best
 
 
-def brute_force(rows: int, cols: int, costs: Costs, backward: bool) -> float:
+def brute_force(rows: int, cols: int, costs: HopTimes, backward: bool) -> float:
     """Return the least makespan with no argument at all: any message that may go, with any blocks that may start."""
     tiles = list(itertools.product(range(rows), range(cols)))
     ops = [Op.Q, Op.KV, Op.DQ, Op.DKV] if backward else [Op.Q, Op.KV, Op.O]
@@ -237,7 +237,7 @@ def brute_force(rows: int, cols: int, costs: Costs, backward: bool) -> float:
                         heapq.heappush(queue, (at, next(tie), then))
 
 
-def hops_of(backward: bool, group: int, partial: int = 4) -> Costs:
+def hops_of(backward: bool, group: int, partial: int = 4) -> HopTimes:
     return relative(backward=backward, heads=group, itemsize=4, partial_itemsize=partial)
 
 
@@ -311,9 +311,9 @@ def test_instant(backward: bool) -> None:
 
 
 def test_costs_follow_the_bytes() -> None:
-    assert relative() == Costs(q=1, kv=2, o=1, block=1)
-    assert relative(heads=8, kv_heads=2, itemsize=2) == Costs(q=1, kv=0.5, o=2, block=1)
-    assert relative(backward=True, heads=4) == Costs(q=2, kv=0.5, dq=1, dkv=0.5, block=1)
+    assert relative() == HopTimes(q=1, kv=2, o=1, block=1)
+    assert relative(heads=8, kv_heads=2, itemsize=2) == HopTimes(q=1, kv=0.5, o=2, block=1)
+    assert relative(backward=True, heads=4) == HopTimes(q=2, kv=0.5, dq=1, dkv=0.5, block=1)
     assert relative(head_dim=64).o == 1 + 1 / 64
     assert relative(backward=True, head_dim=64).q == 2 + 2 / 64
     assert relative().balanced(4, 4).block * 16 == relative().communication(4, 4) == 12
@@ -323,7 +323,7 @@ def test_costs_follow_the_bytes() -> None:
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_bad_costs(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
-        Costs(q=bad, kv=1, o=1, block=1)
+        HopTimes(q=bad, kv=1, o=1, block=1)
 
 
 def test_bad_tile() -> None:
@@ -346,8 +346,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         Step(step["message"] and Op(step["message"]), step["hop"], tuple((i, j) for i, j in step["blocks"]))
         for step in written["steps"]
     )
-    costs = Costs(**written["costs"])
-    assert costs == Costs(q=2, kv=2, dq=1, dkv=2, block=1.5)
+    costs = HopTimes(**written["costs"])
+    assert costs == HopTimes(q=2, kv=2, dq=1, dkv=2, block=1.5)
     assert steps == search.backward(2, 3, costs)
     assert written["time"] == makespan(steps, costs)
     assert command.text(steps).splitlines()[2].split() == ["1", "Q", "1", "0,0"]

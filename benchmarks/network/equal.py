@@ -25,7 +25,7 @@ from mpiattn import MeshAttention
 from mpiattn.commands.env.environment import environment
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.messages.parcel import Parcel
-from mpiattn.schedule.steps import Costs, Op, makespan
+from mpiattn.schedule.steps import HopTimes, Op, makespan
 
 HOPS = 3  # timed together: the ranks leave a barrier one after the other
 
@@ -108,11 +108,11 @@ class Benchmark:
             return self.timed(lambda: kernel.backward(self.q, self.k, self.v, *rows, *where, d_q, d_k, d_v, None))
         return self.timed(lambda: kernel.forward(self.q, self.k, self.v, *where, d_q, lse, None))
 
-    def costs(self, backward: bool) -> Costs:
+    def costs(self, backward: bool) -> HopTimes:
         """Return the measured times of hops and a block."""
         kinds = {"q": Op.Q, "kv": Op.KV} | ({"dq": Op.DQ, "dkv": Op.DKV} if backward else {"o": Op.O})
         hops = {name: self.hop(op, backward) for name, op in kinds.items()}
-        return Costs(block=self.block(backward), **hops)
+        return HopTimes(block=self.block(backward), **hops)
 
 
 def main() -> None:

@@ -10,8 +10,20 @@
 
 from .candidates import Candidate, candidates, tile
 from .choice import Choice, auto, choose
-from .search import Plan, plan
+from .search import Ranking, plan
 from .simulate import Outcome, simulate
 from .task import Task
 
-__all__ = ["Candidate", "Choice", "Outcome", "Plan", "Task", "auto", "candidates", "choose", "plan", "simulate", "tile"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Outcome",
+    "Ranking",
+    "Task",
+    "auto",
+    "candidates",
+    "choose",
+    "plan",
+    "simulate",
+    "tile",
+]

@@ -17,7 +17,7 @@ from ..machines.machine import Machine
 from ..messages.hosts import by_host
 from ..messages.message import Communicator
 from ..problems.mask import Full, Mask
-from .search import Plan, plan
+from .search import Ranking, plan
 from .task import Task
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ class Choice:
 
     Attributes
     ----------
-    plan : Plan
+    plan : Ranking
         What was run in virtual time, the fastest first.
     places : tuple of int
         The place of each rank of the communicator in the one that the algorithm is given: host by host, and
         within the hosts as the grid is to lie on them.
     """
 
-    plan: Plan
+    plan: Ranking
     places: tuple[int, ...]
 
     @property

@@ -36,7 +36,7 @@ are at most."""
 
 
 @dataclass
-class Plan:
+class Ranking:
     """Candidates in the order of their time, and why others are not among them."""
 
     task: Task
@@ -81,7 +81,7 @@ def plan(
     algorithms: Sequence[str] | None = None,
     quick: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Plan:
+) -> Ranking:
     """Rank the candidates by virtual time.
 
     Parameters
@@ -171,12 +171,12 @@ class _Search:
             else:  # a rank between the first and the last
                 self.left_out.append((candidate, f"needs {in_bytes(outcome.peak)} a rank"))
 
-    def result(self) -> Plan:
+    def result(self) -> Ranking:
         """Return the plan, or raise InputError."""
         if not self.fitting:
             raise InputError(self.impossible())
         outcomes = sorted(self.fitting, key=lambda outcome: outcome.seconds)
-        return Plan(self.task, self.machine, self.ranks, self.memory, outcomes, self.left_out)
+        return Ranking(self.task, self.machine, self.ranks, self.memory, outcomes, self.left_out)
 
     def impossible(self) -> str:
         """Say why nothing fits, and what would."""

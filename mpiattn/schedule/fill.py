@@ -11,12 +11,12 @@ import heapq
 import itertools
 import math
 
-from .steps import Costs, Op, Step
+from .steps import HopTimes, Op, Step
 
 CLOSE = 1e-9  # times closer than this, relative, are equal
 
 
-def fill(rows: int, cols: int, messages: list[Op], costs: Costs) -> tuple[Step, ...]:
+def fill(rows: int, cols: int, messages: list[Op], costs: HopTimes) -> tuple[Step, ...]:
     """Give each block a step, for one order of messages, with the least makespan that this order allows."""
     end = len(messages)
     hops = [messages[: t + 1].count(op) for t, op in enumerate(messages)]

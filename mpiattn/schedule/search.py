@@ -14,26 +14,26 @@ import functools
 import itertools
 
 from .fill import CLOSE, fill
-from .steps import Costs, Op, Step, makespan
+from .steps import HopTimes, Op, Step, makespan
 
 TILTS = tuple(2 ** (k / 2) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6))
 BUDGET = 8_000  # blocks placed in all trials together
 
 
 @functools.lru_cache
-def forward(rows: int, cols: int, costs: Costs) -> tuple[Step, ...]:
+def forward(rows: int, cols: int, costs: HopTimes) -> tuple[Step, ...]:
     """Order a forward tile: Q, KV and O hops."""
     return _best(rows, cols, costs, _orders(rows, cols, Op.Q, Op.KV, costs), [[Op.O] * (cols - 1)])
 
 
 @functools.lru_cache
-def backward(rows: int, cols: int, costs: Costs) -> tuple[Step, ...]:
+def backward(rows: int, cols: int, costs: HopTimes) -> tuple[Step, ...]:
     """Order a backward tile: Q, KV, dQ and dKV hops."""
     tails = [order[::-1] for order in _orders(rows, cols, Op.DQ, Op.DKV, costs)]
     return _best(rows, cols, costs, _orders(rows, cols, Op.Q, Op.KV, costs), tails)
 
 
-def _best(rows: int, cols: int, costs: Costs, heads: list[list[Op]], tails: list[list[Op]]) -> tuple[Step, ...]:
+def _best(rows: int, cols: int, costs: HopTimes, heads: list[list[Op]], tails: list[list[Op]]) -> tuple[Step, ...]:
     """Fill each head with each tail, the least tilted first; large tiles need, and get, fewer trials."""
     least = max(costs.communication(rows, cols), rows * cols * costs.block)
     pairs = sorted(itertools.product(range(len(heads)), range(len(tails))), key=sum)
@@ -47,7 +47,7 @@ def _best(rows: int, cols: int, costs: Costs, heads: list[list[Op]], tails: list
     return best
 
 
-def _orders(rows: int, cols: int, along_row: Op, along_col: Op, costs: Costs) -> list[list[Op]]:
+def _orders(rows: int, cols: int, along_row: Op, along_col: Op, costs: HopTimes) -> list[list[Op]]:
     """Ways to interleave hops of row and column: most blocks unlocked per time, tilted either way."""
     if rows < 1 or cols < 1:
         raise ValueError(f"a grid has at least one row and one column, not {rows} x {cols}")

@@ -37,7 +37,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Costs:
+class HopTimes:
     """Time of one block and of one hop of each kind, in any one unit."""
 
     q: float
@@ -59,7 +59,7 @@ class Costs:
         """Time of all hops of a tile."""
         return (cols - 1) * (self.q + self.o + self.dq) + (rows - 1) * (self.kv + self.dkv)
 
-    def balanced(self, rows: int, cols: int, ratio: float = 1.0) -> Costs:
+    def balanced(self, rows: int, cols: int, ratio: float = 1.0) -> HopTimes:
         """Return the same hops, with blocks such that all hops take `ratio` times as long as all blocks."""
         return replace(self, block=(self.communication(rows, cols) or 1.0) / (ratio * rows * cols))
 
@@ -73,15 +73,15 @@ def relative(
     partial_itemsize: int = 4,
     head_dim: int | None = None,
     block: float = 1.0,
-) -> Costs:
+) -> HopTimes:
     """Hops by their bytes, in chunks of Q. With `head_dim`, rows of LSE and delta count too."""
     kv, partial = 2 * kv_heads / heads, partial_itemsize / itemsize
     row = partial / head_dim if head_dim else 0.0
     if backward:
-        return Costs(q=2 + 2 * row, kv=kv, dq=partial, dkv=kv * partial, block=block)
-    return Costs(q=1.0, kv=kv, o=partial + row, block=block)
+        return HopTimes(q=2 + 2 * row, kv=kv, dq=partial, dkv=kv * partial, block=block)
+    return HopTimes(q=1.0, kv=kv, o=partial + row, block=block)
 
 
-def makespan(steps: Sequence[Step], costs: Costs) -> float:
+def makespan(steps: Sequence[Step], costs: HopTimes) -> float:
     """Time of a schedule; a step ends when both its message and its blocks have."""
     return math.fsum(max(costs.of(step.message), len(step.blocks) * costs.block) for step in steps)

@@ -20,7 +20,7 @@ Index = Any
 WHOLE = slice(None)
 
 
-class Storage:
+class HeldMemory:
     """Memory that a rank holds for as long as an array uses it."""
 
     __slots__ = ("nbytes", "rank")
@@ -38,7 +38,7 @@ class VirtualArray:
 
     __slots__ = ("dtype", "nbytes", "ndim", "shape", "storage")
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: Storage) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: HeldMemory) -> None:
         self.shape, self.dtype, self.storage = shape, dtype, storage
         self.nbytes, self.ndim = math.prod(shape) * dtype.itemsize, len(shape)
 
@@ -168,7 +168,7 @@ def empty(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
     """Return an array of that shape and dtype."""
     kind = np.dtype(dtype)
     lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
-    return VirtualArray(lengths, kind, Storage(math.prod(lengths) * kind.itemsize))
+    return VirtualArray(lengths, kind, HeldMemory(math.prod(lengths) * kind.itemsize))
 
 
 def full(shape: Any, value: float, dtype: DTypeLike = float) -> VirtualArray:

@@ -113,7 +113,7 @@ class Rank:
         self.greenlet.switch()
 
 
-class Event(Protocol):
+class Due(Protocol):
     """What can be on the agenda."""
 
     def happen(self, time: float) -> None:
@@ -132,11 +132,11 @@ class Agenda:
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.times: list[float] = []  # a heap of those at which something is due
-        self.due: dict[float, list[Event]] = {}
+        self.due: dict[float, list[Due]] = {}
         self.hub: Any = None
         """The greenlet that takes the events: a rank that has to wait switches to it."""
 
-    def put(self, time: float, event: Event) -> None:
+    def put(self, time: float, event: Due) -> None:
         """Put an event in its place."""
         due = self.due.get(time)
         if due is None:

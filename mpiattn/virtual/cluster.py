@@ -43,13 +43,13 @@ class Cluster:
             reasons = "; ".join(f"rank {rank.number} for {reason(world, rank)}" for rank in stuck[:4])
             raise RuntimeError(f"{len(stuck)} ranks wait for ever: {reasons}")
         for request in world.waiting():
-            raise RuntimeError(f"a message {request.channel} has no partner")
+            raise RuntimeError(f"a message {request.lane} has no partner")
         return results
 
 
 def reason(world: Group, rank: Rank) -> str:
     """Return in words what a rank waits for."""
-    messages = [f"a message {request.channel}" for request in world.waiting() if request.rank is rank]
+    messages = [f"a message {request.lane}" for request in world.waiting() if request.rank is rank]
     return " and ".join(messages[:2]) or "a collective that not all have called"
 
 

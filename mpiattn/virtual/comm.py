@@ -11,7 +11,7 @@ import numpy as np
 from .clock import Rank
 from .collectives import Collectives
 from .group import Group
-from .messages import Channel, Request
+from .messages import Lane, Request
 
 NOBODY = -1
 """The rank beyond the edge of a grid that does not wrap around: messages to it and from it are done at once."""
@@ -24,8 +24,8 @@ class VirtualComm(Collectives):
         super().__init__(group, rank)
         self.dims, self.periods = list(dims), list(periods)
         self.children = 0
-        self.outgoing: dict[int, Channel] = {}
-        self.incoming: dict[int, Channel] = {}
+        self.outgoing: dict[int, Lane] = {}
+        self.incoming: dict[int, Lane] = {}
 
     # Messages
 
@@ -33,25 +33,25 @@ class VirtualComm(Collectives):
         """Start to send a buffer."""
         if dest == NOBODY:
             return self._nothing()
-        channel = self.outgoing.get((dest << 32) + tag)
-        if channel is None:
-            channel = self.outgoing[(dest << 32) + tag] = self.group.channel(self.place, dest, int(tag))
-        return self._post(buf, channel, channel.send)
+        lane = self.outgoing.get((dest << 32) + tag)
+        if lane is None:
+            lane = self.outgoing[(dest << 32) + tag] = self.group.lane(self.place, dest, int(tag))
+        return self._post(buf, lane, lane.send)
 
     def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
         """Start to receive into a buffer."""
         if source == NOBODY:
             return self._nothing()
-        channel = self.incoming.get((source << 32) + tag)
-        if channel is None:
-            channel = self.incoming[(source << 32) + tag] = self.group.channel(source, self.place, int(tag))
-        return self._post(buf, channel, channel.receive)
+        lane = self.incoming.get((source << 32) + tag)
+        if lane is None:
+            lane = self.incoming[(source << 32) + tag] = self.group.lane(source, self.place, int(tag))
+        return self._post(buf, lane, lane.receive)
 
-    def _post(self, buf: Any, channel: Channel, take: Callable[[Request], None]) -> Request:
-        """Give a channel a message to take: now, or where MPI works only while it is called, then."""
+    def _post(self, buf: Any, lane: Lane, take: Callable[[Request], None]) -> Request:
+        """Give a lane a message to take: now, or where MPI works only while it is called, then."""
         rank = self.me
         rank.clock += rank.overhead
-        request = Request(rank, channel, buf[0] if type(buf) is list else buf)
+        request = Request(rank, lane, buf[0] if type(buf) is list else buf)
         if rank.progress:
             take(request)
         else:

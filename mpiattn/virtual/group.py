@@ -1,4 +1,4 @@
-"""What the communicators of several ranks share: who they are, their channels, where they meet, and what that takes."""
+"""What the communicators of several ranks share: who they are, their lanes, where they meet, and what that takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..machines.machine import LEVELS
 from .clock import Rank
-from .messages import Channel, Request
+from .messages import Lane, Request
 from .network import INSIDE, Network
 
 
@@ -27,7 +27,7 @@ class Group:
     def __init__(self, ranks: Sequence[Rank], network: Network) -> None:
         self.ranks, self.network = ranks, network
         self.place = {rank.number: place for place, rank in enumerate(ranks)}
-        self.channels: dict[tuple[int, int, int], Channel] = {}
+        self.lanes: dict[tuple[int, int, int], Lane] = {}
         self.meetings: dict[int, Meeting] = {}
         self.children: dict[object, Group] = {}
 
@@ -37,18 +37,18 @@ class Group:
             self.children[key] = Group([self.ranks[place] for place in places], self.network)
         return self.children[key]
 
-    def channel(self, source: int, dest: int, tag: int) -> Channel:
-        """Return the channel from one place to another; both ask for the same one."""
+    def lane(self, source: int, dest: int, tag: int) -> Lane:
+        """Return the lane from one place to another; both ask for the same one."""
         key = source, dest, tag
-        if key not in self.channels:
+        if key not in self.lanes:
             sender, receiver = self.ranks[source], self.ranks[dest]
-            self.channels[key] = Channel(key, self.network.route(sender.number, receiver.number), sender)
-        return self.channels[key]
+            self.lanes[key] = Lane(key, self.network.route(sender.number, receiver.number), sender)
+        return self.lanes[key]
 
     def waiting(self) -> Iterator[Request]:
         """Return the messages without a partner, those of the groups made from this one included."""
-        for channel in self.channels.values():
-            yield from channel.sent + channel.received
+        for lane in self.lanes.values():
+            yield from lane.sent + lane.received
         for child in self.children.values():
             yield from child.waiting()
 

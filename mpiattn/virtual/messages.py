@@ -28,7 +28,7 @@ class Request:
     Attributes
     ----------
     rank : Rank
-    channel : Channel or None
+    lane : Lane or None
     buffer : array or None
     posted, done : float
         Seconds.
@@ -40,11 +40,11 @@ class Request:
         Of a send: when its last byte is there.
     """
 
-    __slots__ = ("arrived", "buffer", "channel", "done", "partner", "posted", "rank", "waited")
+    __slots__ = ("arrived", "buffer", "done", "lane", "partner", "posted", "rank", "waited")
 
-    def __init__(self, rank: Rank, channel: Channel | None = None, buffer: Any = None) -> None:
+    def __init__(self, rank: Rank, lane: Lane | None = None, buffer: Any = None) -> None:
         self.rank = rank
-        self.channel = channel
+        self.lane = lane
         self.buffer = buffer
         self.posted = rank.clock
         self.done = self.arrived = UNKNOWN
@@ -106,8 +106,8 @@ class Request:
 
     def happen(self, time: float) -> None:
         """Leave, as a send that is ready at that time."""
-        assert self.channel is not None
-        route = self.channel.route
+        assert self.lane is not None
+        route = self.lane.route
         left = route.carry(self.buffer.nbytes, time)
         self.arrived = left + route.latency
         if self.partner is not None:
@@ -128,7 +128,7 @@ class Request:
         receive.complete(self.arrived if self.arrived > receive.posted else receive.posted)
 
 
-class Channel:
+class Lane:
     """The messages of one tag from one rank to another, which arrive in the order in which they are sent.
 
     Parameters

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
 from ...messages.message import Communicator
-from ..compare.case import RESULTS
+from ..compare.trial import RESULTS
 from ..env.environment import environment
 from ..progress import bar
 from ..root import check_folders, on_root, patiently

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...messages.message import Communicator
 from ..env.environment import environment
 from ..root import check_folders, on_root
-from .step import HEAD_DIM, HEADS, Step, measure
+from .ring_step import HEAD_DIM, HEADS, RingStep, measure
 
 DESCRIPTION = """\
 Measure one step of a ring on all ranks: a block of K/V leaves and one arrives, while the NumPy kernel
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError("--mib, --ratios and --rounds are above zero")
     on_root(comm, lambda: check_folders(args.json))
     surroundings = environment(comm)
-    step = Step(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
+    step = RingStep(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
     results = [row for ratio in args.ratios for row in measure(step, ratio, args.rounds)]
     if comm.Get_rank() == 0:
         print(f"{step.near.buffer.nbytes / 2**20:g} MiB blocks, {comm.Get_size()} ranks, {surroundings['mpi']}")

@@ -32,8 +32,8 @@ from ..env.environment import environment
 from ..inputs import AUTO, Inputs
 from ..progress import bar
 from ..root import check_folders, on_root, patiently
-from .case import Case
 from .report import plot, print_results, report
+from .trial import Trial
 
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
@@ -55,35 +55,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
-    """Check and measure every case; print the table on rank 0. Return 1 on a mismatch."""
+    """Check and measure every trial; print the table on rank 0. Return 1 on a mismatch."""
     xp = gpu.namespace(args, comm)
     surroundings = environment(comm)
     given = on_root(comm, lambda: load(args))
     with ExitStack() as stack:
-        cases, left_out = build(args, comm, stack, given[0] if given else None)
+        trials, left_out = build(args, comm, stack, given[0] if given else None)
         kept = Trace()
         if args.trace:
-            for case in cases:
-                watch(case.attention)
+            for trial in trials:
+                watch(trial.attention)
         right = patiently(comm, lambda: expected(*given, args) if given else None)
-        progress = bar(comm, total=len(cases) * (1 + args.iterations), unit="run")
-        for number, case in itertools.product(range(1 + args.iterations), cases):
-            progress.set_postfix_str(f"{case.title} {case.grid} {case.attention.layout}", refresh=False)
+        progress = bar(comm, total=len(trials) * (1 + args.iterations), unit="run")
+        for number, trial in itertools.product(range(1 + args.iterations), trials):
+            progress.set_postfix_str(f"{trial.title} {trial.grid} {trial.attention.layout}", refresh=False)
             if number == 0:
-                case.share(given[0] if given else None, args, xp)
-                case.check(given[1] if given else None, right)
+                trial.share(given[0] if given else None, args, xp)
+                trial.check(given[1] if given else None, right)
             else:
-                case.measure(kept if args.trace else None)
+                trial.measure(kept if args.trace else None)
             progress.update()
         progress.close()
-        results = [report(case, comm, str(args.mask)) for case in cases]
+        results = [report(trial, comm, str(args.mask)) for trial in trials]
     if args.trace:
         write(comm, kept, args.trace)
     if given:
         print_results(results, *given, args)
-        for case in cases:
-            if case.why:
-                print(*case.why, sep="\n  ")
+        for trial in trials:
+            if trial.why:
+                print(*trial.why, sep="\n  ")
         print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
         if args.json:
             document = {"environment": surroundings, "input": given[0].describe(), "results": results}
@@ -113,12 +113,12 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
 
 def build(
     args: argparse.Namespace, comm: Communicator, stack: ExitStack, given: Inputs | None
-) -> tuple[list[Case], list[str]]:
+) -> tuple[list[Trial], list[str]]:
     """Build each algorithm that is asked for, in each of its variants that fit and each layout.
 
-    "auto" is one case: what the planner chooses for the input, which rank 0 has.
+    "auto" is one trial: what the planner chooses for the input, which rank 0 has.
 
-    Returns the cases and, where all algorithms are asked for, what was left out and why.
+    Returns the trials and, where all algorithms are asked for, what was left out and why.
     """
     names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
     if unknown := [name for name in names if name not in (*ALGORITHMS, AUTO)]:
@@ -126,7 +126,7 @@ def build(
     if args.grid and args.grid not in grid.grids(comm.Get_size()):
         fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
         raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
-    cases: list[Case] = []
+    trials: list[Trial] = []
     left_out = []
     for name in names:
         if name == AUTO:
@@ -135,7 +135,7 @@ def build(
             attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
             chosen, traced = choice.plan.best.candidate.algorithm, attention.comm
             assert isinstance(traced, TracedComm)
-            cases.append(Case(chosen, choice.arguments, traced, attention, why=choice.explain()))
+            trials.append(Trial(chosen, choice.arguments, traced, attention, why=choice.explain()))
             continue
         for arguments in ALGORITHMS[name].variants(comm.Get_size()):
             if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
@@ -150,12 +150,12 @@ def build(
                         raise
                     left_out.append(f"{name}: {error}")
                     break
-                case = Case(name, arguments, traced, stack.enter_context(attention))
-                if (name, case.grid, attention.layout) not in [(c.title, c.grid, c.attention.layout) for c in cases]:
-                    cases.append(case)  # else the layout makes no difference to it
-    if not cases:
+                trial = Trial(name, arguments, traced, stack.enter_context(attention))
+                if (name, trial.grid, attention.layout) not in [(c.title, c.grid, c.attention.layout) for c in trials]:
+                    trials.append(trial)  # else the layout makes no difference to it
+    if not trials:
         raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
-    return cases, left_out
+    return trials, left_out
 
 
 def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Array]:

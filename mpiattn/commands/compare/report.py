@@ -16,19 +16,19 @@ from ...messages.message import Communicator
 from ...problems.mask import Positions
 from ..charts import COLOURS
 from ..inputs import Inputs
-from .case import PASSES, RESULTS, Case
+from .trial import PASSES, RESULTS, Trial
 
 
-def report(case: Case, comm: Communicator, mask: str) -> dict[str, Any]:
-    """Return a case's results with what all ranks measured, the same on every rank."""
-    ranks = comm.allgather((case.seconds, case.waits, case.received, case.peak, case.formula))
+def report(trial: Trial, comm: Communicator, mask: str) -> dict[str, Any]:
+    """Return a trial's results with what all ranks measured, the same on every rank."""
+    ranks = comm.allgather((trial.seconds, trial.waits, trial.received, trial.peak, trial.formula))
     seconds, waits, received, peaks, formulas = zip(*ranks, strict=True)
-    errors = comm.bcast(case.errors)
-    tolerance = oracle.TOLERANCES[case.attention.problem.dtype.name] if case.attention.problem else 0
+    errors = comm.bcast(trial.errors)
+    tolerance = oracle.TOLERANCES[trial.attention.problem.dtype.name] if trial.attention.problem else 0
     result: dict[str, Any] = {
-        "algorithm": case.title,
-        "grid": case.grid,
-        "layout": case.attention.layout,
+        "algorithm": trial.title,
+        "grid": trial.grid,
+        "layout": trial.attention.layout,
         "mask": mask,
     }
     for name in PASSES:
@@ -86,7 +86,7 @@ def print_results(
 
 
 def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
-    """Draw time and bytes of each case as two rows of bars."""
+    """Draw time and bytes of each trial as two rows of bars."""
     from matplotlib.figure import Figure
 
     names = [f"{result['algorithm']} {result['grid']}  {result['layout']}" for result in results]

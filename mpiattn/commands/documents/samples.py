@@ -28,7 +28,7 @@ def make(args: argparse.Namespace) -> Report:
     return report
 
 
-class Case:
+class Sample:
     """The same input for all, what is right, and each device's tokens."""
 
     def __init__(self) -> None:
@@ -54,22 +54,22 @@ def attention(q: Any, k: Any, v: Any) -> Any:
 
 def lab() -> list[tuple[str, str, str]]:
     """Return the rows on the lab."""
-    case = Case()
-    added = sum(case.blocks(part) for part in case.parts)
-    ones = sum(attention(case.q, case.k[:, :, p], np.ones_like(case.v[:, :, p])) for p in case.parts).mean()
-    own = np.concatenate([case.blocks(part, part) for part in case.parts], axis=2)
+    sample = Sample()
+    added = sum(sample.blocks(part) for part in sample.parts)
+    ones = sum(attention(sample.q, sample.k[:, :, p], np.ones_like(sample.v[:, :, p])) for p in sample.parts).mean()
+    own = np.concatenate([sample.blocks(part, part) for part in sample.parts], axis=2)
     most = 2 * DEVICES - 1
     # The lab's performance test: batch 2, 64 features, float32.
     scores = [2 * (n // 4) ** 2 * 4 for n in (512, 8192)]
     held = [2 * (n // 4) * 64 * 4 * 6 for n in (512, 8192)]  # Q, out, two buffers of K and V
     return [
         ("`RingAttentionBlock`: `K_remote = K` in each of the rounds, results added",
-         f"error {case.error(DEVICES * own)}", "each round takes the K/V that arrived; merge by log-sum-exp"),
+         f"error {sample.error(DEVICES * own)}", "each round takes the K/V that arrived; merge by log-sum-exp"),
         ("`process_block`: outputs of separately normalised blocks added up (`output +=`)",
-         f"error {case.error(added)}; the weights of a query sum to {ones:.0f}, not 1",
-         f"out = Σ exp(lse_i - lse) out_i, lse = logaddexp of all: error {merged_error(case, case.parts)}"),
+         f"error {sample.error(added)}; the weights of a query sum to {ones:.0f}, not 1",
+         f"out = Σ exp(lse_i - lse) out_i, lse = logaddexp of all: error {merged_error(sample, sample.parts)}"),
         ("`simulate_distributed_attention`: the local block is added again in every round",
-         f"error {case.error(added + (DEVICES - 1) * own)}: {most} blocks added where there are {DEVICES}",
+         f"error {sample.error(added + (DEVICES - 1) * own)}: {most} blocks added where there are {DEVICES}",
          "once, in step 0"),
         ("memory: batch (n/N)² 4 bytes, the scores of one block",
          f"at 512 tokens {scores[0] // 1024} KiB, less than the {held[0] // 1024} that Q, output and two buffers of "
@@ -80,26 +80,26 @@ def lab() -> list[tuple[str, str, str]]:
 
 def article() -> list[tuple[str, str, str]]:
     """Return the rows on the article."""
-    case = Case()
-    parts = case.parts
+    sample = Sample()
+    parts = sample.parts
     # A 2 x 2 mesh: device (r, c) has all queries of its row and the keys of column c, of both rows.
     halves = np.split(np.arange(TOKENS), 2)
     column = [np.concatenate([parts[c], parts[2 + c]]) for c in range(2)]
-    tiles = [(case.blocks(column[c], halves[r]), c) for r in range(2) for c in range(2)]
+    tiles = [(sample.blocks(column[c], halves[r]), c) for r in range(2) for c in range(2)]
     sliced = np.concatenate([np.split(tile, 2, axis=2)[c] for tile, c in tiles], axis=2)
-    averaged = sum(case.right[:, :, part] for part in parts) / DEVICES
-    turned = (np.swapaxes(array, 1, 2) for array in (case.q, case.k, case.v))
+    averaged = sum(sample.right[:, :, part] for part in parts) / DEVICES
+    turned = (np.swapaxes(array, 1, 2) for array in (sample.q, sample.k, sample.v))
     by_heads = np.swapaxes(attention(*turned), 1, 2)
     padding = -TOKENS % 48
     return [
         ("`_all_reduce_row`: a slice of the partial output, called all-reduce",
-         f"error {case.error(sliced)}: each query has seen half of the keys",
+         f"error {sample.error(sliced)}: each query has seen half of the keys",
          "a reduce-scatter that merges (out, lse)"),
         ("`gather_from_devices`: sum of different tokens' outputs over the device count",
-         f"error {case.error(np.concatenate([averaged] * DEVICES, axis=2))}, and {TOKENS // DEVICES} rows come back "
+         f"error {sample.error(np.concatenate([averaged] * DEVICES, axis=2))}, and {TOKENS // DEVICES} rows come back "
          f"for {TOKENS}", "concatenate by position: no sum, no division"),
         ("`forward`: Q, K of (batch, tokens, heads, d) multiplied without a transpose",
-         f"error {case.error(by_heads)}: scores of {HEADS} x {HEADS} heads for each token, not {TOKENS} x {TOKENS} "
+         f"error {sample.error(by_heads)}: scores of {HEADS} x {HEADS} heads for each token, not {TOKENS} x {TOKENS} "
          "tokens for each head", "heads before tokens"),
         ("`_broadcast_q_row`, `_gather_kv_col`: one group `pg` for rows and columns",
          f"all_gather over {DEVICES} ranks into lists of 2: refused by torch", "one communicator a row, one a column"),
@@ -112,9 +112,9 @@ def article() -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def merged_error(case: Case, parts: Sequence[Any]) -> str:
+def merged_error(sample: Sample, parts: Sequence[Any]) -> str:
     """Return the error of blocks that are merged as this package does."""
-    out, lse = np.zeros(case.q.shape), np.full(case.q.shape[:-1], -np.inf)
+    out, lse = np.zeros(sample.q.shape), np.full(sample.q.shape[:-1], -np.inf)
     for part in parts:  # keys alone: the positions of a full mask don't matter
-        merge(out, lse, *oracle.attention(case.q, case.k[:, :, part], case.v[:, :, part], Full()))
-    return f"{np.abs(out - case.right).max() / np.abs(case.right).max():.0e}"
+        merge(out, lse, *oracle.attention(sample.q, sample.k[:, :, part], sample.v[:, :, part], Full()))
+    return f"{np.abs(out - sample.right).max() / np.abs(sample.right).max():.0e}"

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from ...problems import grid
 from ...schedule.search import backward, forward
-from ...schedule.steps import Costs, Step, makespan, relative
+from ...schedule.steps import HopTimes, Step, makespan, relative
 from ..root import check_folders
 from .figure import draw
 
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
             numbers = [float(number) for number in args.costs.split(",")]
             if len(numbers) != len(names):
                 raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(numbers)}")
-            costs = Costs(**dict(zip(names, numbers, strict=True)))
+            costs = HopTimes(**dict(zip(names, numbers, strict=True)))
         else:
             costs = relative(backward=args.backward, heads=args.kv_ratio).balanced(rows, cols)
     except ValueError as error:

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...schedule.steps import Costs, Op, Step, makespan
+from ...schedule.steps import HopTimes, Op, Step, makespan
 from ..charts import COLOURS
 
 COLOUR = dict(zip((Op.Q, Op.KV, Op.O, Op.DKV, Op.DQ), COLOURS, strict=False))
 
 
-def draw(steps: Sequence[Step], costs: Costs, path: str | Path, title: str = "") -> None:
+def draw(steps: Sequence[Step], costs: HopTimes, path: str | Path, title: str = "") -> None:
     """Picture: messages above blocks on one axis of time, and below the tile with the step of each block."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

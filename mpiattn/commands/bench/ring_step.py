@@ -17,7 +17,7 @@ from ...problems.mask import Full
 HEADS, HEAD_DIM = 8, 128
 
 
-class Step:
+class RingStep:
     """One step of a ring, to be measured in several ways."""
 
     def __init__(self, comm: Communicator, tokens: int) -> None:
@@ -63,7 +63,7 @@ class Step:
         return end - start, end - middle
 
 
-def measure(step: Step, ratio: float, rounds: int) -> list[dict[str, Any]]:
+def measure(step: RingStep, ratio: float, rounds: int) -> list[dict[str, Any]]:
     """Return a row without and one with progress, for compute that takes `ratio` times communication."""
     comm = step.comm
     ways = {

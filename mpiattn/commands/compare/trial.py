@@ -29,7 +29,7 @@ RESULTS = ("out", "d_q", "d_k", "d_v")
 
 
 @dataclass
-class Case:
+class Trial:
     """One algorithm, built, and what is measured of it on this rank."""
 
     algorithm: str
