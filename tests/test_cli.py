@@ -134,7 +134,7 @@ damaged = b"PK\x03\x04 this is no archive"
     [
         (("compare", "--algorithms", "ring,spiral"), "unknown algorithm spiral: choose from"),
         (("compare", "--layout", "spiral"), "invalid choice: 'spiral'"),
-        (("compare", "--grid", "9x9"), "does not hold 2 ranks: choose from 1x2, 2x1"),
+        (("compare", "--grid", "9x9"), "no mesh:9x9 on 2 ranks: choose from mesh:1x2, mesh:2x1"),
         (("compare", "--grid", "two"), "a grid is ROWSxCOLS, such as 2x3, got 'two'"),
         (("compare", "--mask", "casual"), "unknown mask 'casual'"),
         (("compare", "--qkv", "missing.npz"), "missing.npz: no such file"),
@@ -146,10 +146,10 @@ damaged = b"PK\x03\x04 this is no archive"
         (("compare", "--iterations", "0"), "--iterations is at least 1"),
         (("compare", "--softcap", "0"), "a softcap is a number above 0, got 0.0"),
         (("compare", "--dropout", "1"), "a dropout rate is 0 or more and less than 1, got 1.0"),
-        (("conformance", "--algorithms", "mesh rows=9"), "choose from mesh rows=1 cols=2, mesh rows=2 cols=1"),
+        (("conformance", "--algorithms", "mesh rows=9"), "on 2 ranks: choose from mesh:1x2, mesh:2x1"),
         (("conformance", "--share", "0/4"), "'0/4' is no share: 1/4, 2/4, 3/4 or 4/4, for example"),
         (("bench", "error", "--tokens", "4000"), "--tokens is from 1 to 2048"),
-        (("bench", "attention", "--tokens", "many"), "--tokens, --dtype or --algorithms: invalid literal"),
+        (("bench", "attention", "--tokens", "many"), "'many' is no number of tokens"),
         (("bench", "attention", "--dtype", "int8"), "unknown dtype 'int8': choose from"),
         (("bench", "attention", "--rounds", "0"), "--rounds are at least 1"),
         (("bench", "attention", "--json", "no/such/folder.json"), "no such folder"),
@@ -192,7 +192,7 @@ def test_a_mismatch_is_found(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "from mpiattn.algorithms.ring import RingAttention\n"
-        "from mpiattn.cli import main\n"
+        "from mpiattn.commands.cli import main\n"
         "whole = RingAttention.attend\n"
         "def attend(self, problem, q, k, v):\n"
         "    out, lse = whole(self, problem, q, k, v)\n"
@@ -209,7 +209,7 @@ FAILING = """
 import os, signal, sys
 from mpi4py import MPI
 from mpiattn.algorithms.mesh import MeshAttention
-from mpiattn.cli import main
+from mpiattn.commands.cli import main
 whole = MeshAttention.attend
 def attend(self, *arguments):
     if MPI.COMM_WORLD.rank == 1:

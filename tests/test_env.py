@@ -55,7 +55,7 @@ def test_printed_and_written_once(comm: MPI.Intracomm, shared_path: Path, capsys
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_those_that_blas_got(threads: int) -> None:
-    imports = "from mpi4py import MPI; from mpiattn.env.environment import environment"
+    imports = "from mpi4py import MPI; from mpiattn.commands.env.environment import environment"
     code = f"{imports}; print(environment(MPI.COMM_WORLD)['ranks'])"
     done = mpiexec(1, sys.executable, "-c", code, env={"OMP_NUM_THREADS": str(threads)})
     assert f"'omp_num_threads': '{threads}'" in done.stdout

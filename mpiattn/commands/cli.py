@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from .. import machines, virtual
 from ..errors import InputError
+from . import chosen, run
 from . import conformance as conformance
-from . import run
 from .bench import command as bench
 from .calibrate import command as calibrate
 from .compare import command as compare
@@ -112,6 +112,8 @@ def blas_threads(command: str) -> int | None:
 def run_command(args: argparse.Namespace, comm: Any) -> int:
     """Run the command that was parsed; return the exit status."""
     module, needs_mpi, _ = COMMANDS[args.command]
+    if args.command in VIRTUAL:
+        chosen.check_machine(args)
     alone = needs_mpi is False or getattr(args, "virtual", None) is not None
     if alone and comm is not None and comm.Get_rank() > 0:
         return 0

@@ -26,25 +26,21 @@ from collections.abc import Callable
 from functools import partial
 
 from ..algorithms import ALGORITHMS
+from ..algorithms.spelling import spell
 from ..conformance.case import Case, fast, matrix
 from ..conformance.check import Factory, Refused, check
 from ..costs import COSTS
 from ..costs.traffic import Costs
 from ..errors import InputError
 from ..messages.message import Communicator
-from . import gpu
+from . import chosen, gpu
 from .progress import bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn conformance`."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--algorithms",
-        default="all",
-        metavar="NAME,...",
-        help=f"of {', '.join(ALGORITHMS)}; a variant of one: 'mesh rows=2 cols=2'",
-    )
+    chosen.add_algorithms(which, "all")
     which.add_argument("--module", metavar="PACKAGE:FACTORY", help="an implementation of your own")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not the part that has one of everything")
     parser.add_argument(
@@ -68,6 +64,9 @@ def share(text: str) -> tuple[int, int]:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check every case of every implementation; print what is wrong on rank 0."""
+    for option, given in (("--full", args.full), ("--share", args.share != (0, 1))):
+        if given and args.case:
+            raise InputError(f"{option} and --case exclude each other: a case is run alone")
     xp = gpu.namespace(args, comm)
     implementations = find(args, comm)
     chosen = [args.case] if args.case else matrix() if args.full else fast()
@@ -99,7 +98,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
 
 def reproducer(comm: Communicator, name: str, case: Case, args: argparse.Namespace | None = None) -> str:
     """Return the command that runs a case of an implementation alone."""
-    which = ["--module" if ":" in name else "--algorithms", name, "--case", str(case)]
+    which = ["--module" if args and args.module else "--algorithms", name, "--case", str(case)]
     for option, given in (("--arrays", args.arrays), ("--kernel", args.kernel)) if args else ():
         which += [option, given] if given else []
     return f"mpiexec -n {comm.Get_size()} mpiattn conformance {shlex.join(which)}"
@@ -115,22 +114,8 @@ def find(args: argparse.Namespace, comm: Communicator) -> list[tuple[str, Factor
             return [(args.module, partial(factory, **given) if given else factory, None)]
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--module {args.module}: {error}") from None
-    known = {
-        (name, *(f"{key}={value}" for key, value in arguments.items())): (
-            partial(ALGORITHMS[name], **arguments, **given),
-            partial(COSTS[name], **arguments),
-        )
-        for name in ALGORITHMS
-        for arguments in ALGORITHMS[name].variants(comm.Get_size())
-    }
     found: list[tuple[str, Factory, Callable[..., Costs] | None]] = []
-    for text in list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(","):
-        name, *wanted = text.split() or [text]
-        if name not in ALGORITHMS:
-            raise InputError(f"unknown algorithm {name}: choose from {', '.join(ALGORITHMS)}, or all")
-        fits = [words for words in known if words[0] == name and set(wanted) <= set(words)]
-        if not fits:
-            others = ", ".join(" ".join(words) for words in known if words[0] == name)
-            raise InputError(f"unknown variant {text!r} on {comm.Get_size()} ranks: choose from {others}")
-        found += [(" ".join(words), *known[words]) for words in fits]
+    for name, arguments in chosen.expand(args, comm.Get_size())[0]:
+        factory, formula = partial(ALGORITHMS[name], **arguments, **given), partial(COSTS[name], **arguments)
+        found.append((spell(name, arguments), factory, formula))
     return found

@@ -31,10 +31,12 @@ def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "nu
     Raises
     ------
     InputError
-        On every rank, where GPUs are asked for and one has none.
+        On every rank, where GPUs are asked for and one has none, or only their messages are.
     """
     of_kernel = next((kind for kind in KINDS if args.kernel in kernels.KERNELS[kind]), otherwise)
     if (args.arrays or of_kernel) == "numpy":
+        if args.gpu_messages != "auto":
+            raise InputError(f"--gpu-messages {args.gpu_messages} goes with --arrays cupy")
         return np
     if virtual_time() is not None:
         raise InputError("virtual ranks have no GPUs: leave out --virtual, or --arrays and --kernel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ from ..arrays import FLOATS, Array
 from ..arrays import dtype as dtype_of
 from ..messages.message import Communicator
 from ..planner import Choice
+from ..planner.units import count
 from ..problems.dropout import Dropout
 from ..problems.problem import PARTIALS
 from . import files
-
-AUTO = "auto"
-"""In place of an algorithm: what the planner chooses."""
 
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
 
@@ -49,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose an input."""
     group = parser.add_argument_group("input (by default, real queries, keys and values that come with mpiattn)")
     group.add_argument("--qkv", metavar="FILE", type=Path, help=".npz or .safetensors with q, k, v and maybe d_out")
-    group.add_argument("--tokens", type=int, metavar="N", help="random input of this length (default 2048)")
+    group.add_argument(
+        "--tokens",
+        type=partial(count, least=0),
+        metavar="N",
+        help="random input of this length, such as 2K (default 2048)",
+    )
     group.add_argument("--heads", type=int, metavar="N", help="random input with so many query heads (default 8)")
     group.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: as many as query heads)")
     group.add_argument("--head-dim", type=int, metavar="N", help="random input with this head_dim (default 64)")

@@ -12,31 +12,32 @@ from typing import Any
 from ..algorithms import ALGORITHMS
 from ..algorithms.shares import gather
 from ..arrays import on_host
-from ..errors import InputError
 from ..messages.message import Communicator
-from ..problems import grid, mask
+from ..problems import mask
 from ..problems.layout import LAYOUTS
 from ..trace.comm import TracedComm
 from ..trace.file import write
 from ..trace.kernel import watch
-from . import files, gpu, inputs
-from .inputs import AUTO
+from . import chosen, files, gpu, inputs
+from .chosen import AUTO
 from .root import check_folders, on_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn run`."""
     parser.add_argument(
-        "--algorithm", choices=[*ALGORITHMS, AUTO], default="mesh", help="auto: what the planner chooses (default mesh)"
+        "--algorithm",
+        type=chosen.one,
+        default="mesh",
+        metavar="NAME",
+        help=f"of {', '.join(ALGORITHMS)}, or auto: what the planner chooses (default mesh); {chosen.SPELLING}",
     )
     parser.add_argument(
         "--machine",
         metavar="NAME",
         help="that auto plans for: a name or a file of `mpiattn calibrate` (default: a guess)",
     )
-    parser.add_argument(
-        "--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: nearest to a square)"
-    )
+    chosen.add_grid(parser, "nearest to a square")
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="default zigzag with a causal mask without a window, else contiguous"
     )
@@ -51,24 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
+    chosen.check_machine(args)
+    chosen.check_grid(args, [args.algorithm])
     given = on_root(comm, lambda: inputs.load(args))
     on_root(comm, lambda: files.check_output(args.output))
     on_root(comm, lambda: check_folders(args.trace))
     xp = gpu.namespace(args, comm)
     options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
-    if args.grid:
-        if args.algorithm == AUTO or "rows" not in ALGORITHMS[args.algorithm].variants(comm.Get_size())[0]:
-            raise InputError(f"--grid does not go with {args.algorithm}, which has no rows and columns")
-        options["rows"], options["cols"] = args.grid
+    name, arguments = chosen.on_grid(args.algorithm, args, comm.Get_size())
     traced = TracedComm(comm)
     over = traced if args.trace else comm
-    if args.algorithm == AUTO:
+    if name == AUTO:
         choice = inputs.choose(comm, given, args, args.backward)
         if comm.Get_rank() == 0:
             print(*choice.explain(), sep="\n  ")
         built: Any = choice.attention(over, **options)
     else:
-        built = ALGORITHMS[args.algorithm](over, **options)
+        built = ALGORITHMS[name](over, **options, **arguments)
     with built as attention:
         comm = attention.comm.comm if args.trace else attention.comm  # auto may have put the ranks in another order
         if args.trace:

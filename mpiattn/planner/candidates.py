@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import ALGORITHMS
+from ..algorithms.spelling import fitting, parse, spell
 from ..errors import InputError
 from ..machines.machine import Machine
 from .task import Task
@@ -45,8 +46,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The algorithm and its arguments, as text."""
-        return " ".join([self.algorithm, *(f"{key}={value}" for key, value in self.arguments)])
+        """The algorithm and its arguments, as text that every command takes."""
+        return spell(self.algorithm, dict(self.arguments))
 
     @property
     def placement(self) -> str:
@@ -85,16 +86,18 @@ class Candidate:
 
 
 def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = None) -> list[Candidate]:
-    """Return every variant of every algorithm, those on grids with each way to place them on nodes."""
+    """Return every variant of every algorithm, those on grids with each way to place them on nodes.
+
+    Algorithms are given by name, or with arguments, such as `mesh:4x4`.
+    """
     every = [name for name in ALGORITHMS if name not in APART]
-    names = every if algorithms is None else list(algorithms)
-    if unknown := [name for name in names if name not in ALGORITHMS]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(every)}")
-    if apart := [f"{name}: {APART[name]}" for name in names if name in APART]:
+    texts = every if algorithms is None else list(algorithms)
+    if apart := [f"{text}: {APART[text]}" for text in texts if text in APART]:
         raise InputError(f"nothing to plan for {'; '.join(apart)}")
+    asked = [parse(text, among=every) for text in texts]
     result = []
-    for name in names:
-        for arguments in ALGORITHMS[name].variants(ranks):
+    for name, given in asked:
+        for arguments in fitting(name, given, ranks):
             plain = Candidate(name, tuple(arguments.items()))
             group, rows, cols = plain.shape(ranks)
             near = per_node(machine, ranks) // group

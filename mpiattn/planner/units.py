@@ -6,12 +6,17 @@ import argparse
 import re
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """Read a number of tokens, such as 4096, 128K or 1M (of 1024)."""
     match = re.fullmatch(r"(\d+)([kKmM]?)", text)
-    if not match or int(match[1]) < 1:
+    if not match or int(match[1]) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 4096, 128K or 1M")
     return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+
+
+def counts(text: str) -> list[int]:
+    """Read numbers of tokens between commas."""
+    return [count(part) for part in text.split(",")]
 
 
 def size(text: str) -> float:

@@ -17,14 +17,15 @@ import numpy as np
 from tabulate import tabulate
 
 from ... import arrays
-from ...algorithms import ALGORITHMS
+from ...algorithms.spelling import spell
 from ...errors import InputError
 from ...messages.device.probe import takes_device_memory
 from ...messages.message import Communicator
-from ...problems import grid, mask
+from ...planner.units import counts
+from ...problems import mask
 from ...problems.mask import Causal
 from ...problems.problem import PARTIALS
-from .. import gpu
+from .. import chosen, gpu
 from ..env.environment import environment
 from ..root import check_folders, on_root
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
@@ -54,10 +55,8 @@ WORK = {"forward": 1.0, "forward+backward": 3.5}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn bench attention`."""
-    parser.add_argument(
-        "--algorithms", default="ring,mesh", metavar="NAME,...", help="default ring,mesh; mesh:1x4 sets the grid"
-    )
-    parser.add_argument("--tokens", default="", metavar="N,...", help="default 16384,65536 on GPUs, else 2048")
+    chosen.add_algorithms(parser, "ring,mesh")
+    parser.add_argument("--tokens", type=counts, metavar="N,...", help="default 16K,64K on GPUs, else 2K")
     parser.add_argument("--heads", type=int, default=32, metavar="N", help="default 32")
     parser.add_argument("--kv-heads", type=int, metavar="N", help="default as many as query heads")
     parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="default 128")
@@ -77,12 +76,13 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     on_gpu = xp is not np
     try:
         dtype = arrays.dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
-        lengths = [int(text) for text in (args.tokens or ("16384,65536" if on_gpu else "2048")).split(",")]
-        chosen = [_variant(text) for text in args.algorithms.split(",")]
     except ValueError as error:
-        raise InputError(f"--tokens, --dtype or --algorithms: {error}") from None
-    if min(*lengths, args.heads, args.head_dim, args.rounds) < 1:
-        raise InputError("--tokens, --heads, --head-dim and --rounds are at least 1")
+        raise InputError(f"--dtype: {error}") from None
+    lengths = args.tokens or ([2**14, 2**16] if on_gpu else [2**11])
+    for asked in args.algorithms:
+        chosen.on_grid(asked, args, comm.Get_size())
+    if min(args.heads, args.head_dim, args.rounds) < 1:
+        raise InputError("--heads, --head-dim and --rounds are at least 1")
     on_root(comm, lambda: check_folders(args.json))
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 
@@ -97,8 +97,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         kv_heads = args.kv_heads or args.heads
         setting = Setting(comm, xp, tokens, args.heads, kv_heads, args.head_dim, dtype, args.mask, options)
         contenders = []
-        for variant in chosen:
-            contenders += algorithm(setting, *variant)
+        for name, arguments in args.algorithms:
+            contenders += algorithm(setting, spell(name, arguments), name, arguments)
         contenders.append(one_call(setting))
         if on_gpu and not args.no_torch and importlib.util.find_spec("torch") and kv_heads == args.heads:
             contenders += torch_contenders(setting)
@@ -118,16 +118,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.json and comm.Get_rank() == 0:
         args.json.write_text(json.dumps(report, indent=1))
     return 0
-
-
-def _variant(text: str) -> tuple[str, str, dict[str, Any]]:
-    """Return a label, an algorithm's name and its arguments from text such as `mesh:1x4`."""
-    name, _, shape = text.partition(":")
-    if name not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {name!r}: choose from {', '.join(ALGORITHMS)}")
-    if shape and "rows" not in ALGORITHMS[name].variants(1)[0]:
-        raise ValueError(f"{name} has no grid")
-    return text, name, dict(zip(("rows", "cols"), grid.parse(shape), strict=True)) if shape else {}
 
 
 def describe(comm: Communicator, xp: Any) -> list[str]:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ...algorithms import ALGORITHMS
+from ...algorithms.spelling import spell
 from ...errors import InputError
 from ...messages.message import Communicator
+from ...planner.units import count
+from .. import chosen
 from ..compare.trial import RESULTS
 from ..env.environment import environment
 from ..progress import bar
@@ -51,11 +53,11 @@ MEASURES = "rms", "largest"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn bench error`."""
-    parser.add_argument("--algorithms", default="ring,mesh", metavar="NAME,...", help="default ring,mesh, or all")
+    chosen.add_algorithms(parser, "ring,mesh")
     parser.add_argument(
         "--virtual", dest="virtual_ranks", type=_numbers, default=[16, 32, 64], metavar="N,...", help="default 16,32,64"
     )
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="at most, and by default, 2048")
+    parser.add_argument("--tokens", type=count, default=2048, metavar="N", help="at most, and by default, 2048")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw errors against ranks (.png, .svg, .pdf)")
 
@@ -66,25 +68,23 @@ def _numbers(text: str) -> list[int]:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure on real ranks, then on virtual ones; print the table on rank 0."""
-    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
-    if unknown := [name for name in names if name not in ALGORITHMS]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, or all")
-    if not 0 < args.tokens <= 2048 or min(args.virtual_ranks, default=1) < 1:
+    if args.tokens > 2048 or min(args.virtual_ranks, default=1) < 1:
         raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
     on_root(comm, lambda: check_folders(args.json, args.plot))
     surroundings = environment(comm)
     rank, size = comm.Get_rank(), comm.Get_size()
     results: list[dict[str, Any]] = []
-    progress = bar(comm, total=len(KINDS) * len(names) * (size + len(args.virtual_ranks)), unit="run")
+    progress = bar(comm, total=len(KINDS) * len(args.algorithms) * (size + len(args.virtual_ranks)), unit="run")
     for dtype, partials in KINDS:
         given = sample(args.tokens, dtype)
         right = patiently(comm, partial(reference, given))
-        for name in names:
+        for asked in args.algorithms:
+            name = spell(*asked)
             kind = {"dtype": dtype, "partials": partials, "algorithm": name}
             for ranks in range(1, size + 1):
                 progress.set_postfix_str(f"{dtype} {partials} {name}, {ranks} ranks")
                 part = comm.Split(int(rank >= ranks), rank)
-                wholes = attend(name, part, given, partials) if rank < ranks else None
+                wholes = attend(asked, part, given, partials) if rank < ranks else None
                 part.Free()
                 patiently(comm, bool)  # the others wait without taking the cores
                 if wholes and right:
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 progress.update()
             for ranks in args.virtual_ranks:
                 progress.set_postfix_str(f"{dtype} {partials} {name}, {ranks} virtual ranks")
-                wholes = patiently(comm, partial(attend_virtually, name, ranks, given, partials))
+                wholes = patiently(comm, partial(attend_virtually, asked, ranks, given, partials))
                 if wholes and right:
                     results.append({**kind, "ranks": ranks, "virtual": True, **errors(wholes, right)})
                 progress.update()

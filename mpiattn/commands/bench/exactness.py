@@ -9,6 +9,7 @@ import numpy as np
 from ... import arrays, machines
 from ...algorithms import ALGORITHMS
 from ...algorithms.shares import gather
+from ...algorithms.spelling import Asked
 from ...arrays import Array
 from ...conformance import oracle
 from ...messages.message import Communicator
@@ -32,9 +33,10 @@ def reference(given: dict[str, Array]) -> list[Array]:
     return [oracle.attention(q, k, v, Causal())[0], *oracle.gradients(q, k, v, d_out, Causal())]
 
 
-def attend(name: str, comm: Communicator, given: dict[str, Array], partials: str) -> list[Array] | None:
+def attend(asked: Asked, comm: Communicator, given: dict[str, Array], partials: str) -> list[Array] | None:
     """Return out, d_q, d_k, d_v of the whole sequence on rank 0 of a communicator."""
-    with ALGORITHMS[name](comm, mask=Causal(), partials=partials) as attention:
+    name, arguments = asked
+    with ALGORITHMS[name](comm, mask=Causal(), partials=partials, **arguments) as attention:
         shapes = {name: whole.shape for name, whole in given.items()}
         places = {name: attention.owned(name, shapes) for name in given}
         q, k, v, d_out = (
@@ -49,9 +51,9 @@ def attend(name: str, comm: Communicator, given: dict[str, Array], partials: str
     return None if comm.Get_rank() else [array for array in whole if array is not None]
 
 
-def attend_virtually(name: str, ranks: int, given: dict[str, Array], partials: str) -> list[Array]:
+def attend_virtually(asked: Asked, ranks: int, given: dict[str, Array], partials: str) -> list[Array]:
     """Return the same from a cluster of virtual ranks."""
-    results: list[Array] = run(ranks, machines.load("laptop"), lambda comm: attend(name, comm, given, partials))[0]
+    results: list[Array] = run(ranks, machines.load("laptop"), lambda comm: attend(asked, comm, given, partials))[0]
     return results
 
 

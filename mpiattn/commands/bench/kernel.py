@@ -20,6 +20,7 @@ from ...arrays import FLOATS
 from ...arrays import dtype as dtype_of
 from ...errors import InputError
 from ...messages.message import Communicator
+from ...planner.units import counts
 from ...problems.mask import Causal, Full, Mask
 from ..env.environment import environment
 from ..progress import bar
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn bench kernel`."""
     parser.add_argument("--head-dims", type=numbers, default=[64, 128], metavar="D,...", help="default 64,128")
     parser.add_argument(
-        "--tokens", type=numbers, default=[2048, 4096, 8192], metavar="T,...", help="default 2048,4096,8192"
+        "--tokens", type=counts, default=[2048, 4096, 8192], metavar="T,...", help="default 2048,4096,8192"
     )
     parser.add_argument("--heads", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5, after one that is not timed")
@@ -73,8 +74,8 @@ def numbers(text: str) -> list[int]:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure on rank 0 alone, since one thread is measured, and print there."""
-    if min(*args.head_dims, *args.tokens, args.heads, args.rounds) < 1:
-        raise InputError("--head-dims, --tokens, --heads and --rounds are at least 1")
+    if min(*args.head_dims, args.heads, args.rounds) < 1:
+        raise InputError("--head-dims, --heads and --rounds are at least 1")
     on_root(comm, lambda: check_folders(args.json))
     surroundings = environment(comm)
     patiently(comm, lambda: measure(args, comm, surroundings))

@@ -27,6 +27,7 @@ from ...messages.device.channel import Channel
 from ...messages.device.comm import DeviceComm
 from ...messages.hosts import hosts as hosts_of
 from ...messages.message import Communicator
+from ...planner.units import counts
 from .. import gpu
 from ..env.environment import environment
 from ..progress import bar
@@ -34,8 +35,8 @@ from ..root import check_folders, on_root
 from . import blocks, links, passes
 
 DEFAULTS = {
-    "numpy": {"bytes": 2**20, "tokens": "32,128,512,2048", "heads": 8, "head_dim": 64, "dtypes": "float32"},
-    "cupy": {"bytes": 2**26, "tokens": "1024,2048,4096,8192,16384,32768", "heads": 32, "head_dim": 128,
+    "numpy": {"bytes": 2**20, "tokens": [32, 128, 512, 2048], "heads": 8, "head_dim": 64, "dtypes": "float32"},
+    "cupy": {"bytes": 2**26, "tokens": [2**n for n in range(10, 16)], "heads": 32, "head_dim": 128,
              "dtypes": "bfloat16"},
 }  # fmt: skip
 
@@ -47,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bytes", type=int, metavar="N", help="of the large messages (default 1 MiB, on GPUs 64 MiB)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="medians of so many (default 7)")
     parser.add_argument(
-        "--tokens", metavar="N,...", help="block sizes for the kernel (default 32,128,512,2048, on GPUs 1024 to 32768)"
+        "--tokens",
+        type=counts,
+        metavar="N,...",
+        help="block sizes for the kernel (default 32,128,512,2048, on GPUs 1024 to 32768)",
     )
     parser.add_argument("--heads", type=int, metavar="N", help="of the kernel's blocks (default 8, on GPUs 32)")
     parser.add_argument("--head-dim", type=int, metavar="N", help="default 64, on GPUs 128")
@@ -107,7 +111,6 @@ def complete(args: argparse.Namespace, xp: Any) -> tuple[list[int], list[Any]]:
     if min(args.bytes, args.rounds, args.heads, args.head_dim) < 1:
         raise InputError("--bytes, --rounds, --heads and --head-dim must be 1 or more")
     try:
-        sizes = sorted({int(size) for size in args.tokens.split(",")})
-        return sizes, [arrays.dtype(name) for name in args.dtypes.split(",")]
+        return sorted(set(args.tokens)), [arrays.dtype(name) for name in args.dtypes.split(",")]
     except ValueError as error:
-        raise InputError(f"--tokens or --dtypes: {error}") from None
+        raise InputError(f"--dtypes: {error}") from None

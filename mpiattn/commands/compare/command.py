@@ -20,16 +20,17 @@ from ...arrays import Array
 from ...conformance import oracle
 from ...errors import InputError
 from ...messages.message import Communicator
-from ...problems import grid, mask
+from ...problems import mask
 from ...problems.layout import LAYOUTS
 from ...problems.mask import Positions
 from ...trace.comm import TracedComm
 from ...trace.events import Trace
 from ...trace.file import write
 from ...trace.kernel import watch
-from .. import gpu, inputs
+from .. import chosen, gpu, inputs
+from ..chosen import AUTO
 from ..env.environment import environment
-from ..inputs import AUTO, Inputs
+from ..inputs import Inputs
 from ..progress import bar
 from ..root import check_folders, on_root, patiently
 from .report import plot, print_results, report
@@ -41,8 +42,8 @@ ORACLE_SCORES = 2**28
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn compare`."""
-    parser.add_argument("--algorithms", default="all", metavar="NAME,...", help=f"of {', '.join(ALGORITHMS)}, or auto")
-    parser.add_argument("--grid", type=grid.argument, metavar="ROWSxCOLS", help="for mesh (default: every grid)")
+    chosen.add_algorithms(parser, "all", auto=True)
+    chosen.add_grid(parser, "every grid")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: every layout")
     parser.add_argument("--mask", type=mask.argument, default="causal", help=mask.HELP)
     parser.add_argument("--scale", type=float, help="of the scores (default 1/sqrt(head_dim))")
@@ -120,39 +121,30 @@ def build(
 
     Returns the trials and, where all algorithms are asked for, what was left out and why.
     """
-    names = list(ALGORITHMS) if args.algorithms == "all" else args.algorithms.split(",")
-    if unknown := [name for name in names if name not in (*ALGORITHMS, AUTO)]:
-        raise InputError(f"unknown algorithm {', '.join(unknown)}: choose from {', '.join(ALGORITHMS)}, {AUTO}, or all")
-    if args.grid and args.grid not in grid.grids(comm.Get_size()):
-        fits = ", ".join(f"{rows}x{cols}" for rows, cols in grid.grids(comm.Get_size()))
-        raise InputError(f"--grid does not hold {comm.Get_size()} ranks: choose from {fits}")
+    asked, left_out = chosen.expand(args, comm.Get_size())
     trials: list[Trial] = []
-    left_out = []
-    for name in names:
+    for name, arguments in asked:
         if name == AUTO:
             choice = inputs.choose(comm, given, args, backward=True)
             options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
             attention = stack.enter_context(choice.attention(TracedComm(comm), **options))
-            chosen, traced = choice.plan.best.candidate.algorithm, attention.comm
+            best, traced = choice.plan.best.candidate.algorithm, attention.comm
             assert isinstance(traced, TracedComm)
-            trials.append(Trial(chosen, choice.arguments, traced, attention, why=choice.explain()))
+            trials.append(Trial(best, choice.arguments, traced, attention, why=choice.explain()))
             continue
-        for arguments in ALGORITHMS[name].variants(comm.Get_size()):
-            if args.grid and "rows" in arguments and (arguments["rows"], arguments["cols"]) != args.grid:
-                continue
-            for layout in [args.layout] if args.layout else LAYOUTS:
-                traced = TracedComm(comm)
-                try:
-                    options = {"layout": layout, **inputs.options(args), **gpu.options(args)}
-                    attention = ALGORITHMS[name](traced, **options, **arguments)
-                except InputError as error:
-                    if args.algorithms != "all":
-                        raise
-                    left_out.append(f"{name}: {error}")
-                    break
-                trial = Trial(name, arguments, traced, stack.enter_context(attention))
-                if (name, trial.grid, attention.layout) not in [(c.title, c.grid, c.attention.layout) for c in trials]:
-                    trials.append(trial)  # else the layout makes no difference to it
+        for layout in [args.layout] if args.layout else LAYOUTS:
+            traced = TracedComm(comm)
+            try:
+                options = {"layout": layout, **inputs.options(args), **gpu.options(args)}
+                attention = ALGORITHMS[name](traced, **options, **arguments)
+            except InputError as error:
+                if args.algorithms != chosen.ALL:
+                    raise
+                left_out.append(f"{name}: {error}")
+                break
+            trial = Trial(name, arguments, traced, stack.enter_context(attention))
+            if (trial.name, attention.layout) not in [(other.name, other.attention.layout) for other in trials]:
+                trials.append(trial)  # else the layout makes no difference to it
     if not trials:
         raise InputError("; ".join(dict.fromkeys(reason.partition(": ")[2] for reason in left_out)))
     return trials, left_out

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...algorithms import Attention
 from ...algorithms.shares import gather
+from ...algorithms.spelling import spell
 from ...arrays import Array, on_host
 from ...conformance import oracle
 from ...costs.peak import peak
@@ -21,7 +22,8 @@ from ...problems.mask import Positions
 from ...trace.comm import TracedComm
 from ...trace.events import Trace
 from .. import gpu, inputs
-from ..inputs import AUTO, Inputs
+from ..chosen import AUTO
+from ..inputs import Inputs
 
 PASSES = ("forward", "backward")
 
@@ -52,6 +54,11 @@ class Trial:
     def title(self) -> str:
         """The algorithm, and whether it was chosen."""
         return f"{AUTO}: {self.algorithm}" if self.why else self.algorithm
+
+    @property
+    def name(self) -> str:
+        """The algorithm and its arguments, as every command takes them, and whether it was chosen."""
+        return f"{AUTO}: " * bool(self.why) + spell(self.algorithm, self.arguments)
 
     @property
     def grid(self) -> str:

@@ -41,6 +41,16 @@ REPORTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "samples": samples.make,
 }
 
+MACHINE, ROUNDS = "a100-ib", 5
+
+UNUSED = {
+    "lab": ("machine", "tokens"),
+    "complexity": ("iterations", "tokens", "machine"),
+    "communication": ("iterations", "tokens"),
+    "samples": ("iterations", "tokens", "machine"),
+}
+"""Options that a report makes nothing of; of those that are not here, --iterations alone."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn documents`."""
@@ -53,20 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="made if need be (default %(default)s)",
     )
     names = ", ".join(machines.presets())
-    parser.add_argument(
-        "--machine", default="a100-ib", metavar="NAME", help=f"what is simulated: {names}, or a file (default a100-ib)"
-    )
+    parser.add_argument("--machine", metavar="NAME", help=f"what is simulated: {names}, or a file (default a100-ib)")
     parser.add_argument("--tokens", type=count, metavar="N", help="another length, such as 512K; of weak: a device's")
-    parser.add_argument("--iterations", type=int, default=5, metavar="N", help="rounds of the lab (default 5)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="rounds of the lab (default 5)")
 
 
 def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
     """Make one report, or all that need no MPI."""
+    for option in UNUSED.get(args.report, ("iterations",)):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option} does nothing for {args.report}: leave it out")
+    args.machine = args.machine or MACHINE
     if args.report != "samples":
         charts.check(Path("figure"))
     if args.report == "lab":
         if comm is None or comm.Get_size() == 1:
             raise InputError("the lab is measured on several ranks: mpiexec -n 4 mpiattn documents lab")
+        args.iterations = ROUNDS if args.iterations is None else args.iterations
         if args.iterations < 1:
             raise InputError(f"--iterations is at least 1, got {args.iterations}")
         args.called = f"mpiexec -n {comm.Get_size()} mpiattn documents lab"
@@ -75,7 +88,7 @@ def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
     elif comm is None or comm.Get_rank() == 0:
         for name in REPORTS if args.report == "all" else [args.report]:
             options = [f"--tokens {args.tokens}"] if args.tokens else []
-            options += [f"--machine {args.machine}"] if args.machine != "a100-ib" else []
+            options += [f"--machine {args.machine}"] if args.machine != MACHINE else []
             args.called = " ".join(["mpiattn documents", name, *options])
             REPORTS[name](args).write()
     return 0

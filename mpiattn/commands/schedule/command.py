@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn schedule`."""
     parser.add_argument("grid", type=grid.argument, metavar="ROWSxCOLS", help="the grid of ranks, such as 4x4")
     parser.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
-    parser.add_argument("--kv-ratio", type=int, default=1, metavar="G", help="query heads for each K/V head")
+    parser.add_argument("--kv-ratio", type=int, metavar="G", help="query heads for each K/V head (default 1)")
     parser.add_argument(
         "--costs",
         metavar="NUMBERS",
@@ -43,15 +43,18 @@ def main(args: argparse.Namespace) -> int:
     names = ["q", "kv", "dq", "dkv", "block"] if args.backward else ["q", "kv", "o", "block"]
     try:
         check_folders(args.plot, args.json)
-        if args.kv_ratio < 1:
-            raise ValueError(f"--kv-ratio is a whole number from 1, not {args.kv_ratio}")
+        if args.costs and args.kv_ratio is not None:
+            raise ValueError("--kv-ratio and --costs exclude each other: costs are given or follow from the ratio")
+        ratio = 1 if args.kv_ratio is None else args.kv_ratio
+        if ratio < 1:
+            raise ValueError(f"--kv-ratio is a whole number from 1, not {ratio}")
         if args.costs:
             numbers = [float(number) for number in args.costs.split(",")]
             if len(numbers) != len(names):
                 raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(numbers)}")
             costs = HopTimes(**dict(zip(names, numbers, strict=True)))
         else:
-            costs = relative(backward=args.backward, heads=args.kv_ratio).balanced(rows, cols)
+            costs = relative(backward=args.backward, heads=ratio).balanced(rows, cols)
     except ValueError as error:
         print(f"mpiattn schedule: error: {error}", file=sys.stderr)
         return 2
