@@ -5,7 +5,7 @@
         d_q, d_k, d_v = attention.backward(d_out, saved)
 
 - `Attention` says what all algorithms have in common; `ALGORITHMS` has them by name
-- `Full`, `Causal`, `SlidingWindow`, `Documents`: masks, joined by `&`
+- `Full`, `Causal`, `SlidingWindow`, `Documents`: masks, joined by `&`; `Mask`, for masks of your own
 - `Dropout`: for `forward`
 - `scatter`, `gather`: whole arrays of one rank, and the shares of all
 - `auto`, `choose`: the algorithm and the grid that suit a problem and a cluster
@@ -37,7 +37,7 @@ from .errors import InputError
 from .messages.hosts import use_gpu
 from .planner import auto, choose
 from .problems.dropout import Dropout
-from .problems.mask import Causal, Documents, Full, SlidingWindow
+from .problems.mask import Causal, Documents, Full, Mask, SlidingWindow
 
 __all__ = [
     "ALGORITHMS",
@@ -53,6 +53,7 @@ __all__ = [
     "GatheredMeshAttention",
     "HybridAttention",
     "InputError",
+    "Mask",
     "MeshAttention",
     "RingAttention",
     "SharedRingAttention",

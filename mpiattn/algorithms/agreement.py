@@ -7,6 +7,7 @@ them alone, here, say what fits. So every rank says the same.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 
 from .. import arrays
 from ..errors import InputError
+from ..messages.message import Communicator
 from ..problems.layout import EVERYWHERE
-from ..problems.mask import Mask
+from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
+from ..problems.user_mask import TabulatedMask, UserMask
 
 # The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 
@@ -122,3 +125,37 @@ def _without(axis: int, spec: arrays.Spec | None) -> Any:
 def show(spec: arrays.Spec | None) -> str:
     """Return a dtype and shape as text."""
     return "no array that can be sent" if spec is None else f"{np.dtype(spec[1]).name} {spec[0]}"
+
+
+def settled(comm: Communicator, problem: Problem, last: Problem | None) -> Problem:
+    """Return a problem with a mask that needs no user's code any more; one collective, where the mask is a user's.
+
+    None where the last problem, of whatever arrays, had as many queries at the same place and as many keys.
+    """
+    if not isinstance(problem.mask, UserMask):
+        return problem
+    queries, tokens = problem.queries, (problem.q_tokens, problem.kv_tokens)
+    known = last.mask if last is not None else None
+    if isinstance(known, TabulatedMask) and known.holds(queries, *tokens):
+        return replace(problem, mask=known)
+    return replace(problem, mask=tabulated(comm, problem.mask, queries, *tokens))
+
+
+def tabulated(
+    comm: Communicator, mask: UserMask, queries: Positions, query_tokens: int, key_tokens: int
+) -> TabulatedMask:
+    """Return a user's mask as numbers, the same on all ranks, or raise the same InputError on all; one collective."""
+    table, own = None, ""
+    try:
+        table = mask.tabulated(queries, query_tokens, key_tokens)
+        own = hashlib.sha256(table.lo + table.hi).hexdigest()
+    except InputError as error:
+        own = str(error)
+    answers = comm.allgather((table is not None, own))
+    for rank, (works, text) in enumerate(answers):
+        if not works:
+            raise InputError(text)
+        if text != answers[0][1]:
+            raise InputError(f"the mask {mask!r} on rank {rank} has other bounds than on rank 0")
+    assert table is not None
+    return table

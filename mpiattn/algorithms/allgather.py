@@ -24,6 +24,7 @@ from ..messages.message import Communicator, Pieces, Tag, Testall, Waitall
 from ..messages.parcel import Parcel, nbytes
 from ..messages.reduction import exchange
 from ..problems.problem import Problem
+from ..problems.scalars import whole
 from .base import Attention
 from .options import Options
 
@@ -49,7 +50,7 @@ class AllGatherAttention(Attention):
 
     def __init__(self, comm: Communicator, *, head_groups: int = 1, **options: Unpack[Options]) -> None:
         super().__init__(comm, partial(check_groups, head_groups), **options)
-        self.head_groups = head_groups
+        self.head_groups = check_groups(head_groups)
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
 
     @classmethod
@@ -140,7 +141,9 @@ def add_up(totals: tuple[Array, Array], shares: Mapping[int, Parcel]) -> None:
             add(total, array)
 
 
-def check_groups(head_groups: int) -> None:
-    """Raise ValueError where that is no number of groups."""
-    if not isinstance(head_groups, int) or head_groups < 1:
+def check_groups(head_groups: object) -> int:
+    """Return the number of groups, or raise ValueError where that is none."""
+    number = whole(head_groups)
+    if number is None or number < 1:
         raise ValueError(f"head_groups is 1 or more, got {head_groups!r}")
+    return number

@@ -56,7 +56,7 @@ class DoubleRingAttention(Attention):
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
         super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
         self.order, near = by_host(comm)
-        self.inner = near if outer is None else len(self.order) // outer
+        self.inner = near if outer is None else grid.check(comm.Get_size(), outer, None)[1]
         self.outer = len(self.order) // self.inner
         self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))
         self.grid = self.ordered.Create_cart([self.outer, self.inner], periods=[True, True], reorder=False)

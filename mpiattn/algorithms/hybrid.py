@@ -21,6 +21,7 @@ from ..arrays import Array
 from ..messages.message import Communicator
 from ..problems import grid
 from ..problems.problem import Problem
+from ..problems.scalars import whole
 from .base import Attention
 from .mesh import MeshAttention
 from .options import Options
@@ -117,6 +118,10 @@ def shapes(ranks: int) -> list[tuple[int, int, int]]:
 
 def shape(ranks: int, ulysses: int | None, rows: int | None, cols: int | None) -> tuple[int, int, int]:
     """Return (ulysses, rows, cols), completed where some are None, or raise ValueError with those that fit."""
+    given = ulysses, rows, cols
+    ulysses, rows, cols = (None if number is None else whole(number) or 0 for number in given)
+    if any(number is not None and number < 1 for number in (ulysses, rows, cols)):
+        raise ValueError(f"ulysses, rows and cols are whole numbers, 1 or more, got {', '.join(map(repr, given))}")
     if ulysses is None:
         known = max(rows or 1, 1) * max(cols or 1, 1)
         ulysses = grid.squarest(ranks)[1] if rows is cols is None else ranks // known

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from numbers import Real
 from typing import Any, TypedDict
 
 from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems.mask import Mask
 from ..problems.problem import PARTIALS
+from ..problems.scalars import real, text
 
 
 class Options(TypedDict, total=False):
@@ -34,7 +33,7 @@ def agree(comm: Communicator, *checks: Check) -> None:
 
     The first such check decides, and of the ranks with which something is wrong the first. One collective.
     """
-    everything = comm.allgather([(", ".join(map(repr, check.args)), _wrong(check)) for check in checks])
+    everything = comm.allgather([(", ".join(map(text, check.args)), _wrong(check)) for check in checks])
     for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not
         for rank, (given, wrong) in enumerate(answers):
             if wrong is not None:
@@ -59,19 +58,27 @@ def alike(*values: object) -> None:
 def check_mask(mask: object) -> None:
     """Raise ValueError where that is no mask."""
     if not isinstance(mask, Mask):
-        raise ValueError(f"a mask is Full(), Causal(), SlidingWindow(...) or Documents(...), joined by &, got {mask!r}")
+        raise ValueError(
+            "a mask is Full(), Causal(), SlidingWindow(...), Documents(...), or of a class of your own derived from "
+            f"mpiattn.Mask, joined by &, got {mask!r}"
+        )
 
 
 def check_scale(scale: object) -> None:
     """Raise ValueError where that is no factor of scores."""
-    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+    if scale is not None and real(scale) is None:
         raise ValueError(f"a scale is a finite number, got {scale!r}")
 
 
 def check_softcap(softcap: object) -> None:
     """Raise ValueError where that is no softcap."""
-    if softcap is not None and not (isinstance(softcap, Real) and 0 < float(softcap) < math.inf):
+    if softcap is not None and (real(softcap) or 0) <= 0:
         raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
+
+
+def as_float(value: object) -> Any:
+    """Return a number of any type as a float; anything else, which a check then refuses, as it is."""
+    return value if real(value) is None else real(value)
 
 
 def check_partials(partials: object) -> None:

@@ -19,13 +19,14 @@ from ..messages.device.channel import check_mode
 from ..messages.message import Communicator
 from ..problems import layout as layouts
 from ..problems.dropout import Dropout
-from ..problems.mask import Full, Mask
+from ..problems.mask import Mask
 from ..problems.problem import Problem
+from ..problems.user_mask import held
 from ..trace.kernel import TracedKernel
-from .agreement import described, posed, show
+from .agreement import described, posed, settled, show
 from .attach import attach
 from .given import Given, agreed_given, drawn, numbered
-from .options import Check, agree, alike, check_mask, check_partials, check_scale, check_softcap
+from .options import Check, agree, alike, as_float, check_mask, check_partials, check_scale, check_softcap
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ class Prepared(Storage):
         gpu_messages: str = "auto",
     ) -> None:
         super().__init__()
-        self.mask = Full() if mask is None else mask
-        self.layout = layout or layouts.default(mask)
+        self.mask = held(mask)
+        self.layout = layout or layouts.default(self.mask)
         self.comm = comm
-        self.scale, self.softcap, self.partials = scale, softcap, partials
+        self.scale, self.softcap, self.partials = as_float(scale), as_float(softcap), partials
         self.kernel_name, self.gpu_messages = kernel, gpu_messages
         self.sinks: Array | None = None
         self.dropout: Dropout | None = None
@@ -93,7 +94,7 @@ class Prepared(Storage):
             partial(alike, type(self).__name__),
             *own,
         )
-        self.kernel: Any = NumpyKernel(self.mask, scale, softcap)
+        self.kernel: Any = NumpyKernel(self.mask, self.scale, self.softcap)
 
     def agree_forward(self, q: object, k: object, v: object, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
@@ -109,6 +110,7 @@ class Prepared(Storage):
         """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
         agreed_given(table.tolist(), alike=self.layout != layouts.EVERYWHERE)
         self.sinks = sinks
+        problem = settled(self.comm, problem, self.problem)
         return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
 
     def agree_backward(self, d_out: object, saved: Saved) -> Problem:
@@ -154,8 +156,8 @@ class Prepared(Storage):
 
     def choose(self, problem: Problem, xp: Any, dropout: Dropout | None) -> None:
         """Choose the kernel for a problem of arrays of that namespace."""
-        if self.problem is None or xp is not np or xp is not self.xp:
-            options = self.mask, self.scale, self.kernel_name, self.softcap, dropout
+        if self.problem is None or xp is not np or xp is not self.xp or problem.mask != self.problem.mask:
+            options = problem.mask, self.scale, self.kernel_name, self.softcap, dropout
             kernel = kernels.choose(xp.__name__, problem, *options)
             kernel.rounds = self.final
             if isinstance(self.kernel, TracedKernel):

@@ -8,15 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import arrays, virtual
 from ..algorithms import ALGORITHMS, Attention
+from ..algorithms.agreement import tabulated
 from ..algorithms.options import Options
 from ..errors import InputError
 from ..machines import load
 from ..machines.machine import Machine
 from ..messages.hosts import by_host
 from ..messages.message import Communicator
-from ..problems.mask import Full, Mask
+from ..problems.mask import Mask
+from ..problems.scalars import plain, whole
+from ..problems.user_mask import UserMask, held
 from .search import Ranking, plan
 from .task import Task
 
@@ -118,13 +123,17 @@ def choose(
     """
     asked: dict[str, Any] = {
         "tokens": tokens, "heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim,
-        "batch": batch, "dtype": dtype, "mask": Full() if mask is None else mask, "backward": backward,
+        "batch": batch, "dtype": dtype, "mask": held(mask), "backward": backward,
         "layout": layout, "kv_tokens": kv_tokens, "v_head_dim": v_head_dim, "partials": partials,
     }  # fmt: skip
-    texts = comm.allgather(repr((asked, machine, memory, algorithms)))
+    asked = {name: plain(value) for name, value in asked.items()}
+    texts = comm.allgather(repr((asked, machine, plain(memory), algorithms)))
     for rank, text in enumerate(texts):
         if text != texts[0]:
             raise InputError(f"rank {rank} asks for a plan of {text}, rank 0 of {texts[0]}")
+    if isinstance(asked["mask"], UserMask) and (length := whole(tokens)):
+        keys = length if kv_tokens is None else asked["kv_tokens"]
+        asked["mask"] = tabulated(comm, asked["mask"], np.arange(length), length, keys)
     hosts, near = by_host(comm)
     found, error = None, None
     if comm.Get_rank() == 0:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .. import arrays
-from ..algorithms.options import check_partials
+from ..algorithms.options import check_mask, check_partials
 from ..errors import InputError
 from ..problems import layout
 from ..problems.mask import Full, Mask
 from ..problems.problem import Problem
+from ..problems.scalars import whole
+from ..problems.user_mask import UserMask, held
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,10 @@ class Task:
             value = getattr(self, name)
             if value is None and name in ("kv_tokens", "v_head_dim"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            number = whole(value)
+            if number is None or number < 1:
                 raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
+            object.__setattr__(self, name, number)
         if self.heads % self.kv_heads:
             legal = [heads for heads in range(1, self.heads + 1) if self.heads % heads == 0]
             raise InputError(f"{self.heads} heads can't share {self.kv_heads} K/V heads: choose one of {legal}")
@@ -64,6 +70,10 @@ class Task:
             if self.layout is not None:
                 layout.check(self.layout)
             check_partials(self.partials)
+            check_mask(self.mask)
+            if isinstance(mask := held(self.mask), UserMask):
+                mask = mask.tabulated(np.arange(self.tokens), self.tokens, self.kv_tokens or self.tokens)
+                object.__setattr__(self, "mask", mask)
             self.mask.check(self.tokens, self.kv_tokens or self.tokens)
         except ValueError as error:
             raise InputError(str(error)) from None

@@ -2,8 +2,9 @@
 
 A probability of (batch, head, query, key), all numbered globally, is dropped if a 32-bit number is less than
 floor(rate * 2**32). The number is word `key % 4` of Philox4x32-10 (Salmon et al. 2011, doi 10.1145/2063384.2063405)
-of the counter (key // 4, query, head, batch) and the key (seed % 2**32, seed // 2**32). So the same ones are
-dropped on any number of ranks, in any layout, by any algorithm, forward and backward, and nothing is stored.
+of the counter (key // 4, query, head, batch), each modulo 2**32, and the key (seed % 2**32, seed // 2**32). So the
+same ones are dropped on any number of ranks, in any layout, by any algorithm, forward and backward, and nothing is
+stored.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from .scalars import real, whole
 
 Words = NDArray[np.uint64]
 
@@ -46,10 +48,13 @@ class Dropout:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise InputError(f"a dropout rate is 0 or more and less than 1, got {self.rate}")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**64):
+        rate, seed = real(self.rate), whole(self.seed)
+        if rate is None or not 0 <= rate < 1:
+            raise InputError(f"a dropout rate is 0 or more and less than 1, got {self.rate!r}")
+        if seed is None or not 0 <= seed < 2**64:
             raise InputError(f"a dropout seed is a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "seed", seed)
 
     def kept(self, batch: int, head: int, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which probabilities of a head are kept: bool, (queries, keys).
@@ -63,8 +68,8 @@ class Dropout:
         """
         blocks, place = np.unique(keys // 4, return_inverse=True)
         counter = [
-            blocks[:, None].astype(np.uint64),
-            queries[None].astype(np.uint64),
+            _low(blocks[:, None].astype(np.uint64)),
+            _low(queries[None].astype(np.uint64)),
             np.uint64(head),
             np.uint64(batch),
         ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from .scalars import whole
+
 
 def grids(ranks: int) -> list[tuple[int, int]]:
     """Return every (rows, cols) with rows * cols = ranks."""
@@ -26,8 +28,10 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     """Return (rows, cols), completed where one or both are None, or raise ValueError with those that fit."""
     if rows is None and cols is None:
         return squarest(ranks)
-    if any(number is not None and (not isinstance(number, int) or number < 1) for number in (rows, cols)):
-        raise ValueError(f"rows and cols of a grid are whole numbers, 1 or more, got {rows!r} and {cols!r}")
+    given = rows, cols
+    rows, cols = (None if number is None else whole(number) or 0 for number in given)
+    if any(number is not None and number < 1 for number in (rows, cols)):
+        raise ValueError(f"rows and cols of a grid are whole numbers, 1 or more, got {given[0]!r} and {given[1]!r}")
     choice = (rows or ranks // (cols or 1), cols or ranks // (rows or 1))
     if choice not in grids(ranks):
         fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))

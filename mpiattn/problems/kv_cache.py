@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from . import layout
-from .mask import Full, Mask, Positions
+from .mask import END, Full, Mask, Positions
 from .pairs import counts
 from .problem import Problem
 
@@ -78,7 +78,7 @@ def span(positions: Any, shape: tuple[int, ...]) -> list[int]:
     if positions is None:
         return [0, 1, 0, 0]
     sound = isinstance(positions, np.ndarray) and positions.dtype == np.int64 and positions.shape == shape[2:3]
-    if not (sound and (np.diff(positions, prepend=-1) > 0).all()):
+    if not (sound and (np.diff(positions, prepend=-1) > 0).all() and positions.max(initial=0) < END):
         return [1, 0, 0, 0]
     return [1, 1, positions[0], positions[-1] + 1] if len(positions) else [1, 1, 0, 0]
 
@@ -104,7 +104,7 @@ def posed_to_cache(
         if has != spans[0][0]:
             raise InputError(f"kv_positions are given on rank {0 if spans[0][0] else rank}, not on all ranks")
         if not sound:
-            raise InputError(f"kv_positions on rank {rank} must be int64, 0 or more, ascending, one for each key")
+            raise InputError(f"kv_positions on rank {rank} must be int64, 0 to 2**63 - 2, ascending, one for each key")
     (q, dtype), (k, _), (v, _) = specs[0]
     tokens = [shape[2] for _, (shape, _), _ in specs]
     ends = list(itertools.accumulate(tokens))

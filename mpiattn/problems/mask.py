@@ -3,45 +3,67 @@
 A query at global position p sees the keys whose positions lie in [lo(p), hi(p)). Everything else
 follows from these two numbers: whether a block is empty, full or partial, how many pairs it has, and
 which blocks nobody needs. As they are evaluated on global positions, every layout is right by
-construction. lo and hi never decrease with p.
+construction. lo and hi never decrease with p. Masks of a user's own: see `user_mask`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+from .scalars import plain, whole
+
 Positions = NDArray[np.int64]
 
-END = np.iinfo(np.int64).max
+END = int(np.iinfo(np.int64).max)
+"""As a bound: no limit. Positions are less."""
 
 
 class Mask:
-    """The interval of keys that each query attends to; `str` gives the text that `parse` takes."""
+    """Which keys each query attends to, as one interval of positions; the base of masks of your own.
 
-    def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
+    A mask of your own has a method `bounds`, and may have the others. For each problem it is asked once, for all
+    queries; what does not keep to the contract below raises the same InputError on every rank. A prefix-LM mask:
+
+        class PrefixLM(mpiattn.Mask):
+            def __init__(self, prefix):
+                self.prefix = prefix
+
+            def bounds(self, queries):
+                return np.zeros_like(queries), np.maximum(queries + 1, self.prefix)
+
+    Masks are joined by `&`.
+    """
+
+    def bounds(self, queries: Positions) -> tuple[Any, Any]:
         """Return lo and hi: each query attends to the keys at positions in [lo, hi).
 
         Parameters
         ----------
         queries : int64, (tokens,)
-            Global positions, ascending.
+            Positions in the whole sequence, ascending, not always consecutive: the bounds of a query depend on its own
+            position only.
 
         Returns
         -------
-        lo, hi : int64, (tokens,)
-            Neither ever decreases.
+        lo, hi : integers, (tokens,)
+            0 or more. Neither decreases from a query to a later one. A query with hi <= lo attends to nothing; beyond
+            the last key a bound of any size means no limit.
         """
         raise NotImplementedError
 
     def check(self, query_tokens: int, key_tokens: int) -> None:
-        """Raise ValueError where this mask does not fit sequences of that many tokens."""
+        """Raise ValueError where this mask does not fit sequences of that many tokens; by default it fits all."""
 
     @property
     def causal(self) -> bool:
@@ -78,7 +100,7 @@ class Causal(Mask):
         return "causal"
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
-        return np.zeros_like(queries), queries + 1
+        return np.zeros_like(queries), np.minimum(queries, END - 1) + 1
 
 
 @dataclass(frozen=True)
@@ -87,21 +109,29 @@ class SlidingWindow(Mask):
 
     Parameters
     ----------
-    left, right : int
-        Tokens, 0 or more.
+    left, right : int, or math.inf
+        Tokens, 0 or more. What reaches beyond the sequence has no limit, whatever its size; from 2**63 - 1 on it is
+        kept as math.inf.
 
     Raises
     ------
-    ValueError
-        Where one is negative.
+    InputError
+        A ValueError, where one is anything else.
     """
 
-    left: int
-    right: int = 0
+    left: float
+    right: float = 0
 
     def __post_init__(self) -> None:
-        if self.left < 0 or self.right < 0:
-            raise ValueError(f"a window reaches 0 or more tokens each way, got {self.left} and {self.right}")
+        for name in ("left", "right"):
+            given = plain(getattr(self, name))
+            reach = given if isinstance(given, float) and given == math.inf else whole(given, floats=True)
+            if reach is None or reach < 0:
+                raise InputError(
+                    "a window reaches 0 or more tokens each way, a whole number of them, or math.inf for no limit, "
+                    f"got {name}={given!r}"
+                )
+            object.__setattr__(self, name, reach if reach < END else math.inf)
 
     def __str__(self) -> str:
         return f"window={self.left},{self.right}"
@@ -113,11 +143,13 @@ class SlidingWindow(Mask):
 
     @property
     def windowed(self) -> bool:
-        """True."""
-        return True
+        """Whether it has an end on both sides."""
+        return max(self.left, self.right) < math.inf
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
-        return np.maximum(queries - self.left, 0), queries + self.right + 1
+        left, right = (int(min(reach, END)) for reach in (self.left, self.right))
+        # Neither difference nor sum leaves int64: positions are 0 or more, and bounds end at END.
+        return np.maximum(queries - left, 0), queries + np.minimum(right, END - 1 - queries) + 1
 
 
 @dataclass(frozen=True, init=False)
@@ -126,21 +158,31 @@ class Documents(Mask):
 
     Parameters
     ----------
-    lengths : sequence of int
-        Tokens of each, 0 or more; together those of the sequence.
+    lengths : iterable of int
+        Tokens of each, 0 or more, not cumulative; together those of the sequence. Taken once, as a tuple.
 
     Raises
     ------
-    ValueError
-        Where one is negative.
+    InputError
+        A ValueError, where they are anything else.
     """
 
     lengths: tuple[int, ...]
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"document lengths are 0 or more, got {list(lengths)}")
-        object.__setattr__(self, "lengths", tuple(int(length) for length in lengths))
+    def __init__(self, lengths: Iterable[Any]) -> None:
+        try:
+            given = tuple(lengths)
+        except TypeError:
+            raise InputError(f"Documents takes the lengths of documents, such as [5, 7], got {lengths!r}") from None
+        numbers = []
+        for length in given:
+            number = whole(length, floats=True)
+            if number is None or number < 0:
+                raise InputError(
+                    f"document lengths are whole numbers, 0 or more, in one axis or iterable, got {length!r}"
+                )
+            numbers.append(number)
+        object.__setattr__(self, "lengths", tuple(numbers))
 
     def __str__(self) -> str:
         return f"documents={','.join(map(str, self.lengths))}"
@@ -153,7 +195,18 @@ class Documents(Mask):
     def check(self, query_tokens: int, key_tokens: int) -> None:
         for tokens in (query_tokens, key_tokens):
             if sum(self.lengths) != tokens:
-                raise ValueError(f"the documents hold {sum(self.lengths)} tokens, the sequence has {tokens}")
+                raise InputError(
+                    f"the documents hold {sum(self.lengths)} tokens, the sequence has {tokens}{self._hint(tokens)}"
+                )
+
+    def _hint(self, tokens: int) -> str:
+        """Return what to write instead where the lengths look cumulative."""
+        ends = [0, *self.lengths] if self.lengths[:1] != (0,) else list(self.lengths)
+        if ends[-1] != tokens or ends != sorted(ends):
+            return ""
+        lengths = [str(end - begin) for begin, end in itertools.pairwise(ends)]
+        shown = ", ".join(lengths[:8]) + (", ..." if len(lengths) > 8 else "")
+        return f": these look like cumulative lengths; Documents takes the length of each, here {shown}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +252,7 @@ MASKS: dict[str, Callable[..., Mask]] = {
     "documents": Documents,
 }
 
-FORMS = "full, causal, window=LEFT[,RIGHT], documents=LENGTH,LENGTH,..., or several joined by +"
+FORMS = "full, causal, window=LEFT[,RIGHT] (inf: no limit), documents=LENGTH,LENGTH,..., or several joined by +"
 """The texts that `parse` takes."""
 
 HELP = f"{FORMS} (default %(default)s)"
@@ -212,12 +265,17 @@ def parse(text: str) -> Mask:
     for part in text.split("+"):
         name, _, numbers = part.partition("=")
         try:
-            values = [int(number) for number in numbers.split(",")] if numbers else []
+            values = [_number(number) for number in numbers.split(",")] if numbers else []
             masks.append(MASKS[name](*([values] if name == "documents" else values)))
         except (KeyError, TypeError, ValueError) as error:
             reason = f": {error}" if isinstance(error, ValueError) else ""
             raise ValueError(f"unknown mask {part!r}{reason}; choose from {FORMS}") from None
     return functools.reduce(operator.and_, masks)
+
+
+def _number(text: str) -> float:
+    """Return a whole number, or inf."""
+    return math.inf if text.strip() == "inf" else int(text)
 
 
 def argument(text: str) -> Mask:

@@ -89,6 +89,11 @@ class Problem:
     spread_heads: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     partials: str = field(default="wide", kw_only=True)
 
+    @property
+    def queries(self) -> Positions:
+        """Positions of all queries, consecutive."""
+        return np.arange(self.q_tokens, dtype=np.int64)
+
     @cached_property
     def q_positions(self) -> list[Positions]:
         """Each rank's query positions."""

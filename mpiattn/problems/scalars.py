@@ -1,0 +1,50 @@
+"""Numbers as arguments: Python's, NumPy's, and arrays without axes are all taken, and kept as Python's."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Return a NumPy scalar, or an array without axes, as Python's number; anything else as it is."""
+    if getattr(value, "shape", None) != () or not callable(getattr(value, "item", None)):
+        return value
+    number = value.item()
+    # NumPy has no number of Python's for a longdouble.
+    return float(number) if isinstance(number, Real) and not isinstance(number, Integral) else number
+
+
+def whole(value: object, floats: bool = False) -> int | None:
+    """Return a whole number of any type as an int, and None where it is none.
+
+    Parameters
+    ----------
+    value : object
+        True and False are no numbers here.
+    floats : bool
+        Whether 5.0 is a whole number, too.
+    """
+    value = plain(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return int(value) if floats and isinstance(value, float) and value.is_integer() else None
+
+
+def real(value: object) -> float | None:
+    """Return a finite number of any type as a float, and None where it is none, or too large for a float."""
+    value = plain(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def text(value: object) -> str:
+    """Return a value as text, the same for numbers that are equal, whatever their types."""
+    value = plain(value)
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
