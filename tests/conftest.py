@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # Set for each rank by MPICH and Slurm (PMI), Open MPI, and srun --mpi=pmix.
 LAUNCHED = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK"))
 
+# Tests of what needs torch; not collected where it is not installed.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["in_torch"]
+
 COMM = pytest.StashKey["MPI.Intracomm"]()
 TIMER = pytest.StashKey[threading.Timer]()
 FAILED = pytest.StashKey[bool]()
