@@ -77,3 +77,13 @@ def error(a: Tensor, b: Tensor) -> float:
     """Return the largest difference of two tensors, relative to the largest number of the second."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
+
+
+def worst(own: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative error of several tensors; of one that is nearly 0 beside the others, as of these.
+
+    The bias of K has no gradient but rounding errors: it adds the same to all scores of a query.
+    """
+    least = 1e-4 * max(float(tensor.detach().abs().max()) for tensor in expected)
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(own, expected, strict=True)]
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(least)) for a, b in pairs)

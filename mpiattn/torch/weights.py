@@ -1,0 +1,106 @@
+"""Weights, the same on every rank, and their gradients, of which each rank has that of its own tokens."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..messages.message import Rows
+from ..messages.reduction import all_reduce
+from .arrays import to_array, to_tensor
+
+BUCKET = 2**24
+"""Numbers that are added up in one go."""
+
+
+def refuse(comm: Any, reason: str | None) -> None:
+    """Raise the same InputError on every rank, where one of them has a reason to. One collective."""
+    for rank, text in enumerate(comm.allgather(reason)):
+        if text is not None:
+            raise InputError(f"on rank {rank}, {text}")
+
+
+def broadcast(module: torch.nn.Module, comm: Any) -> None:
+    """Give every rank the weights and buffers of rank 0, to the last bit, by `MPI_Bcast`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Built alike on every rank.
+    comm : mpi4py.MPI.Comm
+
+    Raises
+    ------
+    InputError
+        On every rank, where the modules have other weights, of other shapes or dtypes.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    outline = repr([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()])
+    table = comm.allgather((len(tensors), sum(t.numel() for t in tensors.values()), zlib.crc32(outline.encode())))
+    for rank, own in enumerate(table):
+        if own != table[0]:
+            raise InputError(
+                f"the module on rank {rank} has {own[0]} tensors of {own[1]} numbers, on rank 0 {table[0][0]} of "
+                f"{table[0][1]}, or others: build the same module on every rank"
+            )
+    with torch.no_grad():
+        for tensor in tensors.values():
+            host = to_array(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+            comm.Bcast(Rows(host))
+            if comm.Get_rank():
+                tensor.copy_(to_tensor(host).view(tensor.dtype).reshape(tensor.shape))
+
+
+def sum_gradients(module: torch.nn.Module, comm: Any) -> None:
+    """Add up the gradients of a module's weights over the ranks, in place, after `backward`.
+
+    Each rank's backward gives the part of its own tokens. They are added up in float32, or in float64 where the
+    weights are, by plain messages and in the order of the ranks: the bits are the same with every MPI library.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The same on every rank; weights that only some ranks have used have a gradient on all of them afterwards.
+    comm : mpi4py.MPI.Comm
+
+    Raises
+    ------
+    InputError
+        On every rank, where a gradient is sparse, or the ranks' modules have another number of weights.
+    """
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    sparse = any(weight.grad is not None and weight.grad.is_sparse for weight in weights)
+    refuse(comm, "a gradient is sparse: embeddings here take sparse=False" if sparse else None)
+    flags = comm.allgather(bytes(weight.grad is not None for weight in weights))
+    if len(set(map(len, flags))) > 1:
+        raise InputError(f"the ranks have {sorted(set(map(len, flags)))} weights that take gradients: not one module")
+    used = [weight for weight, *by_rank in zip(weights, *flags, strict=True) if any(by_rank)]
+    for weight in used:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    for bucket in buckets([weight.grad for weight in used]):
+        dtype = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+        total = torch.cat([gradient.detach().reshape(-1).to("cpu", dtype) for gradient in bucket]).numpy()
+        all_reduce(comm, total)
+        places = np.cumsum([0, *(gradient.numel() for gradient in bucket)])
+        for gradient, start in zip(bucket, places, strict=False):
+            part = torch.from_numpy(total[start : start + gradient.numel()])
+            gradient.copy_(part.reshape(gradient.shape))
+
+
+def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield gradients of one dtype together, in their order, as many as make up a bucket."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and (gradient.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) >= BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
