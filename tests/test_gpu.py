@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mpiattn import ALGORITHMS, RingAttention, arrays, kernels
-from mpiattn.arrays.softmax import accumulator, delta, merge
+from mpiattn.arrays.softmax import LSE, accumulator, delta, merge
 from mpiattn.commands import cli
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check, compare
@@ -80,7 +80,7 @@ def test_kernel(name: str, case: Case) -> None:
     given, right = problem(case)
     wide, results = accumulator(whole.dtype), {}
     q, k, v, d_out = (cupy.asarray(given[name]) for name in ("q", "k", "v", "out"))
-    out, lse = cupy.zeros(d_out.shape, wide), cupy.full(d_out.shape[:3], -math.inf, wide)
+    out, lse = cupy.zeros(d_out.shape, wide), cupy.full(d_out.shape[:3], -math.inf, LSE)
     for queries in whole.q_positions:
         near_out, near_lse = out[:, :, queries], lse[:, :, queries]  # copies
         for keys in whole.kv_positions:
@@ -113,9 +113,7 @@ def test_merge_and_delta_are_those_of_the_host(dtype: str) -> None:
     import cupy
 
     rng = np.random.default_rng(0)
-    states = [
-        (rng.standard_normal((2, 3, 50, 20)).astype(dtype), rng.standard_normal((2, 3, 50)).astype(dtype)) for _ in "ab"
-    ]
+    states = [(rng.standard_normal((2, 3, 50, 20)).astype(dtype), rng.standard_normal((2, 3, 50))) for _ in "ab"]
     states[0][1][:, :, 10:30] = states[1][1][:, :, 20:40] = -np.inf
     states[0][1][:, :, 45:] = 300
     there = [[cupy.asarray(array) for array in state] for state in states]
@@ -156,7 +154,7 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
     everything = np.arange(640)
     results = []
     for waits in (False, True):
-        out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, np.float32)
+        out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, LSE)
         kernel.begin(out, lse) if waits else None
         for keys in where:
             kernel.forward(q, k[:, :, keys], v[:, :, keys], everything, keys, out, lse)

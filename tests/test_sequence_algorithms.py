@@ -141,25 +141,25 @@ def test_formulas(comm: Any, group: int) -> None:
     n = comm.Get_size()
     kv_heads = 2 * n
     heads = group * kv_heads
-    row = heads * 12 * n * 4  # bytes of a row of lse or delta; a head of Q has 8 numbers for each
+    row = heads * 12 * n * 4  # bytes of a row of delta, half of one of lse; a head of Q has 8 numbers for each
     q = 8 * row
     assert received(comm, "allgather", heads, kv_heads) == (
         (n - 1, (n - 1) * 2 * q // group),
         (2 * (n - 1), (n - 1) * 4 * q // group),
     )
     passes = received(comm, "ulysses", heads, kv_heads)
-    for (messages, nbytes), rows in zip(passes, (1, 2), strict=True):
+    for (messages, nbytes), rows in zip(passes, (2, 3), strict=True):
         assert messages == 2 * (n - 1)
         assert nbytes * n == (n - 1) * (2 * q + 2 * q // group + rows * row)
     for ulysses, rows_, cols in hybrid.shapes(n):
         passes = received(comm, "hybrid", heads, kv_heads, ulysses=ulysses, rows=rows_, cols=cols)
-        exchange = [(ulysses - 1) * (2 * q + 2 * q // group + rows * row) // ulysses for rows in (1, 2)]
+        exchange = [(ulysses - 1) * (2 * q + 2 * q // group + rows * row) // ulysses for rows in (2, 3)]
         if cols == 1:
             inner = [(rows_ - 1) * 2 * q // group, (rows_ - 1) * 4 * q // group]
         else:
             inner = [
-                (cols - 1) * (2 * q + row) + (rows_ - 1) * 2 * q // group,
-                (cols - 1) * (3 * q + 2 * row) + (rows_ - 1) * 4 * q // group,
+                (cols - 1) * (2 * q + 2 * row) + (rows_ - 1) * 2 * q // group,
+                (cols - 1) * (3 * q + 3 * row) + (rows_ - 1) * 4 * q // group,
             ]
         assert [nbytes for _, nbytes in passes] == [a + b for a, b in zip(exchange, inner, strict=True)]
 
@@ -170,7 +170,7 @@ def test_fewer_kv_heads_than_ranks(comm: Any) -> None:
     n = comm.Get_size()
     (_, nbytes), _ = received(comm, "ulysses", 2 * n, 1)
     head = 12 * n * 8 * 4
-    assert nbytes == (n - 1) * (2 * head + 2 * head + 2 * (head + 12 * n * 4))
+    assert nbytes == (n - 1) * (2 * head + 2 * head + 2 * (head + 12 * n * 8))
 
 
 @pytest.mark.mpi(sizes=[6])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.softmax import delta, sink_gradient, with_sinks
+from ..arrays.softmax import LSE, delta, sink_gradient, with_sinks
 from ..errors import InputError
 from ..messages.reduction import all_reduce
 from ..problems import layout as layouts
@@ -82,7 +82,7 @@ class Attention(Prepared):
         -------
         out : dtype of q, (batch, heads, tokens, v_head_dim)
         saved : Saved
-            With `saved.lse`: (batch, heads, tokens), in the dtype of partial sums.
+            With `saved.lse`: float64, (batch, heads, tokens).
         """
         problem = self.agree_forward(q, k, v, **given)
         return self.finish(q, k, v, *self.attend(problem, q, k, v))
@@ -122,7 +122,7 @@ class Attention(Prepared):
         return total
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Return the complete out and lse of this rank's queries: out in the dtype of partial sums, lse so or wider.
+        """Return the complete out and lse of this rank's queries: out in the dtype of partial sums.
 
         The ranks have agreed on the problem, and planned for it.
         """
@@ -154,7 +154,7 @@ class Attention(Prepared):
             out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
         result = self.rounded(out)
         given = self.sinks, self.dropout, self.identity
-        return result, Saved(q, k, v, result, lse.astype(self.problem.wide), self.problem, *given)
+        return result, Saved(q, k, v, result, lse.astype(LSE), self.problem, *given)
 
     def rounded(self, total: Array) -> Array:
         """Return complete sums in the dtype of the problem, in memory that nothing else uses."""

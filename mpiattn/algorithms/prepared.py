@@ -38,7 +38,7 @@ class Saved:
     """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
 
     `out` and `lse` belong to the queries that `forward` was given; `lse` is the natural logarithm of the sum of
-    exponentials of each query's scores, its sink included, (batch, heads, tokens), -inf where there are none.
+    exponentials of each query's scores, its sink included, float64, (batch, heads, tokens), -inf where there are none.
     q, k, v are what this rank computed with: its tokens, or where heads are exchanged, its heads.
     """
 

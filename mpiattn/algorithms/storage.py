@@ -73,4 +73,4 @@ class Storage:
     def state(self, problem: Problem, q: Array) -> tuple[Array, Array]:
         """Return the (out, lse) of some queries that have attended to nothing."""
         out = self.xp.zeros((*q.shape[:3], problem.v_head_dim), problem.wide)
-        return out, self.xp.full(q.shape[:3], -math.inf, problem.wide if self.xp.__name__ == "cupy" else LSE)
+        return out, self.xp.full(q.shape[:3], -math.inf, LSE)

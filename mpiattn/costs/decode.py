@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..arrays import Spec
 from ..messages.parcel import nbytes
 from ..messages.reduction import even
 from ..problems.kv_cache import CacheProblem
@@ -14,8 +15,7 @@ from .traffic import Costs, allreduce, messages
 def costs(problem: CacheProblem, rank: int, combine: str = "allreduce") -> Costs:
     """All-reduces of lse, and of out and its weight; or (out, lse) from below in the tree, and from above."""
     if combine == "allreduce":
-        [(shape, wide), (rows, _)], [d_q] = problem.o(rank), problem.d_q(rank)
-        parts = (rows, wide), ((*rows, shape[3] + 1), wide), d_q
+        parts = problem.o(rank)[1], _weighted(problem, rank), *problem.d_q(rank)
         top, sums, d_q_sum = (allreduce(part, problem.ranks, rank) for part in parts)
         return Costs(top + sums, d_q_sum)
     steps = [2**level for level in range((problem.ranks - 1).bit_length())]
@@ -29,13 +29,20 @@ def memory(problem: CacheProblem, rank: int, combine: str = "allreduce") -> tupl
     o, d_q, d_kv = nbytes(problem.o(rank)), nbytes(problem.d_q(rank)), nbytes(problem.d_kv(rank))
     if combine == "tree":
         return Pass(2 * o), Pass(2 * d_q, d_kv)
-    (shape, wide), row = problem.o(rank)[1], nbytes(problem.o(rank)[1:])
+    lse, weights, count = nbytes(problem.o(rank)[1:]), _weighted(problem, rank), math.prod(problem.o(rank)[1][0])
+    sums, size = nbytes([weights]), int(problem.wide.itemsize)
 
     def arriving(nbytes: int) -> int:
-        size = int(wide.itemsize)
         return (problem.ranks - 1) * even(nbytes // size, problem.ranks)[rank] * size
 
+    # Of each row while they are normalised: the sum of its weights, two lse, and whether there is anything.
     return (
-        Pass(o, o + row, o + row + max(3 * row + math.prod(shape), arriving(o))),
+        Pass(o, sums + lse, sums + lse + max(count * size + 2 * lse + count, arriving(sums))),
         Pass(d_q, d_kv, d_kv + arriving(d_q)),
     )
+
+
+def _weighted(problem: CacheProblem, rank: int) -> Spec:
+    """Return what all-reduces add up: see `softmax.weighted`."""
+    (*rows, dim), wide = problem.o(rank)[0]
+    return (*rows, dim + 1), wide

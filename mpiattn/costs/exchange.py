@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ..arrays import Spec
 from ..messages.parcel import nbytes
 from ..problems.problem import Problem
-from .memory import Pass, largest, total
+from .memory import Pass, largest, running, total
 from .traffic import Costs, pieces
 
 
@@ -23,21 +21,12 @@ def costs(problem: Problem, rank: int, members: Sequence[int]) -> Costs:
     )
 
 
-def memory(
-    problem: Problem, rank: int, members: Sequence[int], inner: tuple[Pass, Pass], lse: np.dtype[np.floating]
-) -> tuple[Pass, Pass]:
-    """What is exchanged in a group, forth and back, and what is joined of it, beside what is done inside.
-
-    `lse` is the dtype of the lse that comes from inside.
-    """
+def memory(problem: Problem, rank: int, members: Sequence[int], inner: tuple[Pass, Pass]) -> tuple[Pass, Pass]:
+    """What is exchanged in a group, forth and back, and what is joined of it, beside what is done inside."""
     own, others, partial = _parts(problem, rank, members)
 
     def exchanged(spec: Callable[[Problem, int], list[Spec]]) -> int:
         return total([spec(part, rank) for part in others]) + total([spec(own, member) for member in members])
-
-    def out(member: int) -> list[list[Spec]]:
-        values, (rows, _) = own.o(member)
-        return [[values], [(rows, lse)]]
 
     forward, backward = inner
     return (
@@ -47,7 +36,7 @@ def memory(
             + forward.kept
             + nbytes(problem.o(rank))
             + exchanged(Problem.out),
-            inside=forward.sums + max(total(out(member)) for member in members),
+            inside=forward.sums + max(total(running(own, member)) for member in members),
         ),
         Pass(
             exchanged(Problem.d_out)

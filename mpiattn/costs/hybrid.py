@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..arrays.softmax import LSE
 from ..problems.problem import Problem
 from . import exchange, mesh, ring
 from .memory import Pass
@@ -27,7 +26,7 @@ def memory(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) 
     inner = Pass(), Pass()
     if chunks.heads:
         inner = ring.memory(chunks, number) if cols == 1 else mesh.memory(chunks, number, rows, cols)
-    return exchange.memory(problem, rank, _group(rank, ulysses), inner, LSE if cols == 1 else problem.wide)
+    return exchange.memory(problem, rank, _group(rank, ulysses), inner)
 
 
 def _group(rank: int, ulysses: int) -> range:

@@ -3,7 +3,7 @@
 It counts the bytes of all arrays but those that the caller gives (q, k, v, d_out): messages' buffers, sums,
 temporaries, and the results. Buffers are kept until the problem changes, so backward comes on top of what the
 forward before it has left. What isn't counted: the tiles of the kernel, positions, and what the MPI library holds.
-This is so on CPUs; on GPUs there is a buffer more where kernels are queued, and lse needs half.
+This is so on CPUs; on GPUs there is a buffer more where kernels are queued.
 
 With n ranks, equal lengths, one dtype, float32, and g query heads per K/V head, in units of a rank's Q (and without
 the rows of lse and delta):
@@ -35,7 +35,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..arrays import Spec
-from ..arrays.softmax import LSE
 from ..messages.parcel import nbytes
 from ..problems.problem import Problem
 
@@ -87,8 +86,7 @@ def arriving(problem: Problem, parcels: Sequence[list[Spec]]) -> int:
 
 def running(problem: Problem, owner: int) -> list[list[Spec]]:
     """Return the running out and lse of one rank's queries, two arrays."""
-    out, (rows, _) = problem.o(owner)
-    return [[out], [(rows, LSE)]]
+    return [[spec] for spec in problem.o(owner)]
 
 
 def around(owners: Sequence[int], place: int) -> list[int]:

@@ -23,7 +23,7 @@ def peak(name: str, problem: Problem, rank: int, **arguments: int | str) -> Peak
         heads, kv_heads = problem.spread_heads[rank]
         problem = replace(problem, heads=heads, kv_heads=kv_heads)
     forward, backward = PASSES[name](problem, rank, **arguments)
-    saved, row_delta = nbytes(problem.out(rank)), nbytes(problem.out(rank)[:1])
+    saved, row_delta = nbytes(problem.out(rank)), nbytes(problem.d_out(rank)[1:2])
     gradients = nbytes(problem.qkv(rank))
     return Peak(
         forward.kept + max(forward.inside, forward.sums + saved),

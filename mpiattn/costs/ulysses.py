@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..arrays.softmax import LSE
 from ..problems.problem import Problem
 from . import exchange
 from .memory import Pass, running, total
@@ -20,4 +19,4 @@ def memory(problem: Problem, rank: int) -> tuple[Pass, Pass]:
     *_, part = problem.by_heads(problem.ranks)[rank]
     states = sum(total(running(part, member)) for member in members)
     gradients = total([part.d_q(member) + part.d_kv(member) for member in members])
-    return exchange.memory(problem, rank, members, (Pass(0, states), Pass(0, gradients)), LSE)
+    return exchange.memory(problem, rank, members, (Pass(0, states), Pass(0, gradients)))

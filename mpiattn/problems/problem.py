@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import DTYPES, Spec
-from ..arrays.softmax import accumulator
+from ..arrays.softmax import LSE, accumulator
 from . import layout
 from .mask import Mask, Positions
 from .pairs import counts
@@ -66,7 +66,7 @@ class Problem:
     q_tokens, kv_tokens : int
         Lengths of the whole sequences.
     dtype : numpy dtype
-        Of Q, K, V as stored and sent; partial sums are `accumulator(dtype)`.
+        Of Q, K, V as stored and sent; partial sums are `accumulator(dtype)`, lse is `LSE`.
     layout : str
     mask : Mask
     spread_heads : tuple of (int, int)
@@ -158,7 +158,7 @@ class Problem:
             parts.append((heads, kv_heads, part))
         return parts
 
-    # What travels. The widest dtype comes first in each list.
+    # What travels. The widest dtype comes first in each list, but for (out, lse): up to 4 bytes lie between these.
 
     @_kept
     def q(self, rank: int) -> list[Spec]:
@@ -173,12 +173,12 @@ class Problem:
     @_kept
     def o(self, rank: int) -> list[Spec]:
         """Partial out, lse of one rank's queries."""
-        return [self._query(rank, self.v_head_dim, self.wide), self._row(rank)]
+        return [self._query(rank, self.v_head_dim, self.wide), self._row(rank, LSE)]
 
     @_kept
     def q_backward(self, rank: int) -> list[Spec]:
         """lse, delta, Q, dO of one rank."""
-        return [self._row(rank), self._row(rank), *self.q(rank), self._query(rank, self.v_head_dim, self.dtype)]
+        return [*self._rows(rank), *self.q(rank), self._query(rank, self.v_head_dim, self.dtype)]
 
     @_kept
     def d_q(self, rank: int) -> list[Spec]:
@@ -204,11 +204,11 @@ class Problem:
 
     def out(self, rank: int) -> list[Spec]:
         """Complete lse, out of one rank's queries."""
-        return [self._row(rank), self._query(rank, self.v_head_dim, self.dtype)]
+        return [self._row(rank, LSE), self._query(rank, self.v_head_dim, self.dtype)]
 
     def d_out(self, rank: int) -> list[Spec]:
         """lse, delta, dO of one rank."""
-        return [self._row(rank), self._row(rank), self._query(rank, self.v_head_dim, self.dtype)]
+        return [*self._rows(rank), self._query(rank, self.v_head_dim, self.dtype)]
 
     def d_qkv(self, rank: int, partial: bool) -> list[Spec]:
         """dK, dV of one rank's keys, complete or partial sums, and complete dQ of its queries."""
@@ -220,5 +220,9 @@ class Problem:
     def _key(self, rank: int, dim: int, dtype: np.dtype[Any]) -> Spec:
         return (self.batch, self.kv_heads, len(self.kv_positions[rank]), dim), dtype
 
-    def _row(self, rank: int) -> Spec:
-        return (self.batch, self.heads, len(self.q_positions[rank])), self.wide
+    def _row(self, rank: int, dtype: np.dtype[Any]) -> Spec:
+        return (self.batch, self.heads, len(self.q_positions[rank])), dtype
+
+    def _rows(self, rank: int) -> list[Spec]:
+        """lse, delta."""
+        return [self._row(rank, LSE), self._row(rank, self.wide)]

@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..arrays.softmax import LSE
+
 
 class Op(str, enum.Enum):
     """What travels in one hop; a backward Q brings dO, delta and LSE."""
@@ -76,10 +78,10 @@ def relative(
 ) -> HopTimes:
     """Hops by their bytes, in chunks of Q. With `head_dim`, rows of LSE and delta count too."""
     kv, partial = 2 * kv_heads / heads, partial_itemsize / itemsize
-    row = partial / head_dim if head_dim else 0.0
+    delta, lse = (size / itemsize / head_dim if head_dim else 0.0 for size in (partial_itemsize, LSE.itemsize))
     if backward:
-        return HopTimes(q=2 + 2 * row, kv=kv, dq=partial, dkv=kv * partial, block=block)
-    return HopTimes(q=1.0, kv=kv, o=partial + row, block=block)
+        return HopTimes(q=2 + delta + lse, kv=kv, dq=partial, dkv=kv * partial, block=block)
+    return HopTimes(q=1.0, kv=kv, o=partial + lse, block=block)
 
 
 def makespan(steps: Sequence[Step], costs: HopTimes) -> float:

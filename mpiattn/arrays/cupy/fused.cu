@@ -1,5 +1,5 @@
 // The passes over memory of the kernels on GPUs, each fused into one kernel. Half-precision types are read and
-// written in place; sums are kept in A, which is float or double.
+// written in place; sums are kept in A, which is float or double, and each lse in double.
 //
 // A row is the head_dim numbers of one token of one head. Arrays of rows, (batch, heads, tokens, dim), and of
 // one number a row, (batch, heads, tokens), come with the strides of their first three axes, in elements.
@@ -20,8 +20,6 @@ __device__ inline float power2(float x) { return exp2f(x); }
 __device__ inline double power2(double x) { return exp2(x); }
 __device__ inline float natural_log(float x) { return logf(x); }
 __device__ inline double natural_log(double x) { return log(x); }
-__device__ inline float log_of_1_plus(float x) { return log1pf(x); }
-__device__ inline double log_of_1_plus(double x) { return log1p(x); }
 
 template <typename A> struct Number;
 template <> struct Number<float> { static __device__ float infinity() { return __int_as_float(0x7f800000); } };
@@ -61,20 +59,20 @@ template <typename A> __device__ A sum_of_warp(A x)
 
 // softmax.merge: (out, lse) and a partial result of the same queries, in place.
 template <typename A, typename T, int V>
-__global__ void merge(A* out, STRIDES(so), A* lse, STRIDES(sl), const T* part, STRIDES(sp), const A* part_lse, STRIDES(sq),
-                      Index rows, Index heads, Index tokens, Index dim)
+__global__ void merge(A* out, STRIDES(so), double* lse, STRIDES(sl), const T* part, STRIDES(sp), const double* part_lse,
+                      STRIDES(sq), Index rows, Index heads, Index tokens, Index dim)
 {
     FOR_EACH_ROW
-    A* total = lse + AT(sl);
-    const A before = *total, here = part_lse[AT(sq)];
+    double* total = lse + AT(sl);
+    const double before = *total, here = part_lse[AT(sq)], none = -Number<double>::infinity();
     __syncwarp();
-    if (here == -Number<A>::infinity()) return;
-    const bool first = before == -Number<A>::infinity();
-    const A odds = first ? (A)0 : power2((before - here) * (A)LOG2E);  // old weight over new; may be infinite
+    if (here == none) return;
+    const bool first = before == none;
+    const A odds = first ? (A)0 : power2((A)((before - here) * LOG2E));  // old weight over new; may be infinite
     const A keep = 1 / (1 + 1 / odds), add = 1 / (1 + odds);
     if (lane == 0) {
-        const A high = before > here ? before : here, low = before > here ? here : before;
-        *total = first ? here : high + log_of_1_plus(power2((low - high) * (A)LOG2E));
+        const double high = before > here ? before : here, low = before > here ? here : before;
+        *total = first ? here : high + log1p(exp(low - high));
     }
     A* to = out + AT(so);
     const T* from = part + AT(sp);
@@ -133,24 +131,25 @@ __global__ void sum_parts(R* result, const A* sum, const S* arrived, Index rows,
     }
 }
 
-// softmax.merge of all that there is. The result may be the sum, its lse may not.
+// softmax.merge of all that there is. The result may be the sum, its lse may not. The lse of shares are cuDNN's floats.
 template <typename A, typename T, int V, typename S, typename R>
-__global__ void merge_parts(R* result, const A* sum, const S* arrived, A* lse, const A* lse_of_sum, const A* lse_arrived,
-                            Index rows, Index heads, Index tokens, Index dim, PARTS, const A* lse0, const A* lse1,
-                            const A* lse2, const A* lse3)
+__global__ void merge_parts(R* result, const A* sum, const S* arrived, double* lse, const double* lse_of_sum,
+                            const double* lse_arrived, Index rows, Index heads, Index tokens, Index dim, PARTS,
+                            const float* lse0, const float* lse1, const float* lse2, const float* lse3)
 {
-    const A* lses[] = {lse0, lse1, lse2, lse3};
-    const A none = -Number<A>::infinity();
+    const float* lses[] = {lse0, lse1, lse2, lse3};
+    const double none = -Number<double>::infinity();
     FOR_EACH_PACK {
         ROWS_OF_PARTS
-        A weights[6] = {sum ? lse_of_sum[row] : none, arrived ? lse_arrived[row] : none}, top = none, total = 0;
+        double tops[6] = {sum ? lse_of_sum[row] : none, arrived ? lse_arrived[row] : none}, top = none;
+        A weights[6], total = 0;
         #pragma unroll
-        for (int i = 0; i < 4; ++i) weights[2 + i] = places[i] >= 0 ? lses[i][places[i]] : none;
+        for (int i = 0; i < 4; ++i) tops[2 + i] = places[i] >= 0 ? (double)lses[i][places[i]] : none;
         #pragma unroll
-        for (int i = 0; i < 6; ++i) top = !(weights[i] <= top) ? weights[i] : top; // not a number: stays so
+        for (int i = 0; i < 6; ++i) top = !(tops[i] <= top) ? tops[i] : top; // not a number: stays so
         #pragma unroll
         for (int i = 0; i < 6; ++i) {
-            weights[i] = top == none ? (A)0 : power2((weights[i] - top) * (A)LOG2E);
+            weights[i] = top == none ? (A)0 : power2((A)((tops[i] - top) * LOG2E));
             total += weights[i];
         }
         const A factor = total == 0 ? (A)0 : 1 / total;
@@ -220,9 +219,9 @@ __global__ void delta(A* result, STRIDES(sr), const T* d_out, STRIDES(sd), const
     if (lane == 0) result[AT(sr)] = sum;
 }
 
-// The shortest rows whose product with d_out has the given sums: delta * d_out / |d_out|^2. And a copy of lse.
+// The shortest rows whose product with d_out has the given sums: delta * d_out / |d_out|^2. And lse as cuDNN takes it.
 template <typename A, typename T, int V>
-__global__ void stand_in(T* out, STRIDES(so), A* near_lse, STRIDES(sn), const T* d_out, STRIDES(sd), const A* lse,
+__global__ void stand_in(T* out, STRIDES(so), float* near_lse, STRIDES(sn), const T* d_out, STRIDES(sd), const double* lse,
                          STRIDES(sl), const A* delta, STRIDES(se), Index rows, Index heads, Index tokens, Index dim)
 {
     FOR_EACH_ROW
@@ -235,7 +234,7 @@ __global__ void stand_in(T* out, STRIDES(so), A* near_lse, STRIDES(sn), const T*
     }
     sum = sum_of_warp(sum);
     const A factor = sum > 0 ? delta[AT(se)] / sum : (A)0;
-    if (lane == 0) near_lse[AT(sn)] = lse[AT(sl)];
+    if (lane == 0) near_lse[AT(sn)] = (float)lse[AT(sl)];
     for (Index d = lane * V; d < dim; d += 32 * V) {
         const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
         Pack<T, V> y;
@@ -279,7 +278,7 @@ __device__ unsigned philox(Index key_position, Index query_position, Index head,
 // query i % queries; it sees the tile's keys start - offset .. stop - offset. Scores and weights may be one array.
 // With a softcap, which is 0 where there is none, scores are softcap * tanh(scale * score / softcap).
 template <typename A, typename T>
-__global__ void softmax(const A* score, T* weight, A* lse, const int* start, const int* stop, Index offset,
+__global__ void softmax(const A* score, T* weight, double* lse, const int* start, const int* stop, Index offset,
                         Index queries, Index keys, double natural_scale, double natural_cap, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
@@ -301,13 +300,13 @@ __global__ void softmax(const A* score, T* weight, A* lse, const int* start, con
         const bool used = key >= first && key < last && KEPT(key);
         weight[row * keys + key] = narrow<T>(used ? power2(logit(key) - state.top) * factor : (A)0);
     }
-    if (threadIdx.x == 0) lse[row] = natural_log(state.sum) + state.top / (A)LOG2E;
+    if (threadIdx.x == 0) lse[row] = log((double)state.sum) + state.top / LOG2E;
 }
 
 // Weights from scores and the final lse, and the gradient of the scaled scores from that of the weights. Scores and
 // weights, and the two gradients, may be one array.
 template <typename A, typename T>
-__global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const A* lse, const A* delta,
+__global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const double* lse, const A* delta,
                                  const int* start, const int* stop, Index offset, Index queries, Index keys,
                                  double natural_scale, double natural_cap, DROPOUT)
 {

@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ...arrays import Array
-from ...arrays.softmax import accumulator, delta
+from ...arrays.softmax import LSE, accumulator, delta
 from ...kernels.numpy.kernel import NumpyKernel
 from ...kernels.numpy.tiles import plan
 from ...problems.mask import Mask
@@ -24,7 +24,7 @@ def runs(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> Iterator[Cal
     """Yield the kernel's forward and backward, each with accumulators of its own, set back at every run."""
     numpy_kernel, dtype = NumpyKernel(mask), accumulator(q.dtype)
     positions = np.arange(q.shape[2])
-    out, lse = np.empty(d_out.shape, dtype), np.empty(q.shape[:3], dtype)
+    out, lse = np.empty(d_out.shape, dtype), np.empty(q.shape[:3], LSE)
     d_q, d_k, d_v = np.empty(q.shape, dtype), np.empty(k.shape, dtype), np.empty(v.shape, dtype)
 
     def forward() -> None:
@@ -140,7 +140,7 @@ def peak_bytes(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> list[i
     positions, dtype = np.arange(q.shape[2]), accumulator(q.dtype)
     peaks = []
     tracemalloc.start()
-    out, lse = np.zeros(d_out.shape, dtype), np.full(q.shape[:3], -np.inf, dtype)
+    out, lse = np.zeros(d_out.shape, dtype), np.full(q.shape[:3], -np.inf, LSE)
     NumpyKernel(mask).forward(q, k, v, positions, positions, out, lse)
     peaks.append(tracemalloc.get_traced_memory()[1])
     row_delta = delta(d_out, out)

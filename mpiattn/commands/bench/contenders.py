@@ -13,7 +13,7 @@ import numpy as np
 
 from ... import arrays
 from ...algorithms import ALGORITHMS, Attention
-from ...arrays.softmax import accumulator
+from ...arrays.softmax import LSE, accumulator
 from ...messages.message import Communicator
 from ...problems.mask import Full, Mask
 from ...problems.pairs import pairs
@@ -120,10 +120,10 @@ def one_call(setting: Setting) -> Contender:
         kernel: Any = attention.kernel
     wide, xp = accumulator(setting.dtype), setting.xp
     where = np.arange(tokens), np.arange(tokens)
-    out, lse = xp.zeros(q.shape, wide), xp.full(q.shape[:3], -math.inf, wide)
+    out, lse = xp.zeros(q.shape, wide), xp.full(q.shape[:3], -math.inf, LSE)
     row_delta = xp.zeros(q.shape[:3], wide)
     totals = [xp.zeros(array.shape, wide) for array in (q, k, v)]
-    final = xp.full(q.shape[:3], math.log(tokens), wide)
+    final = xp.full(q.shape[:3], math.log(tokens), LSE)
 
     def forward() -> None:
         kernel.forward(q, k, v, *where, out, lse)

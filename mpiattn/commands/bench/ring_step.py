@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.softmax import LSE
 from ...kernels.numpy.kernel import NumpyKernel
 from ...messages.message import Communicator, Tag, Testall, Waitall
 from ...messages.parcel import Parcel
@@ -46,7 +47,7 @@ class RingStep:
 
     def compute(self, progress: Any = None) -> None:
         """Attend to a block."""
-        out, lse = np.zeros_like(self.q), np.full(self.q.shape[:3], -np.inf, np.float32)
+        out, lse = np.zeros_like(self.q), np.full(self.q.shape[:3], -np.inf, LSE)
         k, v = self.near.arrays
         self.kernel.forward(self.q, k, v, self.queries, self.keys, out, lse, progress)
 

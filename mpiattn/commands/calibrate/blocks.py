@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import kernels
 from ...arrays import cast
-from ...arrays.softmax import accumulator
+from ...arrays.softmax import LSE, accumulator
 from ...machines.machine import operations
 from ...messages.message import Communicator
 from ...problems.mask import Full
@@ -37,7 +37,7 @@ def rates(
     where, wide = np.arange(tokens), accumulator(dtype)
     problem = Problem(1, 1, heads, heads, head_dim, head_dim, tokens, tokens, dtype, "contiguous", Full())
     block = kernels.choose(xp.__name__, problem, Full(), None, name)
-    out, lse = xp.zeros(shape, wide), xp.full(shape[:3], -np.inf, wide)
+    out, lse = xp.zeros(shape, wide), xp.full(shape[:3], -np.inf, LSE)
     d_q, d_k, d_v = (xp.zeros(shape, wide) for _ in "qkv")
 
     def forward() -> None:
@@ -52,7 +52,7 @@ def rates(
         block.backward(q, k, v, d_out, final, row_delta, where, where, d_q, d_k, d_v)
 
     seconds = median(comm, rounds, forward, xp)
-    row_delta, final = xp.zeros(shape[:3], wide), lse if xp is np else xp.full(shape[:3], np.log(tokens), wide)
+    row_delta, final = xp.zeros(shape[:3], wide), lse if xp is np else xp.full(shape[:3], np.log(tokens), LSE)
     seconds_backward = median(comm, rounds, backward, xp)
     queueing = 0.0
     if xp is not np:

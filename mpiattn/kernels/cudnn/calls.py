@@ -9,6 +9,7 @@ from typing import Any
 import cupy
 
 from mpiattn.arrays.cupy.passes import Place, RowPass
+from mpiattn.arrays.softmax import LSE
 
 from ..cupy.kernel import CupyKernel
 from .pieces import Piece
@@ -35,15 +36,16 @@ class Calls:
             return None
         q, _, v, out, lse = views
         rows, dtype, first = q.shape[:3], q.dtype, piece.queries.start
-        shape, wide, offsets = (*rows, v.shape[3]), lse.dtype, _offsets(views, arrays)
-        new = Place.packed(shape, dtype), Place.packed(rows, wide)
-        merge = RowPass("merge", wide, dtype, Place.of(out), Place.of(lse), *new)
+        shape, offsets = (*rows, v.shape[3]), _offsets(views, arrays)
+        new = Place.packed(shape, dtype), Place.packed(rows, lse.dtype)
+        merge = RowPass("merge", out.dtype, dtype, Place.of(out), Place.of(lse), *new)
 
         def call(*arrays: Array) -> None:
             q, k, v, out, lse = (array.data.ptr + offset for array, offset in zip(arrays, offsets, strict=True))
-            part, part_lse = cupy.empty(shape, dtype), cupy.empty(rows, wide)
+            part, part_lse = cupy.empty(shape, dtype), cupy.empty(rows, cupy.float32)
             plan(self.scratch, q, k, v, part.data.ptr, part_lse.data.ptr)
             if not self.sums.wait(arrays[3], part, first, part_lse):
+                part_lse = part_lse.astype(LSE)
                 merge(out, lse, part.data.ptr, part_lse.data.ptr)
 
         return call
@@ -53,18 +55,18 @@ class Calls:
         views = _part(piece, arrays)
         q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
         rows, dtype = q.shape[:3], q.dtype
-        near = Place.packed(d_out.shape, dtype), Place.packed(rows, lse.dtype)
+        near = Place.packed(d_out.shape, dtype), Place.packed(rows, cupy.float32)
         plan = self._plan(piece, q, *map(Place.of, (q, k, v, d_out)), Place.of(known[0]) if known else near[0])
         if plan is None:
             return None
         shapes = [array.shape for array in (q, k, v)]
-        stand_in = RowPass("stand_in", lse.dtype, dtype, *near, *map(Place.of, (d_out, lse, delta)))
+        stand_in = RowPass("stand_in", delta.dtype, dtype, *near, *map(Place.of, (d_out, lse, delta)))
         adds = [
-            RowPass("accumulate", lse.dtype, dtype, Place.of(total), Place.packed(shape, dtype))
+            RowPass("accumulate", delta.dtype, dtype, Place.of(total), Place.packed(shape, dtype))
             for total, shape in zip((d_q, d_k, d_v), shapes, strict=True)
         ]
         sizes = [math.prod(place.shape) * place.itemsize for place in near]
-        offsets, lse_packed = _offsets(views, arrays), lse.flags.c_contiguous
+        offsets = _offsets(views, arrays)
         firsts = piece.queries.start, piece.keys.start, piece.keys.start
 
         def call(*arrays: Array) -> None:
@@ -72,7 +74,7 @@ class Calls:
             (q, k, v, d_out, lse, delta), totals = pointers[:6], pointers[6:9]
             shares = [cupy.empty(shape, dtype) for shape in shapes]
             if len(pointers) > 9:
-                out, near_lse = pointers[9], lse if lse_packed else self.scratch.copied(arrays[4][:, :, piece.queries])
+                out, near_lse = pointers[9], self.scratch.rounded(arrays[4][:, :, piece.queries])
             else:
                 out, near_lse = self.scratch.buffers(sizes)
                 stand_in(out, near_lse, d_out, lse, delta)

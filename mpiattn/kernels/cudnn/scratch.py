@@ -17,9 +17,9 @@ class Scratch:
     def __init__(self) -> None:
         self.work: dict[str, Array] = {}
 
-    def copied(self, rows: Array) -> int:
-        """Return a pointer to a copy without gaps."""
-        self.work["lse"] = cupy.ascontiguousarray(rows)
+    def rounded(self, rows: Array) -> int:
+        """Return a pointer to a copy of lse in float32, without gaps."""
+        self.work["lse"] = rows.astype(cupy.float32, order="C")
         return int(self.work["lse"].data.ptr)
 
     def buffers(self, sizes: Sequence[int], name: str = "") -> list[int]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mpiattn.arrays.cupy.passes import THREADS, compiled
 from mpiattn.arrays.cupy.rows import merge
+from mpiattn.arrays.softmax import accumulator
 from mpiattn.problems.dropout import Dropout
 from mpiattn.problems.mask import Mask, Positions
 
@@ -60,7 +61,7 @@ class CupyKernel(Sums):
         """Merge the attention of q to this block's keys into (out, lse), in place: see `NumpyKernel.forward`."""
         group = q.shape[1] // k.shape[1]
         bounds = self.bounds(q_positions, k_positions)
-        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+        for tile in tiles(bounds, k.shape[1], group, accumulator(q.dtype).itemsize):
             heads = slice(tile.heads.start * group, tile.heads.stop * group)
             for b in range(q.shape[0]):
                 query = _stacked(q[b, heads, tile.queries], group)
@@ -93,7 +94,7 @@ class CupyKernel(Sums):
         """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
         group = q.shape[1] // k.shape[1]
         bounds, scale = self.bounds(q_positions, k_positions), self._scale(q)
-        for tile in tiles(bounds, k.shape[1], group, lse.itemsize):
+        for tile in tiles(bounds, k.shape[1], group, accumulator(q.dtype).itemsize):
             heads = slice(tile.heads.start * group, tile.heads.stop * group)
             for b in range(q.shape[0]):
                 query, gradient = (_stacked(array[b, heads, tile.queries], group) for array in (q, d_out))
