@@ -1,7 +1,8 @@
 """The oracle: textbook attention in float64 with every score written out, forward and backward.
 
-It shares no code with the kernels or the algorithms, so that agreement means something, but for the mask and for
-which probabilities dropout keeps. Queries are taken in slabs only to bound memory.
+It shares no code with the kernels or the algorithms, so that agreement means something: which keys a query sees is
+worked out anew (`visible`), and so is which probabilities dropout keeps (`dropped`). Queries are taken in slabs only
+to bound memory.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problems.dropout import Dropout
-from ..problems.mask import Mask, Positions, allowed
+from .dropped import kept
+from .visible import Visible, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..problems.dropout import Dropout
+    from ..problems.mask import Mask, Positions
 
 Array = NDArray[Any]
 SLAB = 512
@@ -43,7 +47,7 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    mask: Mask,
+    mask: Mask | Visible,
     scale: float | None = None,
     queries: Positions | None = None,
     **features: Unpack[Features],
@@ -54,7 +58,8 @@ def attention(
     ----------
     q, k, v : (batch, heads, tokens, head_dim)
         The whole sequences, any float dtype; K and V may have fewer heads.
-    mask : Mask
+    mask : Mask, or bool, (query tokens, key tokens)
+        An array says which keys each query sees.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) by default.
     queries : int64, optional
@@ -81,7 +86,7 @@ def gradients(
     k: Array,
     v: Array,
     d_out: Array,
-    mask: Mask,
+    mask: Mask | Visible,
     scale: float | None = None,
     queries: Positions | None = None,
     **features: Unpack[Features],
@@ -113,7 +118,7 @@ def sink_gradient(
     k: Array,
     v: Array,
     d_out: Array,
-    mask: Mask,
+    mask: Mask | Visible,
     scale: float | None = None,
     queries: Positions | None = None,
     **features: Unpack[Features],
@@ -156,7 +161,7 @@ class Slab(NamedTuple):
 
 
 def _slabs(
-    q: Array, k: Array, mask: Mask, scale: float | None, queries: Positions, softcap: float | None = None,
+    q: Array, k: Array, mask: Mask | Visible, scale: float | None, queries: Positions, softcap: float | None = None,
     dropout: Dropout | None = None, sinks: Array | None = None,
 ) -> Iterator[Slab]:  # fmt: skip
     """Yield the probabilities of each head and slab of queries."""
@@ -164,7 +169,7 @@ def _slabs(
     keys = np.arange(k.shape[2])
     for start in range(0, len(queries), SLAB):
         part = slice(start, start + SLAB)
-        visible = allowed(mask, queries[part], keys)
+        seen = visible(mask, queries[part], keys)
         for b, h in np.ndindex(*q.shape[:2]):
             kv = b, h * k.shape[1] // q.shape[1]
             scores = q[b, h, queries[part]].astype(np.float64) @ k[kv].astype(np.float64).T * factor
@@ -172,16 +177,16 @@ def _slabs(
             if softcap is not None:
                 slope = 1 / np.cosh(np.clip(scores / softcap, -300, 300)) ** 2
                 scores = softcap * np.tanh(scores / softcap)
-            scores[~visible] = -np.inf
+            scores[~seen] = -np.inf
             sink = np.full((len(scores), 1), -np.inf if sinks is None else float(sinks[h]))
             scores = np.concatenate([scores, sink], axis=1)
             top = scores.max(axis=1)
             weights = np.exp(scores - np.where(np.isneginf(top), 0, top)[:, None])
             total = weights.sum(axis=1)
             probabilities = weights / np.where(total == 0, 1, total)[:, None]
-            kept: Array | float = 1.0
+            factors: Array | float = 1.0
             if dropout is not None:
-                kept = dropout.kept(b, h, queries[part], keys) / (1 - dropout.rate)
+                factors = kept(dropout.rate, dropout.seed, b, h, queries[part], keys) / (1 - dropout.rate)
             with np.errstate(divide="ignore"):
                 lse = np.log(total) + np.where(np.isneginf(top), 0, top)
-            yield Slab((b, h, part), kv, probabilities[:, :-1], probabilities[:, -1], kept, slope, lse)
+            yield Slab((b, h, part), kv, probabilities[:, :-1], probabilities[:, -1], factors, slope, lse)
