@@ -22,10 +22,13 @@ from mpiattn.arrays import FLOATS
 from mpiattn.commands.conformance import add_arguments, find, reproducer
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
+from mpiattn.conformance.user_masks import MASKS as USER_MASKS
 from mpiattn.problems.layout import LAYOUTS
 
 ROUND = 50  # cases from one seed; the next round takes the next seed
 SECONDS = 120  # after which a case is taken to hang
+SCALES = [0.0, 1e-3, 0.7, -1.0]
+BEYOND = [2**31, 2**63 - 1, 2**63, 10**30]  # tokens of a window: they overflow where a sum of bounds does
 
 
 @st.composite
@@ -42,16 +45,19 @@ def cases(draw: st.DrawFn, decodes: bool) -> Case:
         "head_dim": draw(st.integers(1, 20)),
         "v_head_dim": draw(st.integers(1, 20)),
         "dtype": draw(st.sampled_from([dtype.name for dtype in FLOATS])),
-        "scale": draw(st.none() | st.sampled_from([0.0, 1e-3, 0.7, -1.0])),
+        "scale": draw(st.none() | st.sampled_from(SCALES)),
         "softcap": draw(st.none() | st.floats(0.1, 100)),
         "partials": draw(st.sampled_from(["wide", "narrow"])),
         "dropout": draw(st.just(0.0) | st.floats(0.01, 0.95)),
         "sinks": draw(st.booleans()),
+        "scalars": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32)),
     }
     if values["dtype"] == "float64" and values["scale"] is None and values["head_dim"] > 1:
         values["peak"] = draw(st.sampled_from([0, 0, 1e2, 1e3]))
-    parts = [f"window={draw(st.integers(0, 90))},{draw(st.integers(0, 90))}", "causal", "full"]
+    reach = st.integers(0, 90) | st.integers(0, 90) | st.sampled_from(BEYOND)
+    parts = [f"window={draw(reach)},{draw(reach)}", "causal", "full"]
+    parts.append(f"{draw(st.sampled_from(list(USER_MASKS)))}={draw(st.integers(1, 70))}")
     if draw(st.booleans()):
         ends = sorted(draw(st.lists(st.integers(0, tokens), max_size=6)))
         lengths = [b - a for a, b in zip([0, *ends], [*ends, tokens], strict=True)]

@@ -156,6 +156,7 @@ def load(args: argparse.Namespace) -> Inputs:
         else:
             arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
     q, k, v = (arrays[name].astype(dtype) for name in "qkv")
+    args.mask.check(q.shape[2], k.shape[2])
     if "d_out" not in arrays:
         arrays["d_out"] = rng.standard_normal((*q.shape[:3], v.shape[3]), dtype=np.float32)
     return Inputs(name, q, k, v, arrays["d_out"].astype(dtype))

@@ -14,8 +14,9 @@ from .. import arrays
 from ..arrays import Array
 from ..problems.dropout import Dropout
 from ..problems.layout import LAYOUTS
-from ..problems.mask import parse
+from ..problems.scalars import whole
 from . import oracle
+from .user_masks import parse
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Case:
     partials: str = "wide"
     dropout: float = 0
     sinks: bool = False
+    scalars: bool = False
+    """Whether numbers are given as NumPy's."""
     seed: int = 0
 
     def __str__(self) -> str:
@@ -65,12 +68,21 @@ class Case:
         unusual = {
             name: getattr(self, name) for name in ("softcap", "partials") if getattr(self, name) != getattr(Case, name)
         }
-        return {**options, **unusual}
+        return self._given({**options, **unusual})
 
     @property
     def given(self) -> dict[str, Any]:
         """What `forward` is given beside q, k, v and sinks."""
-        return {"dropout": Dropout(self.dropout, self.seed)} if self.dropout else {}
+        numbers = self._given({"rate": self.dropout, "seed": self.seed})
+        return {"dropout": Dropout(**numbers)} if self.dropout else {}
+
+    def _given(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments as the case gives them: numbers as NumPy's where it says so, which are the same numbers."""
+        if not self.scalars:
+            return values
+        numbers = {name: np.int64(value) for name, value in values.items() if whole(value) is not None}
+        floats = {name: np.array(value) for name, value in values.items() if isinstance(value, float)}
+        return {**values, **numbers, **floats}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -90,6 +102,8 @@ class Case:
 
 
 MASKS = ("full", "causal", "window=5", "window=9,3", "documents=20,0,3,14+causal", "documents=9,28+window=6,2")
+OTHERS = ("prefix=11", "documents=20,0,3,14+chunks=8", "ahead=6+window=99999999999999999999,4")
+"""Masks of a user's own, and one that reaches beyond int64."""
 
 SHAPES: tuple[dict[str, Any], ...] = (
     {"tokens": 64},  # even
@@ -118,6 +132,7 @@ def fast() -> list[Case]:
     return [
         *(Case(layout=next(layouts), mask=mask) for mask in MASKS),
         *(Case(layout=next(layouts), mask=MASKS[number % 3], **shape) for number, shape in enumerate(SHAPES)),
+        *(Case(layout=next(layouts), mask=mask, dropout=0.2, scale=0.5, scalars=True) for mask in OTHERS),
         Case(layout="contiguous", mask="full", kv_tokens=50),
         Case(layout="striped", mask="full", kv_tokens=3, dtype="float32"),
         # Messages too large for the buffers of an MPI library: they wait for the receiver.
@@ -127,7 +142,7 @@ def fast() -> list[Case]:
 
 def matrix() -> list[Case]:
     """Return the whole matrix: layouts x masks, and each shape on them that fits."""
-    plain = [Case(layout=layout, mask=mask) for layout, mask in itertools.product(LAYOUTS, MASKS)]
+    plain = [Case(layout=layout, mask=mask) for layout, mask in itertools.product(LAYOUTS, MASKS + OTHERS)]
     shaped = [
         Case(layout=layout, mask=mask, **shape) for layout, mask, shape in itertools.product(LAYOUTS, MASKS[:4], SHAPES)
     ]
@@ -148,6 +163,7 @@ def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     given = {name: array.astype(arrays.dtype(case.dtype)) for name, array in given.items()}
     q, k, v, d_out, sinks = given.values()
     mask = parse(case.mask)
+    mask.check(q.shape[2], k.shape[2])
     features: dict[str, Any] = {"softcap": case.softcap, "sinks": sinks if case.sinks else None, **case.given}
     out, lse = oracle.attention(q, k, v, mask, case.scale, **features)
     d_q, d_k, d_v = oracle.gradients(q, k, v, d_out, mask, case.scale, **features)

@@ -275,7 +275,10 @@ def parse(text: str) -> Mask:
 
 def _number(text: str) -> float:
     """Return a whole number, or inf."""
-    return math.inf if text.strip() == "inf" else int(text)
+    try:
+        return math.inf if text.strip() == "inf" else int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number") from None
 
 
 def argument(text: str) -> Mask:

@@ -179,6 +179,10 @@ def _says(mask: Mask, name: str) -> bool:
 
 def _checked(name: str, mask: Mask, queries: Positions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return lo and hi of a mask as int64 up to `END`, or raise InputError where they are no bounds."""
+    if type(mask) is Intersection:  # of each part by itself: NumPy makes floats of uint64 and int64
+        parts = [_checked(named(part), part, queries) for part in (mask.first, mask.second)]
+        (lo, hi), (other_lo, other_hi) = parts
+        return np.maximum(lo, other_lo), np.minimum(hi, other_hi)
     try:
         bounds = mask.bounds(queries.copy())
     except Exception as error:
