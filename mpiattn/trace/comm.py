@@ -3,16 +3,21 @@
 An algorithm runs on it unchanged, and without it nothing is recorded and nothing is spent. Messages are counted
 where they arrive; the small collectives by which the ranks agree on their input before the first message are
 recorded as such and not counted as traffic.
+
+Of a communicator of MPI it makes one that is itself MPI's, see `mpi_comm`; of a virtual one, or one for device
+memory, it makes one that has the methods here, and no other.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ..messages import message
 from ..messages.message import Communicator
-from .events import Event, Trace
+from .buffers import arriving, nbytes, pieces
+from .events import Event, Trace, label
 from .request import TracedRequest
 from .window import TracedWindow
 
@@ -29,10 +34,23 @@ class TracedComm:
         The rank in the first traced communicator of each rank of this one.
     """
 
+    def __new__(cls, comm: Communicator, *_: Any, **__: Any) -> TracedComm:
+        """Return an object of the class that fits the communicator."""
+        mpi = sys.modules.get("mpi4py.MPI")
+        if cls is TracedComm and mpi is not None and isinstance(comm, mpi.Intracomm):
+            from .mpi_comm import traced_class
+
+            kind = traced_class(comm)
+            return kind.__new__(kind, comm)
+        return super().__new__(cls)
+
     def __init__(self, comm: Communicator, trace: Trace | None = None, ranks: list[int] | None = None) -> None:
         self.comm: Any = comm
         self.trace = trace or Trace()
         self.ranks = ranks or list(range(comm.Get_size()))
+
+    def _request(self, request: Any, events: Sequence[Event]) -> TracedRequest:
+        return TracedRequest(request, events, self.trace)
 
     def _derived(self, comm: Communicator) -> TracedComm:
         own = self.ranks[self.comm.Get_rank()]
@@ -48,7 +66,9 @@ class TracedComm:
         """Return this rank."""
         return int(self.comm.Get_rank())
 
-    def Create_cart(self, dims: Sequence[int], periods: Sequence[bool], reorder: bool = False) -> TracedComm:
+    def Create_cart(
+        self, dims: Sequence[int], periods: Sequence[bool] | None = None, reorder: bool = False
+    ) -> TracedComm:
         """Make a Cartesian communicator."""
         return self._derived(self.comm.Create_cart(dims, periods, reorder))
 
@@ -92,42 +112,45 @@ class TracedComm:
         return self._post("receive", self.comm.Irecv, buf, source, tag)
 
     def _post(self, kind: str, call: Any, buf: Any, peer: int, tag: int) -> TracedRequest:
-        name = message.Tag(tag).name
-        nbytes = (buf[0] if isinstance(buf, list) else buf).nbytes
-        event = Event(kind, name, self.ranks[peer], nbytes, message.clock())
+        if peer < 0:  # beyond the edge of a grid: nothing travels
+            return self._request(call(buf, peer, tag), [])
+        event = Event(kind, label(tag), self.ranks[peer], nbytes(buf), message.clock())
         self.trace.events.append(event)
-        return TracedRequest(call(buf, peer, tag), [event], self.trace)
+        return self._request(call(buf, peer, tag), [event])
 
     # Collectives: counted as one message for each piece that comes from another rank
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
-        self._collective(self.comm.Allgatherv, sendbuf, recvbuf)
+        self._collective("Allgatherv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give each rank its piece of every other's; recvbuf is `message.Pieces`."""
-        self._collective(self.comm.Alltoallv, sendbuf, recvbuf)
+        self._collective("Alltoallv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> TracedRequest:
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
         """Start to give every rank the pieces of all; recvbuf is `message.Pieces`."""
-        start = message.clock()
-        pieces = self._pieces(recvbuf)
-        events = [Event("receive", "Iallgatherv", self.ranks[peer], nbytes, start) for peer, nbytes in pieces]
+        return self._start("Iallgatherv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
+
+    def _pieces(self, name: str, sizes: Sequence[int], start: float, end: float = float("nan")) -> list[Event]:
+        """Record what comes from each other rank in a collective."""
+        found = arriving(sizes, self.Get_rank())
+        events = [Event("receive", name, self.ranks[peer], size, start, end) for peer, size in found]
         self.trace.events += events
-        return TracedRequest(self.comm.Iallgatherv(sendbuf, recvbuf), events, self.trace)
+        return events
 
-    def _pieces(self, recvbuf: Sequence[Any]) -> list[tuple[int, int]]:
-        buffer, counts, _, datatype = recvbuf
-        unit = datatype.Get_size() if datatype else buffer.itemsize
-        return [(peer, count * unit) for peer, count in enumerate(counts) if count and peer != self.Get_rank()]
-
-    def _collective(self, call: Any, sendbuf: Any, recvbuf: Any) -> None:
+    def _collective(self, name: str, arguments: Sequence[Any], sizes: Sequence[int]) -> None:
+        """Call a collective in which so many bytes come from each rank."""
         start = message.clock()
-        call(sendbuf, recvbuf)
+        getattr(self.comm, name)(*arguments)
         end = message.clock()
-        for peer, nbytes in self._pieces(recvbuf):
-            self.trace.events.append(Event("receive", call.__name__, self.ranks[peer], nbytes, start, end))
-        self.trace.events.append(Event("wait", call.__name__, -1, 0, start, end))
+        self._pieces(name, sizes, start, end)
+        self.trace.events.append(Event("wait", name, -1, 0, start, end))
+
+    def _start(self, name: str, arguments: Sequence[Any], sizes: Sequence[int]) -> Any:
+        """Start a collective in which so many bytes come from each rank."""
+        events = self._pieces(name, sizes, message.clock())
+        return self._request(getattr(self.comm, name)(*arguments), events)
 
     # Memory of a host
 

@@ -21,7 +21,7 @@ class TracedRequest:
         start = message.clock()
         message.Waitall([request.request for request in requests])
         end = message.clock()
-        _complete(requests, end)
+        complete(requests, end)
         requests[0].trace.events.append(Event("wait", "", -1, 0, start, end))
 
     @staticmethod
@@ -29,11 +29,12 @@ class TracedRequest:
         """Let messages progress; record it if all are complete."""
         done = message.Testall([request.request for request in requests])
         if done:
-            _complete(requests, message.clock())
+            complete(requests, message.clock())
         return done
 
 
-def _complete(requests: Sequence[TracedRequest], end: float) -> None:
+def complete(requests: Sequence[Any], end: float) -> None:
+    """Record that requests are complete."""
     for event in (event for request in requests for event in request.events):
         if event.end != event.end:  # not a number yet: seen complete now
             event.end = end
