@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def document(traces: Sequence[Trace]) -> dict[str, Any]:
                 else:
                     track, lanes = FIRST_LANE + lanes, lanes + 1
                 heapq.heappush(busy, (end, track))
-            arguments = {"peer": event.peer, "bytes": event.nbytes, "block": event.block}
+            arguments: dict[str, Any] = {"peer": event.peer, "bytes": event.nbytes, "block": event.block}
+            if event.end != event.end:
+                arguments["end"] = "unseen"
             entry = {
                 "ph": "X",
                 "name": _label(event),
@@ -108,7 +111,8 @@ def read(file: str | Path) -> list[Trace]:
                 more, start = entry["args"], entry["ts"] / 1e6
                 block = tuple(more["block"]) if "block" in more else None
                 peer, nbytes = more.get("peer", -1), more.get("bytes", 0)
-                event = Event(entry["cat"], more["name"], peer, nbytes, start, start + entry["dur"] / 1e6, block)
+                end = math.nan if "end" in more else start + entry["dur"] / 1e6
+                event = Event(entry["cat"], more["name"], peer, nbytes, start, end, block)
                 traces[entry["pid"]].events.append(event)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file} is no trace that mpiattn wrote: {type(error).__name__}: {error}") from None

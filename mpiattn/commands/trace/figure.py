@@ -83,7 +83,7 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
 
 def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> None:
     """An arrow from the call that posted a send to the call that found its receive complete."""
-    arrows = flows(traces)
+    arrows = [flow for flow in flows(traces) if flow[3].end == flow[3].end]  # seen to arrive
     drawn: set[tuple[float, int, int]] = set()
     for source, sent, dest, arrived in arrows:
         down = 1 if dest > source else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -59,22 +60,27 @@ def phases(traces: Sequence[Trace]) -> list[tuple[str, list[Trace]]]:
 
 
 def summary(traces: Sequence[Trace]) -> str:
-    """Return a table: for each phase the time, and what the ranks did in it."""
+    """Return a table: for each phase the time, and what the ranks did in it.
+
+    Where messages were completed by calls that no trace sees, nobody knows how long they were waited for.
+    """
     grouped: dict[str, list[list[float]]] = defaultdict(list)
     for name, parts in phases(traces):
-        ends = [max((event.end for event in part.events), default=0.0) for part in parts]
+        ends = [max((event.end for event in part.events if event.end == event.end), default=0.0) for part in parts]
         starts = [min((event.start for event in part.events), default=0.0) for part in parts]
         times = [end - start for start, end in zip(starts, ends, strict=True)]
         spent = {kind: [part.spent(kind) for part in parts] for kind in ("compute", "wait", "agree")}
         messages, nbytes = zip(*(part.received() for part in parts), strict=True)
-        waits = spent["wait"]
+        # Not zero where nothing was seen: that is not known.
+        waits = [math.nan if part.unseen() else wait for part, wait in zip(parts, spent["wait"], strict=True)]
         row = [max(times), _mean(spent["compute"]), _mean(spent["agree"]), _mean(waits), max(waits)]
         grouped[name].append([1e3 * value for value in row] + [sum(messages), sum(nbytes) / 1e6])
     rows = []
     for name, repeats in grouped.items():
         *values, messages, megabytes = np.median(repeats, axis=0)
-        share = f"{values[3] / values[0]:.1%}" if values[0] else ""
-        rows.append([name or "all", len(repeats), *values, share, int(messages), megabytes])
+        share = f"{values[3] / values[0]:.1%}" if values[0] and not math.isnan(values[3]) else ""
+        known = ["unknown" if math.isnan(value) else value for value in values]
+        rows.append([name or "all", len(repeats), *known, share, int(messages), megabytes])
     headers = (
         "phase",
         "times",
@@ -87,7 +93,10 @@ def summary(traces: Sequence[Trace]) -> str:
         "messages",
         "MB",
     )
-    return tabulate(rows, headers=headers, floatfmt=".2f")
+    table = tabulate(rows, headers=headers, floatfmt=".2f", stralign="right")
+    if unseen := sum(trace.unseen() for trace in traces):
+        table += f"\n{unseen} messages were completed by calls that are not traced, such as MPI.Request.Waitall."
+    return table
 
 
 def _mean(values: Sequence[float]) -> float:
