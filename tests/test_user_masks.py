@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,38 @@ def test_one_small_collective_more(comm: Any) -> None:
             names = [event.name for event in traced.trace.events if event.name == "allgather"]
             assert names == collectives
             traced.trace.clear()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["dense", "ring", "mesh", "allgather", "ulysses"])
+@pytest.mark.parametrize("far", [sys.maxsize, 10**30, math.inf], ids=str)
+def test_windows_beyond_int64(comm: Any, name: str, far: float) -> None:
+    q, k, v, _ = inputs()
+    weights = np.where(EVERY[:, None] - 3 <= EVERY, np.exp(q @ k.swapaxes(2, 3) / 2), 0)
+    total = weights.sum(axis=3, keepdims=True)
+    with mpiattn.ALGORITHMS[name](comm, mask=mpiattn.SlidingWindow(3, far)) as attention:
+        mine = attention.positions(TOKENS)
+        out, saved = attention.forward(q[:, :, mine], k[:, :, mine], v[:, :, mine])
+        assert np.abs(out - (weights / total @ v)[:, :, mine]).max(initial=0) < 1e-12
+        assert name == "ulysses" or np.abs(saved.lse - np.log(total)[:, :, mine, 0]).max(initial=0) < 1e-12
+        assert errors(attention, EVERY[:, None] - 3 <= EVERY) < 1e-12
+
+
+@pytest.mark.mpi(max_size=4)
+@pytest.mark.parametrize("mask", [mpiattn.SlidingWindow(5), mpiattn.SlidingWindow(sys.maxsize), Prefix(3)], ids="abc")
+def test_cache_positions_near_the_end_of_int64(comm: Any, mask: mpiattn.Mask) -> None:
+    """They are those of the first 31 tokens, moved: the bounds of a window move with them."""
+    (q, *_), (_, k, v, _), moved = inputs(2), inputs(), 2**63 - 1 - TOKENS
+    mine = np.array_split(EVERY, comm.Get_size())[comm.Get_rank()]
+    outs = []
+    for first in (0, moved):
+        with mpiattn.DecodeAttention(comm, mask=mask) as attention:
+            outs.append(attention.forward(q, k[:, :, mine], v[:, :, mine], kv_positions=mine + first)[0])
+    np.testing.assert_array_equal(*outs)
+    with mpiattn.DecodeAttention(comm, mask=mask) as attention:
+        own = k[:, :, mine], v[:, :, mine]
+        text = refusal(comm, lambda: attention.forward(q, *own, kv_positions=mine + moved + 1))
+        assert "must be int64, 0 to 2**63 - 2, ascending" in text
 
 
 class Late(mpiattn.Mask):
