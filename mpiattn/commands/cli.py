@@ -20,6 +20,7 @@ from .calibrate import command as calibrate
 from .compare import command as compare
 from .documents import command as documents
 from .env import command as env
+from .generate import command as generate
 from .plan import command as planner
 from .schedule import command as schedule
 from .trace import command as trace
@@ -29,6 +30,7 @@ USAGE_ERROR = 2
 COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
     "compare": (compare, True, "run algorithms side by side on the same input and check them"),
     "run": (run, True, "run one algorithm on a file and write the output to a file"),
+    "generate": (generate, True, "let a real model answer, its cache spread over the ranks"),
     "conformance": (conformance, True, "check an implementation, yours too, against the oracle and the formulas"),
     "bench": (bench, True, "measure kernels and messages"),
     "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),
@@ -48,6 +50,7 @@ examples:
   mpiexec -n 4 mpiattn compare                          every algorithm on real input, checked
   mpiexec -n 6 mpiattn compare --algorithms mesh --grid 2x3 --tokens 1001 --layout striped
   mpiexec -n 4 mpiattn run --algorithm ring --qkv in.npz --output out.npz
+  mpiexec -n 4 mpiattn generate --model smollm2 --prompt "Why is the sky blue?"
   mpiattn schedule 4x4                                  the order of messages and blocks of a mesh tile
   mpiattn compare --virtual 16                          the same on 16 virtual ranks, without MPI
   mpiattn plan --tokens 1M --ranks 256 --machine h200-ib

@@ -76,7 +76,7 @@ class Mask:
         return False
 
     def __and__(self, other: Mask) -> Mask:
-        return Intersection(self, other) if isinstance(other, Mask) else NotImplemented
+        return Intersection(self, other)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Generate text with a model whose cache is spread over the ranks."""

@@ -1,0 +1,190 @@
+"""Attention with its projections on spread tokens, and the same for a whole sequence on rank 0.
+
+`AttentionLayer` and `SequenceParallel` are the modules of the article on Mesh-Attention (`MeshAttention` and
+`SequenceParallelMeshAttention`, its section 4) for every algorithm, exact and with gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..algorithms import ALGORITHMS, Attention, Saved
+from ..algorithms.shares import gather, scatter
+from ..algorithms.spelling import examples
+from ..arrays import Array, namespace
+from ..errors import InputError
+from ..messages.message import Communicator
+from ..messages.reduction import all_reduce
+from ..problems.dropout import Dropout
+from ..problems.layout import EVERYWHERE
+from .layers import linear, linear_backward
+from .llama import to_heads, to_rows
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What `AttentionLayer.backward` needs of `forward`."""
+
+    x: Array
+    rows: Array
+    saved: Saved
+
+
+class AttentionLayer:
+    """W_o attention(W_q x, W_k x, W_v x) of tokens that are spread over the ranks.
+
+    Parameters
+    ----------
+    d_model : int
+        Features of a token.
+    num_heads : int
+        A divisor of d_model.
+    grid_shape : (rows, cols), optional
+        For algorithms on a grid; the nearest to a square by default.
+    dropout : float
+        Rate at which probabilities are dropped, where `forward` is given a seed.
+    comm : mpi4py.MPI.Comm, optional
+        COMM_WORLD by default.
+    algorithm : str
+        A name in `mpiattn.ALGORITHMS`, of one that shares out tokens.
+    seed : int
+        Of the initial weights, the same on every rank.
+    dtype : dtype
+    **options
+        Of the algorithm, such as mask and layout.
+
+    Attributes
+    ----------
+    weights : dict
+        "W_q", "W_k", "W_v", "W_o": (d_model, d_model), output features first; "b_q", ...: (d_model,). NumPy arrays;
+        replace them by CuPy arrays, and x may be one.
+    attention : Attention
+        `attention.positions(tokens)` says which tokens are this rank's.
+
+    Raises
+    ------
+    InputError
+        On every rank, where arguments do not fit together.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, grid_shape: tuple[int, int] | None = None, dropout: float = 0.0, *,
+        comm: Communicator | None = None, algorithm: str = "mesh", seed: int = 0, dtype: Any = np.float32,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if comm is None:
+            from mpi4py import MPI
+
+            comm = MPI.COMM_WORLD
+        if algorithm not in ALGORITHMS:
+            raise InputError(f"unknown algorithm {algorithm!r}: choose from {', '.join(ALGORITHMS)}")
+        if num_heads < 1 or d_model < 1 or d_model % num_heads:
+            raise InputError(f"num_heads must be a divisor of d_model {d_model}, got {num_heads}")
+        if grid_shape is not None:
+            if "rows" not in examples(algorithm):
+                raise InputError(f"{algorithm} has no grid: leave grid_shape out")
+            options["rows"], options["cols"] = grid_shape
+        Dropout(dropout, 0)  # finds a wrong rate
+        self.attention: Attention = ALGORITHMS[algorithm](comm, **options)
+        if self.attention.layout == EVERYWHERE or self.attention.copied:
+            raise InputError(f"{algorithm} does not share out tokens: take another algorithm, such as mesh or ring")
+        self.comm, self.head_dim, self.dropout = comm, d_model // num_heads, dropout
+        rng, bound = np.random.default_rng(seed), 1 / math.sqrt(d_model)
+        self.weights: dict[str, Array] = {}
+        for name in PROJECTIONS:
+            self.weights[f"W_{name}"] = rng.uniform(-bound, bound, (d_model, d_model)).astype(dtype)
+            self.weights[f"b_{name}"] = rng.uniform(-bound, bound, d_model).astype(dtype)
+
+    def forward(self, x: Array, seed: int | None = None) -> tuple[Array, SavedLayer]:
+        """Return the layer's output for this rank's tokens, (batch, tokens, d_model), and what `backward` needs.
+
+        Parameters
+        ----------
+        x : (batch, tokens, d_model)
+            This rank's tokens, as the layout has them.
+        seed : int, optional
+            Of the dropout, in training: another one at each step, the same on every rank.
+        """
+        drop = Dropout(self.dropout, seed) if seed is not None and self.dropout else None
+        q, k, v = (to_heads(self.project(x, name), self.head_dim) for name in "qkv")  # (b, heads, t, d)
+        out, saved = self.attention.forward(q, k, v, dropout=drop)
+        rows = to_rows(out)
+        return self.project(rows, "o"), SavedLayer(x, rows, saved)
+
+    def backward(self, d_out: Array, saved: SavedLayer) -> tuple[Array, dict[str, Array]]:
+        """Return the gradients of x, of this rank's tokens, and of the weights, summed over all ranks.
+
+        Parameters
+        ----------
+        d_out : (batch, tokens, d_model)
+        saved : SavedLayer
+            From `forward`.
+        """
+        gradients: dict[str, Array] = {}
+        d_rows = self.project_backward(d_out, saved.rows, "o", gradients)
+        d_heads = self.attention.backward(to_heads(d_rows, self.head_dim), saved.saved)
+        d_x = namespace(saved.x).zeros_like(saved.x)
+        for name, d in zip("qkv", d_heads, strict=True):
+            d_x += self.project_backward(to_rows(d), saved.x, name, gradients)
+        for gradient in gradients.values():
+            all_reduce(self.attention.comm, gradient)
+        return d_x, gradients
+
+    def project(self, rows: Array, name: str) -> Array:
+        """Return a projection of rows."""
+        return linear(rows, self.weights[f"W_{name}"], self.weights[f"b_{name}"])
+
+    def project_backward(self, d_out: Array, rows: Array, name: str, gradients: dict[str, Array]) -> Array:
+        """Return the gradient of the rows; put those of the weights into `gradients`."""
+        d_rows, gradients[f"W_{name}"], gradients[f"b_{name}"] = linear_backward(d_out, rows, self.weights[f"W_{name}"])
+        return d_rows
+
+    def free(self) -> None:
+        """Free the communicators; all ranks call it together."""
+        self.attention.free()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # After an exception the other ranks may be elsewhere: freeing is collective and could hang.
+        if exception[0] is None:
+            self.free()
+
+
+class SequenceParallel(AttentionLayer):
+    """The same layer for a whole sequence: rank 0 gives it and receives the output.
+
+    Parameters and errors: see `AttentionLayer`.
+    """
+
+    def forward(self, x: Array | None, seed: int | None = None) -> tuple[Array | None, SavedLayer]:  # type: ignore[override]
+        """Return the output of all tokens on rank 0, None elsewhere; and what `backward` needs.
+
+        Parameters
+        ----------
+        x : (batch, tokens, d_model) on rank 0, None elsewhere
+        seed : int, optional
+            See `AttentionLayer.forward`.
+        """
+        out, saved = super().forward(self.scatter(x), seed)
+        return self.gather(out), saved
+
+    def backward(self, d_out: Array | None, saved: SavedLayer) -> tuple[Array | None, dict[str, Array]]:  # type: ignore[override]
+        """Return the gradient of x on rank 0, None elsewhere; and those of the weights on every rank."""
+        d_x, gradients = super().backward(self.scatter(d_out), saved)
+        return self.gather(d_x), gradients
+
+    def scatter(self, x: Array | None) -> Array:
+        """Return this rank's tokens of an array that rank 0 has."""
+        return scatter(x, self.attention.comm, self.attention.layout, axis=1)
+
+    def gather(self, rows: Array) -> Array | None:
+        """Return all tokens on rank 0, None elsewhere."""
+        return gather(rows, self.attention.comm, self.attention.layout, axis=1)
