@@ -25,6 +25,17 @@ def test_each_token_has_one_owner(layout: str, tokens: int, ranks: int) -> None:
         assert tokens // ranks - 1 <= len(chunk) <= -(-tokens // ranks) + 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_of_tokens_of_any_type(layout: str) -> None:
+    """NumPy's small integers would overflow in the products that cut the sequence."""
+    for tokens in (np.uint8(200), np.int16(200), np.array(200)):
+        for rank in range(7):
+            assert np.array_equal(positions(layout, tokens, 7, rank), positions(layout, 200, 7, rank))
+    for wrong in (-1, 2.0, "2", None, True):
+        with pytest.raises(InputError, match="tokens are a whole number, 0 or more, got"):
+            positions(layout, wrong, 7, 0)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_zigzag_balances_a_causal_mask(ranks: int) -> None:
     tokens = 2 * ranks * 10

@@ -7,10 +7,13 @@ empty ranks need no special case anywhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from .mask import Positions
+from .scalars import whole
 
 
 def _runs(tokens: int, runs: int, run: int) -> Positions:
@@ -65,7 +68,7 @@ def check(layout: str, ranks: int = 0) -> str:
     return layout
 
 
-def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
+def positions(layout: str, tokens: Any, ranks: int, rank: int) -> Positions:
     """Return the global positions that `rank` owns, ascending.
 
     Parameters
@@ -74,7 +77,7 @@ def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
         A name in `LAYOUTS`, for ranks that each own a chunk of their own; or "zigzag/2", for chunks that 2
         neighbours share: each has a run of them, as even as can be.
     tokens : int
-        Length of the whole sequence.
+        Length of the whole sequence, 0 or more; also a NumPy scalar.
     ranks, rank : int
         How many ranks share it, and which one is meant.
 
@@ -82,6 +85,9 @@ def positions(layout: str, tokens: int, ranks: int, rank: int) -> Positions:
     -------
     int64, (tokens of this rank,)
     """
+    given, tokens = tokens, whole(tokens)  # a product of NumPy's small integers would overflow
+    if tokens is None or tokens < 0:
+        raise InputError(f"tokens are a whole number, 0 or more, got {given!r}")
     if layout == EVERYWHERE:
         return np.arange(tokens, dtype=np.int64)
     name, _, number = check(layout, ranks).partition("/")

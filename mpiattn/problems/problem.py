@@ -89,7 +89,7 @@ class Problem:
     spread_heads: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     partials: str = field(default="wide", kw_only=True)
 
-    @property
+    @cached_property
     def queries(self) -> Positions:
         """Positions of all queries, consecutive."""
         return np.arange(self.q_tokens, dtype=np.int64)
