@@ -208,9 +208,6 @@ def test_the_command_prints_the_plan_and_three_lines_why(capsys: Any, tmp_path: 
     assert [line.split(":")[0].strip() for line in lines[-3:]] == ["bytes", "time", "memory"]
     assert json.loads(file.read_text())["outcomes"][0]["candidate"]["algorithm"] in text
     assert curve.stat().st_size > 1000
-    plain = tmp_path / "both"
-    assert called(*argv, "h200-ib", "--algorithms", "ring", "--curve", str(plain)) == 0
-    assert plain.with_suffix(".png").exists() and plain.with_suffix(".svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +220,7 @@ def test_the_command_prints_the_plan_and_three_lines_why(capsys: Any, tmp_path: 
         (("--memory", "1KB"), "not even one token fits into 1 kB a rank"),
         (("--machine", "nowhere"), "no machine 'nowhere': give the path of a TOML file, or one of a100-ib"),
         (("--curve", "curve.bmp"), "must end in .png, .svg or .pdf"),
-        (("--curve", "nowhere/curve"), "nowhere: no such folder"),
+        (("--curve", "nowhere/curve.png"), "nowhere: no such folder"),
         (("--json", "nowhere/plan.json"), "nowhere: no such folder"),
         (("--json", "."), ".: is a folder, not a file"),
         (("--v-head-dim", "0"), "v_head_dim must be a whole number, 1 or more, got 0"),

@@ -3,7 +3,7 @@
     python benchmarks/calibration/predict.py benchmarks/calibration/netns-4.toml=benchmarks/network/4-mha.json ...
 
 Each argument names a description that `mpiattn calibrate` wrote on the same hosts, and measured times: those of
-`benchmarks/network/`, or what `mpiattn bench attention --json` wrote. Writes predicted.json, .txt, .png and .svg
+`benchmarks/network/`, or what `mpiattn bench attention --json` wrote. Writes predicted.json, .txt and .png
 beside itself, or files with another name.
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
     axes.set(xscale="log", yscale="log", xlabel="measured time (s)", ylabel="predicted time (s)",
              title=args.title)  # fmt: skip
     axes.legend(frameon=False, fontsize=9)
-    charts.save(drawing, HERE / args.name)
+    charts.save(drawing, HERE / f"{args.name}.png")
 
 
 def measurements(path: Path) -> Iterator[tuple[str, str, int, Task, dict[str, float]]]:

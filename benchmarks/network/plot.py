@@ -25,7 +25,7 @@ def result(document: dict[str, Any], name: str, direction: str) -> dict[str, Any
 
 
 def main() -> None:
-    """Draw speedup.png and speedup.svg."""
+    """Draw speedup.png."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     rates = set()
@@ -70,8 +70,7 @@ def main() -> None:
     handles.append(Line2D([], [], color="black", marker="o", linestyle="", label=measured))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Hosts with links of {', '.join(sorted(rates))} each way: messages take most of the time")
-    for suffix in ("png", "svg"):
-        figure.savefig(HERE / f"speedup.{suffix}", dpi=130)
+    figure.savefig(HERE / "speedup.png", dpi=130)
 
 
 main()

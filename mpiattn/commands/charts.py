@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import writing
 from ..errors import InputError
-from .root import check_folders
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Of Okabe and Ito (2008): told apart with any kind of colour vision; markers differ as well."""
@@ -83,18 +83,12 @@ def check(path: Path) -> None:
     """Raise InputError, before any work, where no figure can be written there."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("figures are drawn with matplotlib: pip install 'mpiattn[plot]'")
-    if path.suffix not in ("", ".png", ".svg", ".pdf"):
-        raise InputError(f"{path}: the name must end in .png, .svg or .pdf, or have no suffix, for the first two")
-    check_folders(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path}: the name must end in .png, .svg or .pdf")
+    writing.check(path)
 
 
-def save(drawing: Any, path: Path) -> None:
-    """Write a figure; without a suffix, as both PNG and SVG."""
-    from matplotlib import rc_context
-
-    if path.suffix:
-        drawing.savefig(path, dpi=150)
-    else:
-        drawing.savefig(path.with_suffix(".png"), dpi=150)
-        with rc_context({"svg.hashsalt": "mpiattn"}):  # the same picture is the same file
-            drawing.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+def save(drawing: Any, path: str | Path) -> None:
+    """Write a figure."""
+    with writing.replacing(path) as part:
+        drawing.savefig(part, dpi=150)

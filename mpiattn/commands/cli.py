@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from .. import machines, virtual
-from ..errors import InputError
-from . import chosen, run
+from ..errors import InputError, WriteError
+from . import chosen, ending, run
 from . import conformance as conformance
 from .bench import command as bench
 from .calibrate import command as calibrate
@@ -85,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
 
 def world() -> Any:
     """Return MPI's COMM_WORLD, or None on a machine without an MPI library."""
+    # MPICH has a line for every rank that ends the job; why is said in `ending`.
+    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
@@ -135,21 +136,19 @@ def run_command(args: argparse.Namespace, comm: Any) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     comm = world()
+    first = comm is None or comm.Get_rank() == 0
+    ending.wait_for_first_rank(first)
     try:
         args = parse(argv, comm)
         status = args if isinstance(args, int) else run_command(args, comm)
         sys.stdout.flush()
         return status
-    except InputError as error:
-        if comm is None or comm.Get_rank() == 0:
+    except (InputError, WriteError) as error:  # the same on every rank
+        if first:
             print(f"mpiattn: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return USAGE_ERROR if isinstance(error, InputError) else 1
     except BaseException as error:
-        # The other ranks may wait for a message that will never come: nothing but an abort ends them.
-        if comm is not None and comm.Get_size() > 1:
-            print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            comm.Abort(1)
-        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough, as `| head` has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
-            return 1
-        raise
+        ended = ending.status(error, comm)
+        if ended is None:
+            raise
+        return ended

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from .. import writing
 from ..arrays import FLOATS, Array
-from .root import check_folders
 
 
 def sample() -> dict[str, Array]:
@@ -47,16 +48,20 @@ def read(path: Path) -> dict[str, Array]:
 
 def write(path: Path, arrays: dict[str, Array]) -> None:
     """Write arrays to an .npz or .safetensors file."""
-    if path.suffix == ".safetensors":
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-    else:
-        np.savez(path, **arrays)  # type: ignore[arg-type]
+    with writing.replacing(path) as part:
+        if path.suffix == ".safetensors":
+            try:
+                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
+            except SafetensorError as error:  # it hides what the operating system says
+                raise OSError(str(error)) from error
+        else:
+            np.savez(part, **arrays)  # type: ignore[arg-type]
 
 
 def check_output(path: Path) -> None:
     """Raise ValueError, before any work, where no file of arrays can be written there."""
     _check_suffix(path)
-    check_folders(path)
+    writing.check(path)
 
 
 def _check_suffix(path: Path) -> None:

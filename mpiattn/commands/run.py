@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import writing
 from ..algorithms import ALGORITHMS
 from ..algorithms.shares import gather
 from ..arrays import on_host
@@ -20,7 +21,7 @@ from ..trace.file import write
 from ..trace.kernel import watch
 from . import chosen, files, gpu, inputs
 from .chosen import AUTO
-from .root import check_folders, on_root
+from .root import on_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     chosen.check_grid(args, [args.algorithm])
     given = on_root(comm, lambda: inputs.load(args))
     on_root(comm, lambda: files.check_output(args.output))
-    on_root(comm, lambda: check_folders(args.trace))
+    on_root(comm, lambda: writing.check(args.trace))
     xp = gpu.namespace(args, comm)
     options = {"layout": args.layout, **inputs.options(args), **gpu.options(args)}
     name, arguments = chosen.on_grid(args.algorithm, args, comm.Get_size())
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             whole[name] = gather(on_host(array), comm, where, shape=shape, copies=copies)
     if args.trace:
         write(traced, traced.trace, args.trace)
+    on_root(comm, lambda: files.write(args.output, {name: array for name, array in whole.items() if array is not None}))
     if comm.Get_rank() == 0:
-        files.write(args.output, {name: array for name, array in whole.items() if array is not None})
         print(f"{args.output}: {', '.join(whole)}")
     return 0

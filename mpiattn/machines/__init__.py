@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError
+from ..writing import write_text
 from .machine import LEVELS, Link, Machine, Rates
 from .table import Table
 
@@ -96,4 +97,4 @@ def write(machine: Machine, path: Path) -> None:
         lines += ["", f"[compute.{dtype}]", f"call = {rates.call:.6g}", f"tokens = {list(rates.tokens)}"]
         for key in ("forward", "backward"):
             lines.append(f"{key} = [{', '.join(f'{rate:.6g}' for rate in getattr(rates, key))}]")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

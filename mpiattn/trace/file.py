@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..commands.trace.report import flows
+from ..errors import WriteError
 from ..messages.message import Communicator
+from ..writing import write_text
 from .clocks import gather
 from .events import Event, Trace
 
@@ -31,10 +33,20 @@ def write(comm: Communicator, trace: Trace, file: str | Path) -> None:
         This rank's events.
     file : path
         Chrome trace format (JSON), written by rank 0.
+
+    Raises
+    ------
+    WriteError
+        On every rank, where the file could not be written.
     """
-    traces = gather(comm, trace)
+    traces, error = gather(comm, trace), None
     if traces is not None:
-        Path(file).write_text(json.dumps(document(traces)) + "\n")
+        try:
+            write_text(file, json.dumps(document(traces)) + "\n")
+        except WriteError as wrong:
+            error = wrong
+    if (error := comm.bcast(error)) is not None:
+        raise error
 
 
 def document(traces: Sequence[Trace]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import importlib.util
 import itertools
-import json
 import socket
 import statistics
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ... import arrays
+from ... import arrays, writing
 from ...algorithms.spelling import spell
 from ...errors import InputError
 from ...messages.device.probe import takes_device_memory
@@ -27,7 +26,7 @@ from ...problems.mask import Causal
 from ...problems.problem import PARTIALS
 from .. import chosen, gpu
 from ..env.environment import environment
-from ..root import check_folders, on_root
+from ..root import on_root
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
 from .torch_parallel import torch_contenders
 
@@ -83,7 +82,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         chosen.on_grid(asked, args, comm.Get_size())
     if min(args.heads, args.head_dim, args.rounds) < 1:
         raise InputError("--heads, --head-dim and --rounds are at least 1")
-    on_root(comm, lambda: check_folders(args.json))
+    on_root(comm, lambda: writing.check(args.json))
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 
     def say(*lines: str, sep: str = " ") -> None:
@@ -115,8 +114,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         del contenders
         if on_gpu:
             xp.get_default_memory_pool().free_all_blocks()
-    if args.json and comm.Get_rank() == 0:
-        args.json.write_text(json.dumps(report, indent=1))
+    if args.json:
+        on_root(comm, lambda: writing.write_json(args.json, report))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,15 +12,16 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from ... import writing
 from ...algorithms.spelling import spell
 from ...errors import InputError
 from ...messages.message import Communicator
 from ...planner.units import count
-from .. import chosen
+from .. import charts, chosen
 from ..compare.trial import RESULTS
 from ..env.environment import environment
 from ..progress import bar
-from ..root import check_folders, on_root, patiently
+from ..root import on_root, patiently
 from .exactness import attend, attend_virtually, errors, reference, sample
 
 MOST = 1.5
@@ -70,7 +70,9 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure on real ranks, then on virtual ones; print the table on rank 0."""
     if args.tokens > 2048 or min(args.virtual_ranks, default=1) < 1:
         raise InputError("--tokens is from 1 to 2048, numbers of ranks are 1 or more")
-    on_root(comm, lambda: check_folders(args.json, args.plot))
+    on_root(comm, lambda: writing.check(args.json))
+    if args.plot:
+        on_root(comm, lambda: charts.check(args.plot))
     surroundings = environment(comm)
     rank, size = comm.Get_rank(), comm.Get_size()
     results: list[dict[str, Any]] = []
@@ -98,7 +100,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 progress.update()
     progress.close()
     compare_with_one(results)
-    if rank == 0:
+
+    def finish() -> None:
         print_results(results, args)
         if args.json:
             document = {
@@ -106,9 +109,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
                 "environment": surroundings,
                 "results": results,
             }
-            args.json.write_text(json.dumps(document, indent=1) + "\n")
+            writing.write_json(args.json, document)
         if args.plot:
             plot(results, args.plot)
+
+    patiently(comm, finish)
     wide = [result for result in results if result["partials"] == "wide"]
     good = all(ratio <= MOST for result in wide for ratio in result["rms_ratio"])
     return 0 if comm.bcast(good) else 1
@@ -188,4 +193,4 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("ranks (hollow: virtual)")
     panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    charts.save(figure, path)

@@ -6,7 +6,6 @@ import argparse
 import functools
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from ... import writing
 from ...arrays import FLOATS
 from ...arrays import dtype as dtype_of
 from ...errors import InputError
@@ -24,7 +24,7 @@ from ...planner.units import counts
 from ...problems.mask import Causal, Full, Mask
 from ..env.environment import environment
 from ..progress import bar
-from ..root import check_folders, on_root, patiently
+from ..root import on_root, patiently
 from .block import interleave, one_thread, peak_bytes, products, runs, textbook, torch_runs
 
 MASKS: dict[str, Mask] = {"full": Full(), "causal": Causal()}
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure on rank 0 alone, since one thread is measured, and print there."""
     if min(*args.head_dims, args.heads, args.rounds) < 1:
         raise InputError("--head-dims, --heads and --rounds are at least 1")
-    on_root(comm, lambda: check_folders(args.json))
+    on_root(comm, lambda: writing.check(args.json))
     surroundings = environment(comm)
     patiently(comm, lambda: measure(args, comm, surroundings))
     return 0
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, comm: Communicator, surroundings: dict[str
     if args.json:
         document = {"command": command, "environment": about, "heads": args.heads, "dtype": args.dtype}
         document |= {"mask": args.mask, "rounds": args.rounds, "targets": TARGETS, "results": results}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        writing.write_json(args.json, document)
 
 
 def report(head_dim: int, tokens: int, name: str, seconds: dict[str, list[float]], peak: int) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
+from ... import writing
 from ...errors import InputError
 from ...messages.message import Communicator
 from ..env.environment import environment
-from ..root import check_folders, on_root
+from ..root import on_root
 from .ring_step import HEAD_DIM, HEADS, RingStep, measure
 
 DESCRIPTION = """\
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         raise InputError("bench overlap measures messages: start it on two or more ranks, mpiexec -n 2 ...")
     if args.mib <= 0 or args.rounds < 1 or min(args.ratios) <= 0:
         raise InputError("--mib, --ratios and --rounds are above zero")
-    on_root(comm, lambda: check_folders(args.json))
+    on_root(comm, lambda: writing.check(args.json))
     surroundings = environment(comm)
     step = RingStep(comm, max(round(args.mib * 2**20 / (2 * HEADS * HEAD_DIM * 4)), 1))
     results = [row for ratio in args.ratios for row in measure(step, ratio, args.rounds)]
@@ -70,13 +71,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             shares = [f"{result['overlap']:.0%}", f"{result['wait_share']:.2%}", f"{result['mean_wait_share']:.2%}"]
             rows.append([result["ratio"], "Testall" if result["progress"] else "none", *times, *shares])
         print(tabulate(rows, headers=[*headers, "overlap", "wait", "mean wait"], floatfmt=("g", "", *[".2f"] * 5)))
-        if args.json:
-            command = " ".join(["mpiattn", *sys.argv[1:]])
-            document = {
-                "command": command,
-                "environment": surroundings,
-                "bytes": step.near.buffer.nbytes,
-                "results": results,
-            }
-            args.json.write_text(json.dumps(document, indent=1) + "\n")
+    if args.json:
+        document: dict[str, Any] = {"command": " ".join(["mpiattn", *sys.argv[1:]]), "environment": surroundings}
+        document |= {"bytes": step.near.buffer.nbytes, "results": results}
+        on_root(comm, lambda: writing.write_json(args.json, document))
     return 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import arrays, machines
+from ... import arrays, machines, writing
 from ...errors import InputError
 from ...machines.machine import Machine, Rates
 from ...messages.device.channel import Channel
@@ -31,7 +31,7 @@ from ...planner.units import counts
 from .. import gpu
 from ..env.environment import environment
 from ..progress import bar
-from ..root import check_folders, on_root
+from ..root import on_root, patiently
 from . import blocks, links, passes
 
 DEFAULTS = {
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure, and write the description on rank 0."""
     xp = gpu.namespace(args, comm)
     sizes, dtypes = complete(args, xp)
-    on_root(comm, lambda: check_folders(args.output))
+    on_root(comm, lambda: writing.check(args.output))
     progress = bar(comm, total=3 + len(dtypes) * len(sizes), unit="measurement")
     hosts = hosts_of(comm)
     per_node = max(map(len, hosts))
@@ -84,7 +84,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     progress.close()
     eager = links.eager_limit(comm) if xp is np else 0  # messages of device memory wait for their receive
     library = environment(comm)["mpi"]
-    if comm.Get_rank() == 0:
+
+    def finish() -> None:
         source = f"mpiattn calibrate on {comm.Get_size()} ranks of {len(set(hosts))} hosts, {platform.platform()}"
         machine = Machine(
             name=args.name or args.output.stem,
@@ -100,6 +101,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         )
         machines.write(machine, args.output)
         print(args.output.read_text())
+
+    patiently(comm, finish)
     return 0
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from ... import writing
 from ...algorithms import ALGORITHMS
 from ...arrays import Array
 from ...conformance import oracle
@@ -27,12 +27,12 @@ from ...trace.comm import TracedComm
 from ...trace.events import Trace
 from ...trace.file import write
 from ...trace.kernel import watch
-from .. import chosen, gpu, inputs
+from .. import charts, chosen, gpu, inputs
 from ..chosen import AUTO
 from ..env.environment import environment
 from ..inputs import Inputs
 from ..progress import bar
-from ..root import check_folders, on_root, patiently
+from ..root import on_root, patiently
 from .report import plot, print_results, report
 from .trial import Trial
 
@@ -86,11 +86,15 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             if trial.why:
                 print(*trial.why, sep="\n  ")
         print(*(f"Left out: {reason}" for reason in dict.fromkeys(left_out)), sep="\n", end="\n" if left_out else "")
-        if args.json:
+
+    def write_files() -> None:
+        if args.json and given:
             document = {"environment": surroundings, "input": given[0].describe(), "results": results}
-            args.json.write_text(json.dumps(document, indent=1) + "\n")
-        if args.plot:
+            writing.write_json(args.json, document)
+        if args.plot and given:
             plot(results, given[0], args.plot)
+
+    patiently(comm, write_files)
     return 0 if all(result["ok"] for result in results) else 1
 
 
@@ -101,7 +105,9 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     """
     if args.iterations < 1:
         raise ValueError("--iterations is at least 1")
-    check_folders(args.json, args.plot, args.trace)
+    writing.check(args.json, args.trace)
+    if args.plot:
+        charts.check(args.plot)
     given = inputs.load(args)
     batch, heads, tokens, _ = given.q.shape
     checked = max(ORACLE_SCORES // max(batch * heads * given.k.shape[2], 1), 1)

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ...conformance import oracle
 from ...messages.message import Communicator
 from ...problems.mask import Positions
-from ..charts import COLOURS
+from ..charts import COLOURS, save
 from ..inputs import Inputs
 from .trial import PASSES, RESULTS, Trial
 
@@ -112,4 +112,4 @@ def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
     times.legend(frameon=False)
     ranks = len(results[0]["peak_bytes"])
     figure.suptitle(f"{given.name}: {ranks} ranks, {given.q.shape[2]} tokens, mask {results[0]['mask']}")
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -1,7 +1,7 @@
 """Make the tables and figures of two documents, each beside what we get: where the two part, and why.
 
 The documents are an article on Mesh-Attention (after arXiv 2512.20968) and a lab on Ring Attention. Each report is
-a table, and a figure where there is one, in the folder --output: REPORT.md, .json, .png and .svg. The reports are
+a table, and a figure where there is one, in the folder --output: REPORT.md, .json and .png. The reports are
 
   complexity     volume, messages, communication to compute, memory: formulas and numbers
   speedup        speed-up on 4 to 256 devices
@@ -23,11 +23,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ... import machines
+from ... import machines, writing
 from ...errors import InputError
 from ...messages.message import Communicator
 from ...planner.units import count
 from .. import charts
+from ..root import on_root, patiently
 from . import communication, complexity, lab, paper, samples, speedup, training, weak
 from .report import Report
 
@@ -74,8 +75,10 @@ def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
         if getattr(args, option) is not None:
             raise InputError(f"--{option} does nothing for {args.report}: leave it out")
     args.machine = args.machine or MACHINE
-    if args.report != "samples":
-        charts.check(Path("figure"))
+    if comm is None:
+        prepare(args)
+    else:
+        on_root(comm, lambda: prepare(args))
     if args.report == "lab":
         if comm is None or comm.Get_size() == 1:
             raise InputError("the lab is measured on several ranks: mpiexec -n 4 mpiattn documents lab")
@@ -83,8 +86,8 @@ def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
         if args.iterations < 1:
             raise InputError(f"--iterations is at least 1, got {args.iterations}")
         args.called = f"mpiexec -n {comm.Get_size()} mpiattn documents lab"
-        if report := lab.measure(args, comm):
-            report.write()
+        report = lab.measure(args, comm)
+        patiently(comm, lambda: report.write() if report else None)
     elif comm is None or comm.Get_rank() == 0:
         for name in REPORTS if args.report == "all" else [args.report]:
             options = [f"--tokens {args.tokens}"] if args.tokens else []
@@ -92,3 +95,14 @@ def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
             args.called = " ".join(["mpiattn documents", name, *options])
             REPORTS[name](args).write()
     return 0
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make the folder, or raise InputError, before any work, where the files of the report can't be written there."""
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.output}: can't be made: {error.strerror or error}") from None
+    writing.check(args.output / f"{args.report}.json")
+    if args.report != "samples":
+        charts.check(args.output / f"{args.report}.png")

@@ -1,14 +1,14 @@
-"""One table, its notes and its figure, in a folder: Markdown, JSON, PNG and SVG."""
+"""One table, its notes and its figure, in a folder: Markdown, JSON and PNG."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from ... import writing
 from .. import charts
 
 
@@ -53,9 +53,8 @@ class Report:
 
     def write(self) -> None:
         """Write all files, and print the text."""
-        self.stem.parent.mkdir(parents=True, exist_ok=True)
-        self.stem.with_suffix(".md").write_text("\n".join(self.text).rstrip() + "\n", encoding="utf-8")
-        self.stem.with_suffix(".json").write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        writing.write_text(self.stem.with_suffix(".md"), "\n".join(self.text).rstrip() + "\n")
+        writing.write_json(self.stem.with_suffix(".json"), self.data)
         if self.drawing:
-            charts.save(self.drawing, self.stem)
+            charts.save(self.drawing, self.stem.with_suffix(".png"))
         print("\n".join(self.text))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from ... import writing
 from ...messages.message import Communicator
-from ..root import check_folders, on_root
+from ..root import on_root
 from .environment import environment
 from .groups import group, ranges
 from .warnings import SOFTWARE
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Print the environment, once; write it where asked."""
-    on_root(comm, lambda: check_folders(args.json))
+    on_root(comm, lambda: writing.check(args.json))
     info = environment(comm)
     if comm.Get_rank() == 0:
         print(text(info))
-        if args.json:
-            args.json.write_text(json.dumps(info, indent=2) + "\n")
+    if args.json:
+        on_root(comm, lambda: writing.write_json(args.json, info))
     return 0
 
 

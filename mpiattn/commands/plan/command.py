@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ... import machines
+from ... import machines, writing
 from ...machines.machine import Machine
 from ...planner.candidates import tile
 from ...planner.search import plan
@@ -26,7 +25,6 @@ from ...problems import layout, mask
 from ...problems.mask import Causal
 from ...problems.problem import PARTIALS
 from .. import charts
-from ..root import check_folders
 from .curve import tile_curve
 
 
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--curve",
         type=Path,
         metavar="FILE",
-        help="draw time against the tile's shape: FILE.png and FILE.svg, or the one named",
+        help="draw time against the tile's shape (.png, .svg, .pdf)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
 
@@ -79,7 +77,7 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
     task = task_of(args, machine)
     if args.curve:
         charts.check(args.curve)
-    check_folders(args.json)
+    writing.check(args.json)
     names = args.algorithms.split(",") if args.algorithms else None
     with tqdm(unit="candidate", leave=False, disable=None) as bar:
 
@@ -119,7 +117,7 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
             ],
             "left_out": [{"candidate": candidate.name, "why": why} for candidate, why in result.left_out],
         }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        writing.write_json(args.json, document)
     if args.curve:
         tile_curve(task, machine, args.ranks, args.curve)
     return 0

@@ -7,18 +7,18 @@ i hops along the grid column; slot 0 is the rank's own. Every rank does the same
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from tabulate import tabulate
 
+from ... import writing
+from ...errors import InputError
 from ...problems import grid
 from ...schedule.search import backward, forward
 from ...schedule.steps import HopTimes, Step, makespan, relative
-from ..root import check_folders
+from .. import charts
 from .figure import draw
 
 
@@ -42,7 +42,9 @@ def main(args: argparse.Namespace) -> int:
     rows, cols = args.grid
     names = ["q", "kv", "dq", "dkv", "block"] if args.backward else ["q", "kv", "o", "block"]
     try:
-        check_folders(args.plot, args.json)
+        writing.check(args.json)
+        if args.plot:
+            charts.check(args.plot)
         if args.costs and args.kv_ratio is not None:
             raise ValueError("--kv-ratio and --costs exclude each other: costs are given or follow from the ratio")
         ratio = 1 if args.kv_ratio is None else args.kv_ratio
@@ -56,8 +58,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             costs = relative(backward=args.backward, heads=ratio).balanced(rows, cols)
     except ValueError as error:
-        print(f"mpiattn schedule: error: {error}", file=sys.stderr)
-        return 2
+        raise InputError(str(error)) from None
     steps = (backward if args.backward else forward)(rows, cols, costs)
     times = {
         "time": makespan(steps, costs),
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         report = {"rows": rows, "cols": cols, "direction": direction, "costs": asdict(costs), **times}
         report["steps"] = [asdict(step) for step in steps]
-        args.json.write_text(json.dumps(report) + "\n")
+        writing.write_json(args.json, report)
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...schedule.steps import HopTimes, Op, Step, makespan
-from ..charts import COLOURS
+from ..charts import COLOURS, save
 
 COLOUR = dict(zip((Op.Q, Op.KV, Op.O, Op.DKV, Op.DQ), COLOURS, strict=False))
 
@@ -52,4 +52,4 @@ def draw(steps: Sequence[Step], costs: HopTimes, path: str | Path, title: str = 
     tile.set_title("when each block is computed: dark first" + ", and its step" * (max(rows, cols) <= 16))
     for axes, side in itertools.product((timeline, tile), ("top", "right", "left")):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

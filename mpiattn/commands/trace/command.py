@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
+from ...errors import InputError
 from ...trace.file import read
-from ..root import check_folders
+from .. import charts
 from .figure import draw_trace
 from .report import matrix, phases, summary, timeline
 
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print what a trace says: timeline, time by phase, bytes from rank to rank; draw it where asked."""
     try:
-        check_folders(args.plot)
+        if args.plot:
+            charts.check(args.plot)
         traces = read(args.file)
         if args.phase is not None:
             names = [name for name, _ in phases(traces)]
@@ -39,8 +40,7 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"no phase of {args.file} contains {args.phase!r}: choose from {known}")
             traces = next(parts for name, parts in phases(traces) if args.phase in name)
     except (OSError, ValueError) as error:
-        print(f"mpiattn trace: error: {error}", file=sys.stderr)
-        return 2
+        raise InputError(str(error)) from None
     bytes_sent = matrix(traces)
     unit, divisor = ("MB", 1e6) if bytes_sent.max(initial=0) >= 1e6 else ("kB", 1e3)
     table = [

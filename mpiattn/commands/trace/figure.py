@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...messages.message import Tag
 from ...trace.events import Event, Trace
+from .. import charts
 from .report import flows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def draw_trace(traces: Sequence[Trace], path: str | Path, title: str = "") -> No
     height = 1.6 + max(0.75, 4.5 / len(traces)) * len(traces)
     figure = Figure(figsize=(WIDTH, min(height, 14.0)), layout="constrained")
     draw_timeline(figure.subplots(), traces, title)
-    figure.savefig(path, dpi=150)
+    charts.save(figure, path)
 
 
 def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:

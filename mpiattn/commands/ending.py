@@ -1,0 +1,57 @@
+"""Ends of a command that are not its own: Ctrl-C, a reader that leaves, a full disk, a rank that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+HEAD_START = 0.5
+"""Seconds in which rank 0 says that the job was interrupted, before another rank ends it."""
+
+
+OUTPUT_LOST = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of standard output; those of files are WriteError, or InputError."""
+
+
+def wait_for_first_rank(first: bool) -> None:
+    """Let Ctrl-C end a rank other than rank 0 without a word.
+
+    It may be in the middle of a collective: it frees nothing and waits for nobody.
+    """
+
+    def end(*_: Any) -> None:
+        time.sleep(HEAD_START)
+        os._exit(INTERRUPTED)
+
+    if not first:
+        signal.signal(signal.SIGINT, end)
+
+
+def status(error: BaseException, comm: Any) -> int | None:
+    """Return the exit status after an exception that nothing has caught; None where it is to be raised.
+
+    An exception on one of several ranks ends the job: the others may wait for a message that will never come.
+    """
+    several = comm is not None and comm.Get_size() > 1
+    if isinstance(error, KeyboardInterrupt):
+        print("mpiattn: interrupted", file=sys.stderr, flush=True)
+        if several:
+            comm.Abort(INTERRUPTED)
+        return INTERRUPTED
+    if several:
+        print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        comm.Abort(1)
+    if not isinstance(error, OSError) or error.errno not in OUTPUT_LOST:
+        return None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+    if error.errno != errno.EPIPE:  # a reader who has seen enough, as `| head` has, needs no word
+        print(f"mpiattn: error: standard output: {error.strerror}", file=sys.stderr)
+    return 1
