@@ -71,6 +71,7 @@ for mpi in $mpis; do
         tier "ruff format" "$bin/ruff" format --check .
         tier "mypy" "$bin/mypy"
         tier "shellcheck" "$bin/shellcheck" --external-sources run/*.sh hostfiles/*.sh .ci/run
+        tier "transcripts of README and docs" env PATH="$bin:$PATH" "$bin/python" run/readme.py --check
         tier "pytest without MPI" "$bin/python" -m pytest -m "not mpi" "${pytest_args[@]}"
     else
         counts=${ranks:-1 2 4 6 9}

@@ -42,8 +42,8 @@ def test_every_rank_knows_all(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_printed_and_written_once(comm: MPI.Intracomm, shared_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = shared_path / "env.json"
+def test_printed_and_written_once(comm: MPI.Intracomm, mpi_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = mpi_tmp_path / "env.json"
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.main(parser.parse_args(["--json", str(file)]), comm) == 0

@@ -247,8 +247,8 @@ def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wro
         "calibrate --arrays cupy --tokens 256,1024 --bytes 1000000 --rounds 2 --output {folder}/here.toml",
     ],
 )
-def test_commands(comm: Any, xp: Any, shared_path: Any, command: str) -> None:
-    name, *words = command.format(folder=shared_path).split()
+def test_commands(comm: Any, xp: Any, mpi_tmp_path: Any, command: str) -> None:
+    name, *words = command.format(folder=mpi_tmp_path).split()
     assert cli.COMMANDS[name][0].main(cli.parser().parse_args([name, *words]), comm) == 0
 
 

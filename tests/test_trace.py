@@ -99,16 +99,16 @@ def test_executed_order_is_the_schedule(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2, max_size=4)
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_all_that_is_received_is_in_the_matrix_and_the_file(comm: MPI.Intracomm, shared_path: Path, name: str) -> None:
+def test_all_that_is_received_is_in_the_matrix_and_the_file(comm: MPI.Intracomm, mpi_tmp_path: Path, name: str) -> None:
     _, record = run(comm, name, mask=Causal())
     received = comm.gather(record.received()[1])
-    file.write(comm, record, shared_path / "trace.json")
+    file.write(comm, record, mpi_tmp_path / "trace.json")
     traces = gather(comm, record)
     if traces is not None:
         matrix = report.matrix(traces)
         assert matrix.sum(axis=0).tolist() == received
         assert not matrix.diagonal().any()
-        again = file.read(shared_path / "trace.json")
+        again = file.read(mpi_tmp_path / "trace.json")
         assert (report.matrix(again) == matrix).all()
         for one, other in zip(traces, again, strict=True):
             events = sorted(one.events, key=lambda event: (event.start, -event.end))
@@ -145,11 +145,11 @@ def test_the_trace_of_virtual_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi(sizes=[2, 4])
-def test_file_is_what_perfetto_reads(comm: MPI.Intracomm, shared_path: Path) -> None:
+def test_file_is_what_perfetto_reads(comm: MPI.Intracomm, mpi_tmp_path: Path) -> None:
     _, record = run(comm, "mesh")
-    file.write(comm, record, shared_path / "trace.json")
+    file.write(comm, record, mpi_tmp_path / "trace.json")
     if comm.rank == 0:
-        entries = json.loads((shared_path / "trace.json").read_text())["traceEvents"]
+        entries = json.loads((mpi_tmp_path / "trace.json").read_text())["traceEvents"]
         tracks: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         for entry in entries:
             if entry["ph"] == "X":

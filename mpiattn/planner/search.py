@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ..errors import InputError
 from ..machines.machine import Machine
 from ..problems.mask import Causal, Full
+from ..problems.scalars import whole
 from .candidates import Candidate, candidates
 from .estimate import estimate, held
 from .simulate import Outcome, simulate
@@ -100,8 +101,9 @@ def plan(
     InputError
         Where no candidate fits: it says what would.
     """
-    if not isinstance(ranks, int) or ranks < 1:
-        raise InputError(f"ranks must be a whole number, 1 or more, got {ranks!r}")
+    given, ranks = ranks, whole(ranks) or 0
+    if ranks < 1:
+        raise InputError(f"ranks must be a whole number, 1 or more, got {given!r}")
     limit = machine.memory if memory is None else memory
     if not 0 < limit < math.inf:
         raise InputError(f"memory must be more than 0 bytes, got {limit!r}")

@@ -76,7 +76,7 @@ class Mask:
         return False
 
     def __and__(self, other: Mask) -> Mask:
-        return Intersection(self, other)
+        return Intersection(self, other) if isinstance(other, Mask) else NotImplemented
 
 
 @dataclass(frozen=True)

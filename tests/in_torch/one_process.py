@@ -79,11 +79,11 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
 
 
-def worst(own: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def worst(own: Sequence[Tensor], expected: Sequence[Tensor], small: float = 1e-4) -> float:
     """Return the largest relative error of several tensors; of one that is nearly 0 beside the others, as of these.
 
     The bias of K has no gradient but rounding errors: it adds the same to all scores of a query.
     """
-    least = 1e-4 * max(float(tensor.detach().abs().max()) for tensor in expected)
+    least = small * max(float(tensor.detach().abs().max()) for tensor in expected)
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(own, expected, strict=True)]
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(least)) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The harness of conftest.py: it must tell a failure on one rank on all, and must never hang.
+"""The pytest plugin for several ranks: it must tell a failure on one rank on all, and must never hang.
 
 Each test starts pytest under mpiexec on a file of harness/, which are not tests of mpiattn but tests that
 fail, crash and hang on purpose.
@@ -6,24 +6,81 @@ fail, crash and hang on purpose.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import mpiexec
+from launch import FROM_LAUNCHER, mpiexec
 
 HERE = Path(__file__).parent
 DEADLINE = 2  # seconds that a rank waits for the others
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", f"--mpi-deadline={DEADLINE}")
+WITHOUT_PYTEST_MPI = ("-p", "no:pytest_mpi")
+BOTH = [(), WITHOUT_PYTEST_MPI] if importlib.util.find_spec("pytest_mpi") else [()]
+"""Options for a run with pytest-mpi, where it is installed, and for one without."""
 
 
 def run(name: str, *options: str, n: int = 3) -> subprocess.CompletedProcess[str]:
     """Run harness/NAME.py on `n` ranks. A job that hangs raises TimeoutError here."""
-    command = [sys.executable, "-m", "mpi4py", "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
-    deadline = f"--mpi-deadline={DEADLINE}"
-    done = mpiexec(n, *command, deadline, *options, HERE / "harness" / f"{name}.py", cwd=HERE.parent, timeout=60)
+    done = mpiexec(n, *PYTEST, *options, HERE / "harness" / f"{name}.py", cwd=HERE.parent, timeout=60)
     print(done.stdout, done.stderr)  # shown when an assertion fails
     return done
+
+
+def alone(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without mpiexec."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)} | environ
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=env)
+    print(done.stdout, done.stderr)
+    return done
+
+
+@pytest.mark.parametrize("options", [*BOTH, ("--with-mpi",), ("--only-mpi",)], ids=" ".join)
+def test_runs_the_tests_of_mpi(options: tuple[str, ...]) -> None:
+    """Also without --with-mpi, where pytest-mpi alone skips them all."""
+    done = run("passes", *options)
+    assert done.returncode == 0
+    assert "1 passed, 1 skipped, 1 deselected" in done.stdout
+
+
+@pytest.mark.parametrize("options", BOTH, ids=" ".join)
+def test_without_mpiexec(options: tuple[str, ...]) -> None:
+    done = alone(*PYTEST, *options, str(HERE / "harness/passes.py"))
+    assert done.returncode == 0 and "1 passed, 2 skipped" in done.stdout
+    done = alone(*PYTEST, *options, "--with-mpi", str(HERE / "harness/passes.py"))
+    assert done.returncode == 0 and "2 passed, 1 skipped" in done.stdout
+
+
+@pytest.mark.parametrize("options", BOTH, ids=" ".join)
+def test_markers_and_fixtures_of_pytest_mpi(options: tuple[str, ...]) -> None:
+    done = run("marks", "--with-mpi", *options)
+    assert done.returncode == 0
+    assert "2 passed, 1 skipped, 1 xfailed" in done.stdout
+    done = alone(*PYTEST, *options, str(HERE / "harness/marks.py"))
+    assert done.returncode == 0 and "2 passed, 2 skipped" in done.stdout
+
+
+def test_in_another_project(tmp_path: Path) -> None:
+    """The plugin needs nothing of mpiattn's own tests."""
+    shutil.copy(HERE / "harness/one_rank_fails.py", tmp_path / "test_one.py")
+    done = mpiexec(3, *PYTEST, "--with-mpi", "-p", "mpiattn.pytest_plugin", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "failed on rank 1: AssertionError: rank one gives up" in done.stdout
+    assert "1 failed, 4 passed" in done.stdout
+
+
+def test_mpiexec_of_another_library() -> None:
+    """Each process would run all tests as a world of its own."""
+    for name in ("OMPI_COMM_WORLD", "PMI"):
+        done = alone(*PYTEST, str(HERE / "harness/passes.py"), **{f"{name}_RANK": "0", f"{name}_SIZE": "4"})
+        if "4 processes were started, and each is alone" in done.stderr:
+            assert done.returncode == 4
+            return
+    raise AssertionError("not noticed")
 
 
 def test_passes_and_prints_once() -> None:
@@ -106,11 +163,11 @@ def test_misspelt_marks_are_rejected() -> None:
 def test_no_mpi_is_imported_without_mpi_tests() -> None:
     code = (
         "import sys, pytest; sys.modules['mpi4py.MPI'] = None\n"  # importing it raises ImportError
-        f"sys.exit(pytest.main(['-q', '-m', 'not mpi', '-p', 'no:cacheprovider', {str(HERE / 'harness/passes.py')!r}]))"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(HERE / 'harness/passes.py')!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent)
-    assert done.returncode == 0, done.stdout
-    assert "1 passed, 2 deselected" in done.stdout
+    done = alone(sys.executable, "-c", code)
+    assert done.returncode == 0
+    assert "1 passed, 2 skipped" in done.stdout
 
 
 def test_launcher_ends_a_job_that_hangs() -> None:

@@ -1,4 +1,4 @@
-"""The MPI part of the test harness: all ranks learn how each test went on every rank.
+"""Meetings of all ranks, in which each learns how a test went on every other.
 
 A rank whose test failed before a collective call leaves the others waiting in it, and the next test
 meets its stray messages. So the ranks meet after each phase of a test (set-up, call, tear-down), and

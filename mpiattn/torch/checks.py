@@ -1,0 +1,61 @@
+"""Which models can be split over ranks by tokens, and what is wrong with the arguments of `shard`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms import ALGORITHMS
+from ..errors import InputError
+
+
+def check(algorithm: str, data: int, ranks: int) -> None:
+    """Raise ValueError where the algorithm does not share out tokens, or the groups do not fit."""
+    able = [name for name in ALGORITHMS if name not in ("tensor_parallel", "decode")]
+    if algorithm not in able:
+        raise ValueError(f"algorithm {algorithm!r} does not share out tokens: choose from {', '.join(able)}")
+    if data < 1 or ranks % data:
+        fits = [groups for groups in range(1, ranks + 1) if ranks % groups == 0]
+        raise ValueError(f"{ranks} ranks do not make {data} groups: choose from {fits}")
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError where tokens of a model meet elsewhere than in attention, or in one that can't be split."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    other = sorted({*kinds} - {"full_attention", "sliding_attention", "attention"})
+    parameters = inspect.signature(model.forward).parameters
+    reasons = {
+        f"has layers of the kind {', '.join(other)}": bool(other),
+        "has an encoder and a decoder": config.is_encoder_decoder,
+        "has position biases": getattr(config, "alibi", False) or hasattr(config, "relative_attention_num_buckets"),
+        "has convolutions or recurrence": any(
+            isinstance(part, (torch.nn.Conv1d, torch.nn.RNNBase)) for part in model.modules()
+        ),
+        "adds a loss of its router, a mean over the tokens of one rank": getattr(config, "output_router_logits", False),
+        "does not call attention by name": not model._can_set_attn_implementation(),
+        "takes no position_ids": "position_ids" not in parameters,
+        "does not hand arguments on to its layers": all(p.kind != p.VAR_KEYWORD for p in parameters.values()),
+    }
+    wrong = [reason for reason, holds in reasons.items() if holds]
+    if wrong:
+        raise ValueError(f"{name} can't be split over ranks by tokens: it {' and '.join(wrong)}")
+
+
+def check_tensors(model: Any, tensors: dict[str, Any]) -> None:
+    """Raise InputError where these are no tensors on the model's device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "input_ids"):
+            raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != model.device:
+            raise InputError(f"{name} is on {tensor.device}, the model on {model.device}: move one of them with .to()")
+
+
+def windows_alone(config: Any) -> bool:
+    """Return whether all layers have a window: their keys are near."""
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    return getattr(config, "sliding_window", None) is not None and kinds == {"sliding_attention"}

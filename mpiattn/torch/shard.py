@@ -1,0 +1,240 @@
+"""A model of Hugging Face over MPI ranks: each computes some tokens of a batch that all of them have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms import ALGORITHMS, Attention
+from ..algorithms.options import agree
+from ..errors import InputError
+from ..problems.dropout import Dropout
+from ..problems.mask import Causal, Documents, Mask, SlidingWindow
+from .batch import IGNORED, Batch, fingerprint, laid_out
+from .checks import check, check_model, check_tensors, windows_alone
+from .function import attention
+from .hugging_face import NAME
+from .weights import broadcast, refuse, sum_gradients
+
+KEPT = 32
+"""Attentions that are kept; a packed batch has some of its own, as its mask is."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a rank has of a model's output.
+
+    Attributes
+    ----------
+    loss : scalar, or None without labels
+        The mean over all targets of all ranks. Its `backward` gives the part of this rank's tokens.
+    logits : (rows, this rank's tokens, vocabulary)
+    places : int64, (rows, this rank's tokens)
+        Which of `input_ids.flatten()` they belong to.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    places: Tensor
+
+
+class Sharded:
+    """A model whose ranks share out the tokens of each batch; made by `shard`."""
+
+    def __init__(self, model: Any, comm: Any, algorithm: str, layout: str | None, data: int, **options: Any) -> None:
+        agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
+        self.model, self.algorithm, self.options = model, ALGORITHMS[algorithm], options
+        self.comm = comm.Create_cart([data, comm.Get_size() // data], periods=[False, False], reorder=False)
+        self.sequence = self.comm.Sub([False, True])
+        self.groups, self.group = data, self.comm.Get_coords(self.comm.Get_rank())[0]
+        self.layout = layout or ("contiguous" if windows_alone(model.config.get_text_config()) else "zigzag")
+        self.attentions: dict[tuple[Any, ...], Attention] = {}
+        self.attention(Causal())  # says what is wrong with the options
+        broadcast(model, self.comm)
+        model.set_attn_implementation(NAME)
+
+    def __call__(
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Compute this rank's tokens of a batch; all ranks call it together.
+
+        Parameters
+        ----------
+        input_ids : int64, (batch, tokens)
+            The same on every rank of a sequence group, as is all else.
+        labels : int64, (batch, tokens), optional
+            As transformers has them: those of the tokens themselves, shifted here; -100 is no target.
+        attention_mask : (batch, tokens), optional
+            1 of tokens and 0 of padding, which is on the right.
+        position_ids : int64, (batch, tokens), optional
+            Where they start again, another document begins, which does not see the one before.
+
+        Returns
+        -------
+        Output
+
+        Raises
+        ------
+        InputError
+            On every rank, where the batch of one differs, or can't be computed exactly.
+        """
+        batch, call, targets = self.agreed(input_ids, labels, attention_mask, position_ids)
+        mine, places = call.mine, batch.places[:, call.mine]
+        # Models take no sequences without a token: a rank that has none computes one that no other rank sees.
+        some = mine if len(mine) else torch.zeros(1, dtype=torch.int64, device=mine.device)
+        ids, positions = batch.input_ids[:, some], batch.position_ids[:, some]
+        # With a mask, of tokens alone, transformers does not look for packed documents in the positions.
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": positions, "use_cache": False, NAME: call}
+        logits = self.model(input_ids=ids, **given).logits[:, : len(mine)]
+        if batch.labels is None:
+            return Output(None, logits, places)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        own = batch.labels[:, mine].flatten().to(wide.device)
+        # Of the global number of targets: a mean of the ranks' means is another number.
+        loss = torch.nn.functional.cross_entropy(wide, own, ignore_index=IGNORED, reduction="sum") / targets
+        return Output(SumOfRanks.apply(loss, self.comm), logits, places)
+
+    def agreed(self, *given: Any) -> tuple[Batch, Call, int]:
+        """Return the batch, what its layers need, and the targets of all groups; raise InputError on every rank."""
+        batch, reason = None, None
+        names = "input_ids", "labels", "attention_mask", "position_ids"
+        try:
+            check_tensors(self.model, dict(zip(names, given, strict=True)))
+            batch = laid_out(*given)
+        except InputError as error:
+            reason = str(error)
+        seed = int(torch.randint(2**62, ())) if self.model.training else 0
+        refuse(self.comm, reason)
+        assert batch is not None
+        own = [fingerprint(tensor) for tensor in given], batch.targets, seed
+        table, members = self.comm.allgather(own), self.sequence.Get_size()
+        for rank, (tensors, *_) in enumerate(table):
+            first = rank - rank % members
+            for name, tensor, other in zip(names, tensors, table[first][0], strict=True):
+                if tensor != other:
+                    raise InputError(f"{name} on rank {rank} are others than on rank {first}: both take one batch")
+        targets = sum(count for _, count, _ in table[::members])
+        if given[1] is not None and not targets:
+            raise InputError(f"all labels are {IGNORED}, or the first of a row, which nothing precedes")
+        return batch, Call(self, batch, (table[0][2] + self.group) % 2**62), targets
+
+    def attention(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> Attention:
+        """Return the attention for layers of one kind, built when the first of them asks; all ranks ask together."""
+        key = mask, scale, softcap
+        if key not in self.attentions:
+            if len(self.attentions) >= KEPT:
+                self.attentions.pop(next(iter(self.attentions))).free()
+            given = {"layout": self.layout, "mask": mask, "scale": scale, "softcap": softcap, **self.options}
+            try:
+                self.attentions[key] = self.algorithm(self.sequence, **given)
+            except TypeError as error:  # an option that the algorithm does not have
+                raise InputError(str(error)) from None
+        else:
+            self.attentions[key] = self.attentions.pop(key)  # the one used last is the last one
+        return self.attentions[key]
+
+    def sum_gradients(self) -> None:
+        """Add up the gradients of the weights over all ranks, after `backward`; see `sum_gradients`."""
+        sum_gradients(self.model, self.comm)
+
+    def free(self) -> None:
+        """Free the communicators that this object made."""
+        for built in self.attentions.values():
+            built.free()
+        self.attentions.clear()
+        self.sequence.Free()
+        self.comm.Free()
+
+    def __enter__(self) -> Sharded:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self.free()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a sharded model, which its layers are handed, and again where they are computed anew in backward."""
+
+    sharded: Sharded
+    batch: Batch
+    seed: int
+
+    @cached_property
+    def mine(self) -> Tensor:
+        """Which tokens of each row this rank computes: int64."""
+        positions = self.sharded.attention(self.mask(None)).positions(self.batch.input_ids.shape[1])
+        return torch.as_tensor(positions, device=self.batch.input_ids.device)
+
+    def mask(self, window: int | None) -> Mask:
+        """Return which tokens a layer sees that has a window, or none."""
+        mask: Mask = Causal() if window is None else SlidingWindow(window - 1)
+        return mask if self.batch.documents is None else Documents(self.batch.documents) & mask
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None, softcap: float | None,
+        sinks: Tensor | None, dropout: float, layer: int,
+    ) -> Tensor:  # fmt: skip
+        """Attend for a layer: this rank's queries to the keys of all."""
+        drop = Dropout(dropout, self.seed + layer) if dropout else None
+        built = self.sharded.attention(self.mask(window), scale, softcap)
+        q, k, v = (tensor[:, :, : len(self.mine)] for tensor in (q, k, v))
+        out = attention(built, q, k, v, sinks=sinks, dropout=drop)
+        return out if len(self.mine) else torch.nn.functional.pad(out, (0, 0, 0, 1))
+
+
+class SumOfRanks(torch.autograd.Function):
+    """The sum of a number over the ranks, in their order; each goes back through its own."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, comm: Any) -> Tensor:
+        """Return the sum, on every rank."""
+        return torch.full_like(own, sum(comm.allgather(own.item())))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of this rank's number."""
+        return gradient, None
+
+
+def shard(
+    model: Any, comm: Any, algorithm: str = "mesh", rows: int | None = None, cols: int | None = None,
+    layout: str | None = None, data: int = 1, **options: Any,
+) -> Sharded:  # fmt: skip
+    """Let the ranks share out the tokens that a causal language model of Hugging Face computes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Built alike on every rank, whatever its attn_implementation; its weights become rank 0's.
+    comm : mpi4py.MPI.Comm
+        All its ranks call this together.
+    algorithm : str
+        A name in `mpiattn.ALGORITHMS`, of one that shares out tokens.
+    rows, cols : int, optional
+        The mesh's grid; the one nearest to a square by default.
+    layout : {"zigzag", "contiguous", "striped"}, optional
+        Which tokens each rank computes. By default contiguous where all layers have windows, else zigzag.
+    data : int
+        Groups of ranks that each have batches of their own; the ranks of a group are neighbours.
+    **options
+        Of the algorithm: `ulysses=2`, `kernel="cupy"`, `partials="narrow"`, ...
+
+    Returns
+    -------
+    Sharded
+        `sharded(input_ids, labels)` computes, `sharded.sum_gradients()` adds up; a context manager frees it.
+
+    Raises
+    ------
+    InputError
+        On every rank, where the model's tokens do not meet in attention alone, or the arguments do not fit.
+    """
+    grid = {name: number for name, number in (("rows", rows), ("cols", cols)) if number is not None}
+    return Sharded(model, comm, algorithm, layout, data, **grid, **options)

@@ -1,0 +1,112 @@
+"""Make the transcripts of README.md and of docs/*.md by running their commands, or check that they still hold.
+
+In a block with <!-- transcript: NAME --> before it, each line that begins with $ is a command, and what it prints
+follows. A block with <!-- file: NAME --> before it is a file that the commands of its page find beside them. They run
+in a temporary folder, with the caller's environment: PATH must lead to an mpiexec and to a Python with mpiattn.
+Commands that install something are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"<!-- (transcript|file): (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # with its continuation lines
+INSTALLS = re.compile(r"(pip|git|cd|bash|apt|sudo|module|source|python3? -m venv)\b|\. ")
+SECONDS = 120
+
+
+def main() -> None:
+    """Make or check transcripts, or print a block."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, help="README.md and docs/*.md if not given")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a command now prints "
+                        "something else, but for numbers, widths and the order of lines")  # fmt: skip
+    parser.add_argument("--print", metavar="NAME", help="print the commands of a transcript, or a file, and exit")
+    arguments = parser.parse_args()
+    pages = arguments.pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if arguments.print:
+        print(block(pages, arguments.print), end="")
+        return
+    wrong = 0
+    for page in pages:
+        before = page.read_text()
+        after = remade(before)
+        differences = list(difflib.unified_diff(structure(before), structure(after), str(page), "as run now", n=1))
+        print(f"{page}: {len(differences)} lines of difference" if differences else f"{page}: as run now")
+        sys.stdout.writelines(f"{line}\n" for line in differences)
+        wrong += bool(differences)
+        if not arguments.check:
+            page.write_text(after)
+    sys.exit(bool(wrong and arguments.check))
+
+
+def block(pages: list[Path], name: str) -> str:
+    """Return the commands of a transcript, or the text of a file."""
+    found = {match[2]: match for page in pages for match in BLOCK.finditer(page.read_text())}
+    if name not in found:
+        sys.exit(f"no block is marked {name!r}; there are {', '.join(found) or 'none'}")
+    kind, _, text = found[name].groups()
+    return text if kind == "file" else "".join(f"{command}\n" for command in COMMAND.findall(text))
+
+
+def remade(page: str) -> str:
+    """Return a page with what its commands print now."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        for shared in ("examples", "hostfiles"):
+            (folder / shared).symlink_to(ROOT / shared)
+        for kind, file, text in BLOCK.findall(page):
+            if kind == "file":
+                (folder / file).write_text(text)
+
+        def run(match: re.Match[str]) -> str:
+            if match[1] != "transcript":
+                return match[0]
+            head, text = match[0][: match.start(3) - match.start()], match[3]
+            parts = COMMAND.split(text)  # what is before the first command, then commands and what they print
+            for number in range(1, len(parts), 2):
+                if not INSTALLS.match(parts[number]):
+                    parts[number + 1] = printed(parts[number], folder)
+                parts[number] = f"$ {parts[number]}\n"
+            return f"{head}{''.join(parts)}```"
+
+        return BLOCK.sub(run, page)
+
+
+def printed(command: str, folder: Path) -> str:
+    """Return what a command prints, on stdout and stderr."""
+    # Where ranks write without a buffer, their lines mix.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"COLUMNS": "110"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    text = done.stdout.replace(f"{folder}/", "")
+    return re.sub(r"\s*\n", "\n", f"{text}\n").lstrip("\n")  # no blank lines, no blanks at the end of a line
+
+
+def structure(page: str) -> list[str]:
+    """Return the lines of the transcripts without what differs from run to run."""
+    lines = []
+    for kind, name, text in BLOCK.findall(page):
+        if kind == "transcript":
+            text = re.sub(r"0x[0-9a-f]+", "0", text)
+            text = re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "0", text)
+            text = re.sub(r"([-=_.])\1+|[ \t]+", lambda match: match[0][0], text)
+            commands = [line for line in text.splitlines() if line.startswith("$")]
+            others = sorted(line.strip() for line in text.splitlines() if not line.startswith("$"))
+            lines += [f"[{name}]", *commands, *others]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Models of Hugging Face over the ranks: loss and all gradients of one process, or an error that says why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from mpi4py import MPI
+from one_process import worst
+from tiny_models import ALTERNATING, FAMILIES, SIZES, gradients, in_one_process, tiny, tokens
+
+import mpiattn
+import mpiattn.torch
+
+pytestmark = pytest.mark.mpi
+TOLERANCE = 2e-5
+
+
+def trained(sharded: Any, *batch: Any, **options: Any) -> tuple[float, list[torch.Tensor]]:
+    """Return loss and gradients of a sharded model, whose gradients are none again."""
+    out = sharded(*batch, **options)
+    out.loss.backward()
+    sharded.sum_gradients()
+    result = gradients(sharded.model)
+    sharded.model.zero_grad()
+    return float(out.loss.detach()), result
+
+
+def same(own: tuple[float, list[torch.Tensor]], expected: tuple[float, list[torch.Tensor]], **how: float) -> bool:
+    assert abs(own[0] - expected[0]) < TOLERANCE * abs(expected[0])
+    assert worst(own[1], expected[1], **how) < TOLERANCE
+    return True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("algorithm", ["ring", "mesh", "ulysses"])
+def test_a_family_has_the_loss_and_gradients_of_one_process(comm: MPI.Intracomm, family: str, algorithm: str) -> None:
+    ids = tokens(2, 29)
+    expected = in_one_process(tiny(family), list(ids), list(ids))
+    model = tiny(family, seed=comm.Get_rank())  # rank 0's weights count
+    with mpiattn.torch.shard(model, comm, algorithm) as sharded:
+        assert same(trained(sharded, ids, ids), expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layouts_and_gradient_checkpointing(comm: MPI.Intracomm, layout: str, checkpointing: bool) -> None:
+    # Zigzag positions look like packed documents, striped ones like a document for each token.
+    ids, model = tokens(2, 29), tiny("gemma2")
+    expected = in_one_process(model, list(ids), list(ids))
+    if checkpointing:
+        name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else (
+            "gradient_checkpointing_enable"
+        )  # fmt: skip
+        getattr(model, name)()
+        model.train()
+    with mpiattn.torch.shard(model, comm, "ring", layout=layout) as sharded:
+        assert same(trained(sharded, ids, ids), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_padding_on_the_right_is_not_seen(comm: MPI.Intracomm, family: str) -> None:
+    # Without a mask function transformers hands on no mask, and padding would be attended to.
+    ids, model, lengths = tokens(3, 23), tiny(family), [23, 9, 14]
+    mask = torch.stack([torch.arange(23) < length for length in lengths]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    expected = in_one_process(
+        model, [row[:n] for row, n in zip(ids, lengths, strict=True)],
+        [row[:n] for row, n in zip(labels, lengths, strict=True)],
+    )  # fmt: skip
+    with mpiattn.torch.shard(model, comm) as sharded:
+        assert same(trained(sharded, ids, labels, mask), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_documents_do_not_see_each_other(comm: MPI.Intracomm, padded: bool) -> None:
+    # Each row has documents of its own; as the collator makes them, the first token of each is no target.
+    rows, model = [[5, 11, 7], [16, 7], [1, 22]], tiny("gemma2")
+    ids = tokens(3, 24 if padded else 23)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+    positions = torch.nn.functional.pad(positions, (0, int(padded)))
+    documents = [part for row, lengths in zip(ids, rows, strict=True) for part in row[:23].split(lengths)]
+    expected = in_one_process(model, documents, documents)
+    labels = ids.masked_fill(positions == 0, -100)
+    mask = (torch.arange(ids.shape[1]) < 23).long().expand(3, -1)
+    labels = labels.masked_fill(mask == 0, -100)
+    with mpiattn.torch.shard(model, comm) as sharded:
+        assert same(trained(sharded, ids, labels, mask if padded else None, positions), expected)
+
+
+def test_many_packed_batches_one_after_the_other(comm: MPI.Intracomm) -> None:
+    # Each has a mask of its own; what is built for it is freed again.
+    from mpiattn.torch.shard import KEPT
+
+    ids, model = tokens(1, 23), tiny("llama")
+    with mpiattn.torch.shard(model, comm, "ring") as sharded:
+        for length in range(1, 23):
+            positions = torch.cat([torch.arange(length), torch.arange(23 - length)])[None]
+            trained(sharded, ids, ids, position_ids=positions)
+            assert len(sharded.attentions) <= KEPT
+
+
+def test_the_mean_is_over_all_targets(comm: MPI.Intracomm) -> None:
+    # One rank has nearly all of them: a mean of the ranks' means would be another number.
+    ids, model = tokens(1, 29), tiny("llama")
+    labels = ids.clone()
+    labels[:, 6:] = -100
+    labels[:, 28] = ids[:, 28]
+    expected = in_one_process(model, list(ids), list(labels))
+    with mpiattn.torch.shard(model, comm, layout="contiguous") as sharded:
+        assert same(trained(sharded, ids, labels), expected)
+
+
+def test_groups_of_ranks_with_batches_of_their_own(comm: MPI.Intracomm) -> None:
+    data = 2 if comm.Get_size() % 2 == 0 else comm.Get_size()
+    batches, model = tokens(data, 2, 17), tiny("llama")
+    labels = batches.clone()
+    labels[0, :, :9] = -100  # fewer targets than the other groups
+    rows = batches.flatten(0, 1), labels.flatten(0, 1)
+    expected = in_one_process(model, list(rows[0]), list(rows[1]))
+    with mpiattn.torch.shard(model, comm, data=data) as sharded:
+        assert same(trained(sharded, batches[sharded.group], labels[sharded.group]), expected)
+
+
+def test_a_sequence_shorter_than_the_ranks(comm: MPI.Intracomm) -> None:
+    ids, model = tokens(1, 2), tiny("llama")
+    expected = in_one_process(model, list(ids), list(ids))
+    with mpiattn.torch.shard(model, comm, "ring") as sharded:
+        # The one query that has a target sees one key: Q and K have no gradient but rounding errors.
+        assert same(trained(sharded, ids, ids), expected, small=1e-2)
+
+
+def test_logits_and_their_places(comm: MPI.Intracomm) -> None:
+    ids, model = tokens(2, 23), tiny("llama")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits.flatten(0, 1)
+        with mpiattn.torch.shard(model, comm) as sharded:
+            out = sharded(ids)
+            assert out.loss is None and out.logits.shape[:2] == out.places.shape
+            assert torch.allclose(out.logits.flatten(0, 1), expected[out.places.flatten()], atol=1e-4)
+            short = sharded(ids, attention_mask=(torch.arange(23) < 20).long().expand(2, -1))
+            assert torch.allclose(short.logits.flatten(0, 1), expected[short.places.flatten()], atol=1e-4)
+
+
+def test_dropout_does_not_depend_on_the_ranks(comm: MPI.Intracomm) -> None:
+    results = []
+    for ranks in (comm, MPI.COMM_SELF):
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, attention_dropout=0.3))
+        ids = tokens(1, 23)
+        with mpiattn.torch.shard(seeded(model), ranks, "ring") as sharded:
+            model.train()
+            torch.manual_seed(7 + (comm.Get_rank() if ranks is comm else 0))
+            results.append(trained(sharded, ids, ids))
+    assert same(*results)
+
+
+def seeded(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("wrong", ["labels", "input_ids", "left", "holes", "documents in the mask", "device", "none"])
+def test_a_wrong_batch_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str) -> None:
+    ids = tokens(2, 13)
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    here = comm.Get_rank() == comm.Get_size() - 1
+    words = {
+        "labels": "labels on rank", "input_ids": "input_ids on rank", "left": "padding_side = 'right'",
+        "holes": "padding_side = 'right'", "documents in the mask": "position_ids that start again",
+        "device": "on meta, the model on cpu", "none": "all labels are -100",
+    }  # fmt: skip
+    if wrong in batch:
+        if comm.Get_size() == 1:
+            pytest.skip("there is no other rank")
+        batch[wrong] = ids + here
+    elif wrong == "device":
+        batch["labels"] = ids.to("meta") if here else ids
+    elif wrong == "none":
+        batch["labels"] = torch.full_like(ids, -100)
+    else:
+        places = {"left": slice(0, 2), "holes": slice(5, 7), "documents in the mask": slice(8, 13)}
+        batch["attention_mask"][:, places[wrong]] = 2 if wrong.startswith("doc") else 0
+        batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, -100)
+    with mpiattn.torch.shard(tiny("llama"), comm) as sharded:
+        with pytest.raises(mpiattn.InputError, match=words[wrong]) as raised:
+            sharded(**batch)
+        assert len(set(comm.allgather(str(raised.value)))) == 1
+        sharded(ids, ids)  # and goes on
+
+
+def test_what_cannot_be_split_is_named(comm: MPI.Intracomm) -> None:
+    def refused(model: Any, words: str, **options: Any) -> None:
+        with pytest.raises(mpiattn.InputError, match=words):
+            mpiattn.torch.shard(model, comm, **options)
+
+    llama = tiny("llama")
+    refused(llama, "does not share out tokens", algorithm="decode")
+    refused(llama, "do not make", data=comm.Get_size() + 1)
+    refused(llama, "unknown layout", layout="spiral")
+    refused(llama, "does not hold", rows=comm.Get_size() + 1)
+    refused(llama, "rows", algorithm="ring", rows=1)
+    t5 = hf.T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    refused(hf.T5ForConditionalGeneration(t5), "T5ForConditionalGeneration can't be split.*position biases")
+    bloom = hf.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
+    refused(hf.BloomForCausalLM(bloom), "BloomForCausalLM can't be split")
+    mamba = hf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    refused(hf.MambaForCausalLM(mamba), "MambaForCausalLM can't be split.*convolutions")
+
+
+def test_another_mask_than_a_causal_one_is_refused(comm: MPI.Intracomm) -> None:
+    model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, **ALTERNATING, use_bidirectional_attention=True))
+    model.config.is_causal = False
+    with mpiattn.torch.shard(model, comm) as sharded, pytest.raises(mpiattn.InputError, match="a mask of its own"):
+        sharded(tokens(1, 13))
+
+
+def test_a_model_that_is_not_sharded_says_so(comm: MPI.Intracomm) -> None:
+    model = hf.LlamaForCausalLM._from_config(hf.LlamaConfig(**SIZES), attn_implementation="mpiattn")
+    with pytest.raises(mpiattn.InputError, match="is called through"):
+        model(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 5))

@@ -1,0 +1,60 @@
+"""run/readme.py: it makes the transcripts of a page, and finds those that no longer hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "run" / "readme.py"
+PAGE = """# A page
+
+<!-- file: three.py -->
+```python
+print("three: 3.25 s")
+```
+
+<!-- transcript: first -->
+```console
+$ pip install nothing-of-the-kind
+$ python three.py \\
+    --quiet
+three: 1.5 s
+$ ls
+three.py
+```
+"""
+
+
+def readme(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, README, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_check(tmp_path: Path) -> None:
+    """Numbers may differ; words and commands may not."""
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace("$ ls\nthree.py", "$ ls *.py\nthree.py"))
+    done = readme("--check", page)
+    assert done.returncode == 0, done.stdout
+    assert "1.5 s" in page.read_text()  # not changed
+    page.write_text(page.read_text().replace("three: 1.5", "four: 1.5"))
+    done = readme("--check", page)
+    assert done.returncode == 1 and "-four: 0 s" in done.stdout and "+three: 0 s" in done.stdout
+
+
+def test_make(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace("three: 1.5 s\n", "").replace("$ ls", "$ ls *.py"))
+    assert readme(page).returncode == 0
+    assert "    --quiet\nthree: 3.25 s\n$ ls *.py\nthree.py\n```\n" in page.read_text()
+    assert "$ pip install nothing-of-the-kind\n$ python" in page.read_text()
+
+
+def test_print(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert readme(page, "--print", "three.py").stdout == 'print("three: 3.25 s")\n'
+    commands = "pip install nothing-of-the-kind\npython three.py \\\n    --quiet\nls\n"
+    assert readme(page, "--print", "first").stdout == commands
+    done = readme(page, "--print", "second")
+    assert done.returncode != 0 and "there are three.py, first" in done.stderr
