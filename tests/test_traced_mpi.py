@@ -227,17 +227,17 @@ def test_the_agreement_of_this_package_is_no_traffic(comm: MPI.Intracomm) -> Non
 
 
 @pytest.mark.mpi(min_size=2, max_size=3)
-def test_waits_that_nobody_saw_are_not_said_to_be_none(comm: MPI.Intracomm, shared_path: Path) -> None:
+def test_waits_that_nobody_saw_are_not_said_to_be_none(comm: MPI.Intracomm, mpi_tmp_path: Path) -> None:
     from mpi4py import MPI
 
     over = traced(comm)
     with over.trace.phase("ring"):
         requests = [over.Irecv(np.empty(4)), over.Isend(np.zeros(4), (comm.rank + 1) % comm.size)]
         MPI.Request.Waitall(requests)
-    file.write(comm, over.trace, shared_path / "t.json")
+    file.write(comm, over.trace, mpi_tmp_path / "t.json")
     traces = gather(comm, over.trace)
     if traces is not None:
-        again = file.read(shared_path / "t.json")
+        again = file.read(mpi_tmp_path / "t.json")
         for told in (traces, again):
             assert [trace.unseen() for trace in told] == [2] * comm.size
             table = report.summary(told)

@@ -124,9 +124,9 @@ def test_other_models(tmp_path: Path, change: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.mpi(max_size=3)
-def test_model(comm: Any, shared_path: Path) -> None:
+def test_model(comm: Any, mpi_tmp_path: Path) -> None:
     """The weights are in memory once a host, the same on all ranks; the tokenizer goes there and back."""
-    path = shared_path / "model.gguf"
+    path = mpi_tmp_path / "model.gguf"
     weights = write(path) if comm.Get_rank() == 0 else None
     weights = comm.bcast(weights)
     with Model(comm, path) as model:
@@ -137,15 +137,15 @@ def test_model(comm: Any, shared_path: Path) -> None:
         assert model.tokenizer.chat(text) == numbers  # there is no template
         assert model.tokenizer.decode([256, *numbers, 257]) == text
         del model.llama
-    missing = shared_path / "none.gguf"
+    missing = mpi_tmp_path / "none.gguf"
     with pytest.raises(InputError, match=r"none.gguf: no such file"):
         Model(comm, missing)
 
 
 @pytest.mark.mpi(max_size=3)
-def test_numbers_that_are_none(comm: Any, shared_path: Path) -> None:
+def test_numbers_that_are_none(comm: Any, mpi_tmp_path: Path) -> None:
     """A weight of NaN is an error on all ranks, also on those that read nothing."""
-    path = shared_path / "model.gguf"
+    path = mpi_tmp_path / "model.gguf"
     if comm.Get_rank() == 0:
         write(path)
         place = GGUF(path).tensors["model.norm.weight"].begin

@@ -44,24 +44,24 @@ def test_chat(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi(max_size=3)
-def test_tokenizers_of_other_models(comm: Any, shared_path: Path) -> None:
+def test_tokenizers_of_other_models(comm: Any, mpi_tmp_path: Path) -> None:
     def refused(message: str, **given: Any) -> None:
         if comm.Get_rank() == 0:
-            write(shared_path, **given)
+            write(mpi_tmp_path, **given)
         comm.Barrier()
         with pytest.raises(InputError, match=message):
-            Model(comm, shared_path)
+            Model(comm, mpi_tmp_path)
 
     refused("has 70 tokens, the model 61", words={**WORDS, **{f"w{number}": number for number in range(7, 70)}})
     refused("first token '</s>' is 1, the model's is 0", bos_token="</s>")
     if comm.Get_rank() == 0:
-        write(shared_path)
-        (shared_path / "tokenizer.json").write_text("{}")
+        write(mpi_tmp_path)
+        (mpi_tmp_path / "tokenizer.json").write_text("{}")
     comm.Barrier()
     with pytest.raises(InputError, match=r"tokenizer.json is damaged"):
-        Model(comm, shared_path)
+        Model(comm, mpi_tmp_path)
     if comm.Get_rank() == 0:
-        (shared_path / "tokenizer.json").unlink()
+        (mpi_tmp_path / "tokenizer.json").unlink()
     comm.Barrier()
     with pytest.raises(InputError, match=r"tokenizer.json: no such file"):
-        Model(comm, shared_path)
+        Model(comm, mpi_tmp_path)
