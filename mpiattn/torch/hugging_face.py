@@ -9,6 +9,7 @@ and the mask function only finds out whether that is what the layers ask for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from ..errors import InputError
 
 NAME = "mpiattn"
+
+GENERATING: ContextVar[Any] = ContextVar("generating", default=None)
+"""What layers call while `Sharded.generate` runs, as `generate` hands no arguments of ours on to them."""
 
 FAR = 2**20
 """A position beyond all windows, to ask a mask function at."""
@@ -64,7 +68,7 @@ def attend(
     out : (batch, tokens, heads, head_dim)
     weights : None
     """
-    call, name = others.get(NAME), type(module).__name__
+    call, name = others.get(NAME) or GENERATING.get(), type(module).__name__
     if call is None:
         raise InputError(
             "a model with attn_implementation='mpiattn' is called through mpiattn.torch.shard(model, comm), "

@@ -84,17 +84,14 @@ class Sharded:
             On every rank, where the batch of one differs, or can't be computed exactly.
         """
         batch, call, targets = self.agreed(input_ids, labels, attention_mask, position_ids)
-        mine, places = call.mine, batch.places[:, call.mine]
-        # Models take no sequences without a token: a rank that has none computes one that no other rank sees.
-        some = mine if len(mine) else torch.zeros(1, dtype=torch.int64, device=mine.device)
-        ids, positions = batch.input_ids[:, some], batch.position_ids[:, some]
+        ids, positions, places = call.own()
         # With a mask, of tokens alone, transformers does not look for packed documents in the positions.
         given = {"attention_mask": torch.ones_like(ids), "position_ids": positions, "use_cache": False, NAME: call}
-        logits = self.model(input_ids=ids, **given).logits[:, : len(mine)]
+        logits = self.model(input_ids=ids, **given).logits[:, : len(call.mine)]
         if batch.labels is None:
             return Output(None, logits, places)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        own = batch.labels[:, mine].flatten().to(wide.device)
+        own = batch.labels[:, call.mine].flatten().to(wide.device)
         # Of the global number of targets: a mean of the ranks' means is another number.
         loss = torch.nn.functional.cross_entropy(wide, own, ignore_index=IGNORED, reduction="sum") / targets
         return Output(SumOfRanks.apply(loss, self.comm), logits, places)
@@ -121,7 +118,37 @@ class Sharded:
         targets = sum(count for _, count, _ in table[::members])
         if given[1] is not None and not targets:
             raise InputError(f"all labels are {IGNORED}, or the first of a row, which nothing precedes")
-        return batch, Call(self, batch, (table[0][2] + self.group) % 2**62), targets
+        return batch, self.call(batch, (table[0][2] + self.group) % 2**62), targets
+
+    def call(self, batch: Batch, seed: int = 0) -> Call:
+        """Return what the layers need to know of a batch that the ranks have agreed on."""
+        return Call(self, batch, seed)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue prompts by transformers' own `generate`, with a cache that is spread over the ranks.
+
+        Parameters
+        ----------
+        input_ids : int64, (batch, tokens)
+            The same on every rank of a sequence group; prompts of one length.
+        attention_mask : (batch, tokens), optional
+            All 1.
+        **options
+            Of transformers' `generate`: `max_new_tokens=64`, `do_sample=True`, `temperature`, `top_p`, `num_beams`,
+            `streamer` (on rank 0 alone), ... What is sampled follows from rank 0's torch generator.
+
+        Returns
+        -------
+        int64, (batch, tokens and new tokens), the same on every rank of a group
+
+        Raises
+        ------
+        InputError
+            On every rank, where prompts or options of one differ, are padded, or need another cache.
+        """
+        from .generate import generate
+
+        return generate(self, input_ids, attention_mask, **options)
 
     def attention(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> Attention:
         """Return the attention for layers of one kind, built when the first of them asks; all ranks ask together."""
@@ -171,6 +198,14 @@ class Call:
         """Which tokens of each row this rank computes: int64."""
         positions = self.sharded.attention(self.mask(None)).positions(self.batch.input_ids.shape[1])
         return torch.as_tensor(positions, device=self.batch.input_ids.device)
+
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return this rank's tokens, their positions, and their places; of the first two, one at least.
+
+        Models take no sequences without a token: a rank that has none computes one that no other rank sees.
+        """
+        some = self.mine if len(self.mine) else self.mine.new_zeros(1)
+        return self.batch.input_ids[:, some], self.batch.position_ids[:, some], self.batch.places[:, self.mine]
 
     def mask(self, window: int | None) -> Mask:
         """Return which tokens a layer sees that has a window, or none."""

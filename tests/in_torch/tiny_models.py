@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
     "initializer_range": 0.3,
+    "tie_word_embeddings": False,  # tied, random weights repeat a token
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ALTERNATING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
