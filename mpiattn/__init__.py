@@ -12,6 +12,7 @@
 - `InputError`: what every rank raises where input is bad
 
 - `use_gpu`: one of the host's GPUs for this rank, and CuPy
+- `watch`: who waits for whom when the ranks are stuck, instead of a job that hangs
 
 Further in: `costs`, the bytes received and held; `trace`, what went over a
 communicator; `planner`, for clusters that aren't at hand; `virtual`, ranks without MPI.
@@ -38,6 +39,7 @@ from .messages.hosts import use_gpu
 from .planner import auto, choose
 from .problems.dropout import Dropout
 from .problems.mask import Causal, Documents, Full, Mask, SlidingWindow
+from .watch.session import watch
 
 __all__ = [
     "ALGORITHMS",
@@ -65,4 +67,5 @@ __all__ = [
     "gather",
     "scatter",
     "use_gpu",
+    "watch",
 ]

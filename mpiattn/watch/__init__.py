@@ -1,0 +1,16 @@
+"""A watch over the ranks: who waits for whom when they are stuck, and why.
+
+In the ranks:
+
+- `session`: `mpiattn.watch` itself
+- `comm`: a communicator that leaves a record of each message and wait
+- `record`: these records, in a file that outlives the rank
+- `active`: where attentions ask whether they are watched
+
+In a process beside the ranks of each host, which loads no MPI:
+
+- `monitor`, `host`: what notices that something is wrong, on this host
+- `network`, `others`: the same of the other hosts
+- `state`, `graph`, `report`: what each rank does, who waits for whom, in words
+- `timeline`: the last steps as a trace
+"""

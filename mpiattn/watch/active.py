@@ -1,0 +1,38 @@
+"""The watch that is active in this process, if one is: attentions and their passes ask for it here."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+
+class Observer(Protocol):
+    """What is told of communicators and passes."""
+
+    def watched(self, comm: Any) -> Any:
+        """Return a communicator that is watched, in the place of a plain one."""
+
+    def named(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Give a name to what happens in a with block."""
+
+
+observer: Observer | None = None
+
+
+def set_observer(new: Observer | None) -> None:
+    """Make a watch the active one, or none."""
+    global observer
+    observer = new
+
+
+def watched(comm: Any) -> Any:
+    """Return a communicator that is watched, where a watch is active; else the given one."""
+    return comm if observer is None else observer.watched(comm)
+
+
+def named(name: str) -> contextlib.AbstractContextManager[None]:
+    """Give a name to what happens in a with block, such as the forward pass of an algorithm."""
+    return NOTHING if observer is None else observer.named(name)
+
+
+NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -1,0 +1,202 @@
+"""A communicator that leaves a record of each message, wait and collective, and passes all else on.
+
+An algorithm runs on it unchanged. Its requests are MPI's own, with a number: to test them costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from mpi4py import MPI
+
+from ..messages import message
+from .record import Kind, Recorder
+
+SEND, RECEIVE, WAIT, DONE = Kind.SEND, Kind.RECEIVE, Kind.WAIT, Kind.DONE
+LOW = 2**64 - 1  # posts of a wait that a record has room for
+TAGS = 2**8
+
+
+class WatchedRequest(MPI.Request):
+    """A request whose waits are recorded."""
+
+    __slots__ = ("post",)
+
+    recorder: ClassVar[Recorder]
+    """Of the watch that is active."""
+
+    post: int
+    """Number of the message, of all that this rank posts."""
+
+    @classmethod
+    def Waitall(cls, requests: Sequence[Any], *statuses: Any) -> Literal[True]:
+        """Wait for all."""
+        recorder = cls.recorder
+        posts = [request.post for request in requests]
+        first, bits = min(posts), 0
+        for post in posts:
+            bits |= 1 << post - first
+        recorder.step = step = recorder.step + 1
+        recorder.write(WAIT, 0, 0, step, 0, first, bits & LOW)
+        MPI.Request.Waitall(requests, *statuses)
+        recorder.write(DONE, 0, 0, 0, 0, 0, 0)
+        return True
+
+    def Wait(self, *status: Any) -> Any:
+        """Wait for this one."""
+        return self.Waitall([self], *([each] for each in status))
+
+
+class WatchedWindow:
+    """A window of shared memory whose fences are recorded."""
+
+    def __init__(self, window: Any, comm: WatchedComm) -> None:
+        self.window, self.comm = window, comm
+
+    def Fence(self) -> None:
+        """Wait for the other ranks, and see what they wrote."""
+        self.comm.blocking("Fence", self.window.Fence)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.window, name)
+
+
+def _blocking(name: str) -> Any:
+    """Return a method that records a collective which waits for other ranks."""
+
+    def method(self: WatchedComm, *arguments: Any, **named: Any) -> Any:
+        return self.blocking(name, getattr(self.comm, name), *arguments, **named)
+
+    method.__name__, method.__doc__ = name, f"As `MPI.Comm.{name}`."
+    return method
+
+
+def _deriving(name: str) -> Any:
+    """Return a method that makes a communicator, which is watched too."""
+
+    def method(self: WatchedComm, *arguments: Any, **named: Any) -> Any:
+        comm = self.blocking(name, getattr(self.comm, name), *arguments, **named)
+        return comm if comm == MPI.COMM_NULL else self.derived(comm, name)
+
+    method.__name__, method.__doc__ = name, f"As `MPI.Comm.{name}`."
+    return method
+
+
+class WatchedComm:
+    """A communicator with mpi4py's methods that leaves a record of what this rank does with it.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+    recorder : Recorder
+        Communicators made from this one share it.
+    ranks : tuple of int
+        The rank in the first watched communicator of each rank of this one.
+    path : str
+        How this one was made from the first one.
+    """
+
+    def __init__(self, comm: Any, recorder: Recorder, ranks: tuple[int, ...], path: str) -> None:
+        self.comm, self.recorder, self.ranks, self.path = comm, recorder, ranks, path
+        self.size, self.rank = comm.size, comm.rank
+        self.number = recorder.comm(path, ranks)
+        self.counts = recorder.counts[self.number]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    # Messages
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> WatchedRequest:
+        """Start to send a buffer."""
+        return self._posted(SEND, self.comm.Isend(buf, dest, tag), buf, dest, tag)
+
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> WatchedRequest:
+        """Start to receive into a buffer."""
+        return self._posted(RECEIVE, self.comm.Irecv(buf, source, tag), buf, source, tag)
+
+    def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
+        """Send a buffer."""
+        WatchedRequest.Waitall([self.Isend(buf, dest, tag)])
+
+    def Recv(self, buf: Any, source: int, tag: int = 0) -> None:
+        """Receive into a buffer."""
+        WatchedRequest.Waitall([self.Irecv(buf, source, tag)])
+
+    def _posted(self, kind: int, request: Any, buf: Any, peer: int, tag: int) -> WatchedRequest:
+        recorder, counts = self.recorder, self.counts
+        key = (peer * TAGS + tag) * 2 + kind
+        counts[key] = number = counts.get(key, 0) + 1
+        recorder.posts = post = recorder.posts + 1
+        nbytes = (buf[0] if type(buf) is list else buf).nbytes
+        recorder.write(kind, tag, self.number, self.ranks[peer], number, post, nbytes)
+        watched = WatchedRequest(request)
+        watched.post = post
+        return watched
+
+    # Collectives
+
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> WatchedRequest:
+        """Start to give every rank the pieces of all."""
+        return self._started("Iallgatherv", self.comm.Iallgatherv(sendbuf, recvbuf))
+
+    def Ibarrier(self) -> WatchedRequest:
+        """Start to wait for all ranks."""
+        return self._started("Ibarrier", self.comm.Ibarrier())
+
+    def _started(self, name: str, request: Any) -> WatchedRequest:
+        recorder = self.recorder
+        recorder.posts = post = recorder.posts + 1
+        recorder.write(Kind.START, recorder.name(name), self.number, -1, self._collective(), post, 0)
+        watched = WatchedRequest(request)
+        watched.post = post
+        return watched
+
+    def blocking(self, name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call a collective that waits for other ranks."""
+        recorder = self.recorder
+        recorder.step = step = recorder.step + 1
+        recorder.write(Kind.CALL, recorder.name(name), self.number, -1, self._collective(), step, 0)
+        result = call(*arguments, **named)
+        recorder.write(DONE, 0, 0, 0, 0, 0, 0)
+        return result
+
+    def _collective(self) -> int:
+        self.counts[-1] = number = self.counts.get(-1, 0) + 1
+        return number
+
+    Allgather = _blocking("Allgather")
+    Allgatherv = _blocking("Allgatherv")
+    Alltoallv = _blocking("Alltoallv")
+    Barrier = _blocking("Barrier")
+    Bcast = _blocking("Bcast")
+    allgather = _blocking("allgather")
+    allreduce = _blocking("allreduce")
+    barrier = _blocking("barrier")
+    bcast = _blocking("bcast")
+    gather = _blocking("gather")
+
+    # Communicators and memory made from this one
+
+    Create_cart = _deriving("Create_cart")
+    Dup = _deriving("Dup")
+    Split = _deriving("Split")
+    Split_type = _deriving("Split_type")
+    Sub = _deriving("Sub")
+
+    def derived(self, comm: Any, how: str) -> WatchedComm:
+        """Return a communicator of some of these ranks, watched."""
+        return WatchedComm(comm, self.recorder, self.translate(comm), f"{self.path}.{how}")
+
+    def translate(self, comm: Any) -> tuple[int, ...]:
+        """Return the rank in the first watched communicator of each rank of another; -1 of those that it lacks."""
+        here, there = self.comm.Get_group(), comm.Get_group()
+        ranks = there.Translate_ranks(range(comm.size), here)
+        here.Free()
+        there.Free()
+        return tuple(-1 if rank == MPI.UNDEFINED else self.ranks[rank] for rank in ranks)
+
+    def Allocate_shared(self, nbytes: int) -> WatchedWindow:
+        """Make a window of memory that the ranks of a host share; see `message.Allocate_shared`."""
+        return WatchedWindow(message.Allocate_shared(self.comm, nbytes), self)

@@ -1,0 +1,175 @@
+"""The process beside the ranks of a host that notices when they are stuck, and says why.
+
+It runs in a session of its own, without MPI, so that it outlives ranks that a launcher kills. That of rank 0's host
+gathers what those of the other hosts know, prints the report, and has them end their ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import Any
+
+from .graph import stuck
+from .host import Host
+from .network import call
+from .others import BEAT, Others
+from .report import report
+from .state import Doing
+
+
+class Monitor:
+    """Watches the ranks of this host, and speaks with the watches of the others.
+
+    Parameters
+    ----------
+    settings : dict
+        From `session`: name, folder and ranks of this host; table (host and process of every rank), seconds, file,
+        hosts, secret; of rank 0's host the number of a listening socket, of another one addresses and port.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.seconds = settings, float(settings["seconds"])
+        self.host = Host(settings["name"], Path(settings["folder"]), settings["ranks"], self.seconds)
+        self.selector = DefaultSelector()
+        for watched in self.host.ranks:
+            if watched.handle is not None:
+                self.selector.register(watched.handle, EVENT_READ, partial(self.ended, watched))
+        self.others: Others | None = None
+        self.above = None
+        self.heard, self.again = time.monotonic(), 0.0
+        self.told = False  # by rank 0's host to end the ranks
+        if "listener" in settings:
+            listener = socket.socket(fileno=settings["listener"])
+            self.others = Others(self.selector, listener, settings["hosts"] - 1, settings["secret"], self.seconds)
+        elif settings["hosts"] > 1:
+            self.above = call(settings["addresses"], settings["port"])
+            if self.above is None:
+                say(f"mpiattn.watch: {self.host.name} does not reach rank 0's host, and is watched on its own\n")
+            else:
+                self.selector.register(self.above.socket, EVENT_READ, self.obey)
+                numbers = [watched.rank for watched in self.host.ranks]
+                self.above.send(secret=settings["secret"], name=self.host.name, ranks=numbers)
+
+    def run(self) -> int:
+        """Watch until all ranks have come to the end of the block; return the exit status."""
+        while not self.done():
+            wrongs = [key.data() for key, _ in self.selector.select(min(0.25, self.seconds / 10))]
+            wrongs += [self.host.look(), self.others.beat() if self.others else self.miss()]
+            if self.told:
+                return 1
+            if any(self.alarm(wrong) for wrong in wrongs if wrong):
+                return 1
+        if self.above:
+            self.above.send(bye=True)
+        return 0
+
+    def done(self) -> bool:
+        """Say whether there is nothing more to watch, here and for rank 0's host anywhere."""
+        return self.host.done and (self.others is None or self.others.done)
+
+    def ended(self, watched: Any) -> str:
+        """Note that the process of a rank has ended; return whether that is wrong."""
+        self.selector.unregister(watched.handle)
+        return self.host.ended(watched)
+
+    def obey(self) -> str:
+        """Do what rank 0's host asks."""
+        assert self.above is not None
+        for line in self.above.lines():
+            self.heard = time.monotonic()
+            if line["ask"] == "clock":
+                self.above.send(clock=time.monotonic())
+            elif line["ask"] == "doing":
+                self.above.send(doing=[doing.to_json() for doing in self.host.gather()])
+            else:
+                self.told = True
+                self.host.end()
+        if self.above.lost and not self.told:
+            self.selector.unregister(self.above.socket)
+            return "rank 0's host has ended its watch"
+        return ""
+
+    def miss(self) -> str:
+        """Return whether there is no word from rank 0's host."""
+        if self.above and time.monotonic() - self.heard > self.seconds + 2 * BEAT:
+            self.above.lost = True
+            return f"no word from rank 0's host for {self.seconds:g} s"
+        return ""
+
+    def alarm(self, wrong: str) -> bool:
+        """Ask what all ranks do, and unless some still make steps, report it and end the job; return whether it did."""
+        if self.above and not self.above.lost:
+            self.above.send(wrong=wrong)
+            return False
+        certain = not wrong.startswith("no step")
+        if not certain and time.monotonic() < self.again:
+            return False
+        self.again = time.monotonic() + max(self.seconds / 4, 0.5)
+        ranks = self.gather(wrong)
+        if not certain and not confirmed(ranks, self.seconds):
+            return False
+        text = report(ranks, wrong, self.settings["file"])
+        say(text)
+        keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
+        if self.others:
+            self.others.end()
+        self.host.end()
+        return True
+
+    def gather(self, wrong: str) -> dict[int, Doing]:
+        """Return what each rank does, of hosts that answer."""
+        table = self.settings["table"] if self.others else {}
+        ranks = {rank: Doing(rank, host, pid) for rank, (host, pid) in enumerate(table)}
+        for other in self.others.all if self.others else ():
+            for rank in other.ranks if other.left else ():
+                ranks[rank].status = "left"
+        for doing in [*self.host.gather(), *(self.others.gather() if self.others else ())]:
+            ranks[doing.rank] = doing
+            if doing.status == "gone" and not wrong.startswith(f"rank {doing.rank} "):
+                doing.status = "ended"  # by the launcher, after the first one
+        return ranks
+
+
+def confirmed(ranks: dict[int, Doing], seconds: float) -> bool:
+    """Say whether ranks wait, or compute, in a way that leads nowhere."""
+    alone = [doing for doing in ranks.values() if doing.passes and not doing.waiting and doing.quiet >= seconds]
+    return bool(stuck(ranks, seconds) or alone)
+
+
+def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: str) -> None:
+    """Write the last steps of all ranks to a file, and the report with them."""
+    from ..trace.file import document  # with NumPy, which a monitor needs here only
+    from .timeline import traces
+
+    whole = document(traces(ranks, offsets))
+    whole["otherData"]["report"] = text
+    try:
+        Path(file).write_text(json.dumps(whole) + "\n")
+    except OSError as error:
+        say(f"mpiattn.watch: the last steps are lost: {error}\n")
+
+
+def say(text: str) -> None:
+    """Write to the terminal, if it is still there."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def main() -> int:
+    """Watch by the settings on standard input."""
+    settings = json.loads(sys.stdin.readline())
+    if os.fork():  # an orphan: nobody has to wait for it, and a launcher does not know it
+        os._exit(0)
+    try:
+        return Monitor(settings).run()
+    finally:
+        shutil.rmtree(settings["folder"], ignore_errors=True)
