@@ -28,7 +28,7 @@ CAUSES = {
     "stop": r"cause: rank 2 \(.*, process \d+\) is stopped: kill -CONT \d+",
     "exception": r"cause: rank 2 .* raised an exception: ArithmeticError: something went wrong on this rank alone",
     "loop": r"cause: rank \d waits for .* rank 2; rank 2 .* makes no step .*a loop without end(.*\n)*.*while True",
-    "order": r"cause: rank 0 .* calls Allgather, rank 2 .* Barrier, as no. \d+ of the collectives on comm",
+    "order": r"cause: rank [01] .* calls Allgather, rank 2 .* calls Barrier, as no. \d+ of the collectives on comm",
     "receive": r"rank 2 waits for D_O no. 1 from rank 0",
 }
 
@@ -67,6 +67,24 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path) -> None:
     done = mpiexec(3, sys.executable, PROGRAM, "none", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "the end" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_is_stuck_ends(tmp_path: Path) -> None:
+    words = ("compare", "--algorithms", "ring", "--iterations", "100000", "--tokens", "64", "--timeout", "2")
+    code = "import os, signal, sys, threading; from mpiattn.commands.cli import main, world\n"
+    code += "if world().rank == 1: threading.Timer(4, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
+    done = mpiexec(2, sys.executable, "-c", code + "sys.exit(main())", *words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert re.search(r"cause: rank 1 \(.*\) is stopped", done.stderr), done.stderr
+    assert len(read_trace(tmp_path / "mpiattn-stuck.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "text"), [(["--timeout", "soon"], "--timeout"), (["--timeout", "-1"], "-1 is no number")]
+)
+def test_wrong_timeouts(words: list[str], text: str) -> None:
+    done = mpiexec(1, sys.executable, "-m", "mpiattn", "env", *words)
+    assert done.returncode == 2 and text in done.stderr
 
 
 def waiting(rank: int, *waits: Wait, **more: object) -> Doing:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from .. import machines, virtual
 from ..errors import InputError, WriteError
-from . import chosen, ending, run
+from . import chosen, ending, run, watching
 from . import conformance as conformance
 from .bench import command as bench
 from .calibrate import command as calibrate
@@ -70,10 +70,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, _, summary) in COMMANDS.items():
+    for name, (module, needs_mpi, summary) in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
         module.add_arguments(command)
+        if needs_mpi is not False and module is not bench:  # whose benchmarks have it each
+            watching.add_argument(command)
         if name in VIRTUAL:
             group = command.add_argument_group("without MPI")
             group.add_argument("--virtual", type=int, metavar="N", help="on N virtual ranks, in virtual time")
@@ -129,8 +131,8 @@ def run_command(args: argparse.Namespace, comm: Any) -> int:
     if comm is None and needs_mpi:
         print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
         return 1
-    with threadpool_limits(blas_threads(args.command), "blas"):
-        return int(module.main(args, comm))
+    with threadpool_limits(blas_threads(args.command), "blas"), watching.watching(args, comm) as watched:
+        return int(module.main(args, watched))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

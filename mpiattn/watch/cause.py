@@ -36,9 +36,10 @@ def differing(ranks: Ranks, found: Sequence[Edge], first: int) -> tuple[list[int
     """Return a rank and another one that calls a different collective in the place of its."""
     for edge in found:
         if edge.rank == first and edge.why == "differs":
-            number, theirs = ranks[edge.other].called[edge.wait.comm]
-            text = f"{who(ranks[edge.rank])} calls {edge.wait.name}, {who(ranks[edge.other])} {theirs}"
-            return [edge.rank, edge.other], [f"{text}, as no. {number} of the collectives on {edge.wait.over}"]
+            one, other = sorted([edge.rank, edge.other])
+            calls = [f"{who(ranks[rank])} calls {ranks[rank].called[edge.wait.comm][1]}" for rank in (one, other)]
+            where = f"as no. {edge.wait.number} of the collectives on {edge.wait.over}"
+            return [one, other], [f"{', '.join(calls)}, {where}"]
     return None
 
 

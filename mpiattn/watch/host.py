@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from .record import State, Steps
 from .report import readable
@@ -36,7 +38,7 @@ class Watched:
     rank: int
     pid: int
     steps: Steps
-    stack: Path
+    stack: TextIO
     handle: int | None = None
     gone: bool = False
     stopped: float | None = None
@@ -73,9 +75,10 @@ class Host:
     def __init__(self, name: str, folder: Path, ranks: list[tuple[int, int]], seconds: float) -> None:
         self.name, self.seconds = name, seconds
         self.ranks = [
-            Watched(rank, pid, Steps(folder / f"{rank}.steps"), folder / f"{rank}.stack", handle(pid))
+            Watched(rank, pid, Steps(folder / f"{rank}.steps"), open(folder / f"{rank}.stack", "r+", errors="replace"), handle(pid))
             for rank, pid in ranks
         ]
+        shutil.rmtree(folder, ignore_errors=True)  # the files live as long as somebody has them open
         self.looked = time.monotonic()
 
     @property
@@ -120,13 +123,14 @@ class Host:
         """Return what a rank does."""
         status = "gone" if watched.gone else "stopped" if process_state(watched.pid) == "T" else "running"
         doing = read(watched.steps, Doing(watched.rank, self.name, watched.pid, status), time.monotonic())
-        doing.stack = readable(watched.stack.read_text(errors="replace"))
+        watched.stack.seek(0)
+        doing.stack = readable(watched.stack.read())
         return doing
 
     def stacks(self) -> None:
         """Have each rank write where it is; a handler in C does so, also in the middle of MPI."""
         for watched in self.ranks:
-            os.truncate(watched.stack, 0)
+            watched.stack.truncate(0)
             if watched.steps.state == State.WATCHED:
                 watched.signal(DUMP)
         time.sleep(0.3)

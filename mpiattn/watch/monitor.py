@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
+from ..errors import WriteError
+from ..writing import write_text
 from .graph import stuck
 from .host import Host
 from .network import call
@@ -117,9 +118,11 @@ class Monitor:
         ranks = self.gather(wrong)
         if not certain and not confirmed(ranks, self.seconds):
             return False
-        text = report(ranks, wrong, self.settings["file"])
-        say(text)
-        keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
+        if not wrong.endswith("is gone") or not any(raised(doing) for doing in ranks.values()):
+            text = report(ranks, wrong, self.settings["file"])
+            say(text)
+            keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
+        # Else a rank has ended the job by its exception, and Python has said so.
         if self.others:
             self.others.end()
         self.host.end()
@@ -145,6 +148,11 @@ def confirmed(ranks: dict[int, Doing], seconds: float) -> bool:
     return bool(stuck(ranks, seconds) or alone)
 
 
+def raised(doing: Doing) -> bool:
+    """Say whether a rank has raised an exception, other than MPI's, which may tell of another rank's end."""
+    return doing.status == "raised" and not doing.error.startswith("mpi4py.MPI.Exception")
+
+
 def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: str) -> None:
     """Write the last steps of all ranks to a file, and the report with them."""
     from ..trace.file import document  # with NumPy, which a monitor needs here only
@@ -153,8 +161,8 @@ def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: st
     whole = document(traces(ranks, offsets))
     whole["otherData"]["report"] = text
     try:
-        Path(file).write_text(json.dumps(whole) + "\n")
-    except OSError as error:
+        write_text(file, json.dumps(whole) + "\n")
+    except WriteError as error:
         say(f"mpiattn.watch: the last steps are lost: {error}\n")
 
 
@@ -169,7 +177,4 @@ def main() -> int:
     settings = json.loads(sys.stdin.readline())
     if os.fork():  # an orphan: nobody has to wait for it, and a launcher does not know it
         os._exit(0)
-    try:
-        return Monitor(settings).run()
-    finally:
-        shutil.rmtree(settings["folder"], ignore_errors=True)
+    return Monitor(settings).run()

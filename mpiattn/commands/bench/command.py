@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ...messages.message import Communicator
+from .. import watching
 from . import attention, error, kernel, overlap
 
 BENCHMARKS: dict[str, tuple[Any, str]] = {
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (module, summary) in BENCHMARKS.items():
         raw = argparse.RawDescriptionHelpFormatter
         texts = {"help": summary, "description": module.DESCRIPTION, "epilog": module.EXAMPLES}
-        module.add_arguments(benchmarks.add_parser(name, **texts, formatter_class=raw))
+        benchmark = benchmarks.add_parser(name, **texts, formatter_class=raw)
+        module.add_arguments(benchmark)
+        watching.add_argument(benchmark)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
