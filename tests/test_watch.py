@@ -27,7 +27,7 @@ CAUSES = {
     "kill": r"cause: rank 2 \(.*, process \d+\) is gone",
     "stop": r"cause: rank 2 \(.*, process \d+\) is stopped: kill -CONT \d+",
     "exception": r"cause: rank 2 .* raised an exception: ArithmeticError: something went wrong on this rank alone",
-    "loop": r"cause: rank \d waits for .* rank 2; rank 2 .* makes no step .*a loop without end(.*\n)*.*while True",
+    "loop": r"cause: rank \d waits for .* rank 2; rank 2 .* makes no step .*(.*\n)*.*in loop: (while True|pass)",
     "order": r"cause: rank [01] .* calls Allgather, rank 2 .* calls Barrier, as no. \d+ of the collectives on comm",
     "receive": r"rank 2 waits for D_O no. 1 from rank 0",
 }

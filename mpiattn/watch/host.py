@@ -21,6 +21,9 @@ DUMP = signal.SIGRTMIN + 9
 CALM = 1.0  # seconds between two looks after which this process itself was stopped, and the ranks with it
 
 
+SHOWN = 1.0  # seconds in which a rank shows where it is, on a machine that is busy
+
+
 @dataclass
 class Watched:
     """A rank of this host.
@@ -45,10 +48,22 @@ class Watched:
     count: int = -1
     seen: float = 0.0
 
+    @classmethod
+    def of(cls, folder: Path, rank: int, pid: int) -> Watched:
+        """Return a rank whose files are in a folder."""
+        stack = open(folder / f"{rank}.stack", "r+", errors="replace")  # noqa: SIM115 (as long as the rank is watched)
+        return cls(rank, pid, Steps(folder / f"{rank}.steps"), stack, handle(pid))
+
     @property
     def ended(self) -> bool:
         """Whether there is nothing more to watch."""
         return self.steps.state == State.LEFT or (self.gone and self.steps.state == State.RAISED)
+
+    @property
+    def shown(self) -> bool:
+        """Whether it has written where it is, or can't."""
+        able = not self.gone and self.steps.state == State.WATCHED and process_state(self.pid) != "T"
+        return not able or os.fstat(self.stack.fileno()).st_size > 0
 
     def signal(self, number: int) -> None:
         """Send the process a signal, if it is still there."""
@@ -74,10 +89,7 @@ class Host:
 
     def __init__(self, name: str, folder: Path, ranks: list[tuple[int, int]], seconds: float) -> None:
         self.name, self.seconds = name, seconds
-        self.ranks = [
-            Watched(rank, pid, Steps(folder / f"{rank}.steps"), open(folder / f"{rank}.stack", "r+", errors="replace"), handle(pid))
-            for rank, pid in ranks
-        ]
+        self.ranks = [Watched.of(folder, rank, pid) for rank, pid in ranks]
         shutil.rmtree(folder, ignore_errors=True)  # the files live as long as somebody has them open
         self.looked = time.monotonic()
 
@@ -133,7 +145,9 @@ class Host:
             watched.stack.truncate(0)
             if watched.steps.state == State.WATCHED:
                 watched.signal(DUMP)
-        time.sleep(0.3)
+        end = time.monotonic() + SHOWN
+        while time.monotonic() < end and not all(watched.shown for watched in self.ranks):
+            time.sleep(0.05)
 
     def gather(self) -> list[Doing]:
         """Return what each rank does, and where it is."""
