@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose an input."""
     group = parser.add_argument_group("input (by default, real queries, keys and values that come with mpiattn)")
     group.add_argument("--qkv", metavar="FILE", type=Path, help=".npz or .safetensors with q, k, v and maybe d_out")
+    group.add_argument("--names", type=names, metavar="Q,K,V", help="of the arrays in the file, as in query,key,value")
+    group.add_argument(
+        "--axes",
+        choices=files.AXES,
+        help="order of batch, heads, tokens, head_dim in the file, and in what is written (default bhtd)",
+    )
     group.add_argument(
         "--tokens",
         type=partial(count, least=0),
@@ -74,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--softcap", type=float, metavar="X", help="scores become X tanh(scores / X)")
     features.add_argument("--sinks", action="store_true", help="one more logit for each head, random, to attend to")
     features.add_argument("--dropout", type=float, metavar="RATE", help="of the probabilities, the same on any ranks")
+
+
+def names(text: str) -> list[str]:
+    """Read the names of q, k, v, and maybe of d_out, from the command line."""
+    result = text.split(",")
+    if not 3 <= len(result) <= 4 or len(set(result)) < len(result) or "" in result:
+        raise argparse.ArgumentTypeError(f"{text!r}: three names are wanted, of q, k and v, or a fourth, of d_out")
+    return result if len(result) == 4 else [*result, "d_out"]
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +146,8 @@ def choose(comm: Communicator, given: Inputs | None, args: argparse.Namespace, b
     return planner.choose(comm, **sizes, **asked, backward=backward)
 
 
-def load(args: argparse.Namespace) -> Inputs:
-    """Return the input that the options ask for.
+def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
+    """Return the input that the options ask for; without backward the file's d_out is not read.
 
     Raises
     ------
@@ -144,9 +159,18 @@ def load(args: argparse.Namespace) -> Inputs:
     given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
     if args.qkv is not None and given:
         raise ValueError(f"--qkv and {', '.join(given)} exclude each other: a file has its own sizes")
+    for option in ("names", "axes"):
+        if getattr(args, option) is not None and args.qkv is None:
+            raise ValueError(f"--{option} does nothing without --qkv")
     rng = np.random.default_rng(args.seed)
     if args.qkv is not None:
-        arrays, name = files.read(args.qkv), str(args.qkv)
+        wanted = (args.names or files.NAMES)[: 4 if backward else 3]
+        arrays, name = files.read(args.qkv, wanted, args.axes or files.AXES[0]), str(args.qkv)
+        found = {part: array.dtype.name for part, array in arrays.items()}
+        if len(set(found.values())) > 1 and not args.dtype:
+            listed = ", ".join(f"{part} {dtype}" for part, dtype in found.items())
+            raise ValueError(f"{name}: they must have one dtype, got {listed}; --dtype converts them")
+        warn_of_axes(arrays, args)
         dtype = dtype_of(args.dtype) if args.dtype else arrays["q"].dtype
     else:
         dtype = dtype_of(args.dtype or "float32")
@@ -155,11 +179,33 @@ def load(args: argparse.Namespace) -> Inputs:
             arrays, name = synthetic(rng, **sizes), f"random, seed {args.seed}"
         else:
             arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
-    q, k, v = (arrays[name].astype(dtype) for name in "qkv")
+    q, k, v = (converted(part, arrays[part], dtype) for part in "qkv")
     args.mask.check(q.shape[2], k.shape[2])
-    if "d_out" not in arrays:
-        arrays["d_out"] = rng.standard_normal((*q.shape[:3], v.shape[3]), dtype=np.float32)
-    return Inputs(name, q, k, v, arrays["d_out"].astype(dtype))
+    shape = *q.shape[:3], v.shape[3]
+    d_out = arrays.get("d_out", rng.standard_normal(shape, dtype=np.float32))
+    if d_out.shape != shape:
+        raise ValueError(f"{name}: d_out is {d_out.shape}, but out, as q and v have it, is {shape}")
+    return Inputs(name, q, k, v, converted("d_out", d_out, dtype))
+
+
+def converted(name: str, array: Array, dtype: Any) -> Array:
+    """Return an array in a dtype, or raise ValueError where it has numbers that are beyond the dtype."""
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(array.astype(dtype))
+    if dtype != array.dtype and np.isinf(result.astype(np.float64)).sum() > np.isinf(array.astype(np.float64)).sum():
+        raise ValueError(f"{name} has numbers that are too large for {np.dtype(dtype).name}")
+    return result
+
+
+def warn_of_axes(arrays: dict[str, Array], args: argparse.Namespace) -> None:
+    """Print a warning where heads outnumber tokens and no order of the axes is given: it may be another one."""
+    shape = arrays["q"].shape
+    if args.axes is None and all(arrays[name].shape[1] > arrays[name].shape[2] for name in "qk"):
+        print(
+            f"warning: q in {args.qkv} is {shape}, read as {shape[1]} heads of {shape[2]} tokens. If it is {shape[1]} "
+            f"tokens with {shape[2]} heads, as flash-attention has them, give --axes bthd; if not, --axes bhtd.",
+            file=sys.stderr,
+        )
 
 
 def synthetic(

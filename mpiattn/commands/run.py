@@ -55,7 +55,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Run forward, and backward where asked, and write the result on rank 0."""
     chosen.check_machine(args)
     chosen.check_grid(args, [args.algorithm])
-    given = on_root(comm, lambda: inputs.load(args))
+    given = on_root(comm, lambda: inputs.load(args, args.backward))
     on_root(comm, lambda: files.check_output(args.output))
     on_root(comm, lambda: writing.check(args.trace))
     xp = gpu.namespace(args, comm)
@@ -89,7 +89,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             whole[name] = gather(on_host(array), comm, where, shape=shape, copies=copies)
     if args.trace:
         write(traced, traced.trace, args.trace)
-    on_root(comm, lambda: files.write(args.output, {name: array for name, array in whole.items() if array is not None}))
+    gathered = {name: array for name, array in whole.items() if array is not None}
+    on_root(comm, lambda: files.write(args.output, gathered, args.axes or files.AXES[0]))
     if comm.Get_rank() == 0:
         print(f"{args.output}: {', '.join(whole)}")
     return 0
