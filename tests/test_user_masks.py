@@ -212,6 +212,10 @@ def test_decoding_asks_for_the_last_queries(comm: Any) -> None:
             out, _ = attention.forward(q, k[:, :, mine], v[:, :, mine])
             right, _ = oracle.attention(q, k, v, PREFIX[tokens - new : tokens, :tokens])
             assert np.abs(out - right).max() < 1e-12
+    with mpiattn.DecodeAttention(comm, mask=Prefix(9) & mpiattn.Documents([20, 11])) as attention:
+        out, _ = attention.forward(q, k[:, :, mine], v[:, :, mine])  # of the sequence of 31 tokens, not of 4
+        right, _ = oracle.attention(q, k[:, :, 20:], v[:, :, 20:], PREFIX[27:, 20:])
+        assert np.abs(out - right).max() < 1e-12
 
 
 @pytest.mark.mpi(max_size=4)
@@ -274,8 +278,8 @@ FAULTS = {
     "infinity": r"of float64: .* np.iinfo\(np.int64\).max is no limit",
     "booleans": "lo of the mask Wrong is of bool: bounds are integers",
     "objects": "hi of the mask Wrong is of object: bounds are integers",
-    "one number": r"lo of the mask Wrong is int: it must be an array of shape \(31,\)",
-    "two axes": r"hi of the mask Wrong is of shape \(31, 1\): it must be an array of shape \(31,\)",
+    "one number": r"lo of the mask Wrong is int: it must be a NumPy array of shape \(31,\)",
+    "two axes": r"hi of the mask Wrong is of shape \(31, 1\): it must be a NumPy array of shape \(31,\)",
     "too few": r"lo of the mask Wrong is of shape \(30,\)",
     "one array": "bounds of the mask Wrong returns ndarray, not the two arrays lo and hi",
     "nothing": "bounds of the mask Wrong returns NoneType",

@@ -134,11 +134,10 @@ def settled(comm: Communicator, problem: Problem, last: Problem | None) -> Probl
     """
     if not isinstance(problem.mask, UserMask):
         return problem
-    queries, tokens = problem.queries, (problem.q_tokens, problem.kv_tokens)
     known = last.mask if last is not None else None
-    if isinstance(known, TabulatedMask) and known.holds(queries, *tokens):
+    if isinstance(known, TabulatedMask) and known.holds(problem.queries, *problem.lengths):
         return replace(problem, mask=known)
-    return replace(problem, mask=tabulated(comm, problem.mask, queries, *tokens))
+    return replace(problem, mask=tabulated(comm, problem.mask, problem.queries, *problem.lengths))
 
 
 def tabulated(

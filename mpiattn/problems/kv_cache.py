@@ -32,10 +32,16 @@ class CacheProblem(Problem):
     shards: tuple[tuple[int, int, int], ...]
     given: bytes | None
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the one sequence that both queries and keys are of."""
+        length = max(end for *_, end in self.shards)
+        return length, length
+
     @cached_property
     def queries(self) -> Positions:
         """Positions of the queries: the last ones of the sequence."""
-        first = max(max(end for *_, end in self.shards) - self.q_tokens, 0)
+        first = max(self.lengths[0] - self.q_tokens, 0)
         return np.arange(first, first + self.q_tokens)
 
     @cached_property

@@ -89,6 +89,11 @@ class Problem:
     spread_heads: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     partials: str = field(default="wide", kw_only=True)
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the sequences that the mask is of: of queries and of keys."""
+        return self.q_tokens, self.kv_tokens
+
     @cached_property
     def queries(self) -> Positions:
         """Positions of all queries, consecutive."""

@@ -125,8 +125,9 @@ class TabulatedMask(Mask):
         return self.says[1]
 
     def holds(self, queries: Positions, query_tokens: int, key_tokens: int) -> bool:
-        """Return whether these are the queries of a problem with so many tokens."""
-        return (query_tokens, key_tokens, _first(queries)) == (self.query_tokens, self.key_tokens, self.first)
+        """Return whether these are the queries, of sequences of so many tokens."""
+        same = query_tokens, key_tokens, _first(queries), queries.nbytes
+        return same == (self.query_tokens, self.key_tokens, self.first, len(self.lo))
 
     def bounds(self, queries: Positions) -> tuple[Positions, Positions]:
         """Return lo and hi of some of the queries."""
@@ -197,8 +198,9 @@ def _bound(what: str, given: Any, queries: Positions) -> NDArray[np.int64]:
     """Return one of the bounds as int64 up to `END`."""
     bound = given if isinstance(given, np.ndarray) else None
     if bound is None or bound.shape != queries.shape:
-        shown = type(given).__name__ if bound is None else f"of shape {bound.shape}"
-        raise InputError(f"{what} is {shown}: it must be an array of shape {queries.shape}, a number for each query")
+        shown = f"{type(given).__module__}.{type(given).__qualname__}" if bound is None else f"of shape {bound.shape}"
+        shown = shown.removeprefix("builtins.")
+        raise InputError(f"{what} is {shown}: it must be a NumPy array of shape {queries.shape}")
     numbers = bound.dtype.kind in "iu" or (
         bound.dtype == object and all(isinstance(number, int) and not isinstance(number, bool) for number in bound)
     )
