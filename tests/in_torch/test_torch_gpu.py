@@ -64,6 +64,7 @@ def test_a_model_on_gpus(comm: MPI.Intracomm, device: Any) -> None:
     expected = gradients(model)
     model.zero_grad()
     with mpiattn.torch.shard(model.to(device), comm) as sharded:
-        sharded(ids.to(device), labels=ids.to(device)).loss.backward()
+        loss: Any = sharded(ids.to(device), labels=ids.to(device)).loss
+        loss.backward()
         sharded.sum_gradients()
         assert all(error(a.cpu(), b) < 1e-4 for a, b in zip(gradients(model), expected, strict=True))
