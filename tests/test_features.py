@@ -50,7 +50,7 @@ def kernel_results(
     """Run the kernel on all pairs of chunks, on a share of the heads at a time."""
     q, k, v, d_out, logits = arrays
     wide = softmax.accumulator(q.dtype)
-    out, lse = np.zeros((*q.shape[:3], v.shape[3]), wide), np.full(q.shape[:3], -np.inf, wide)
+    out, lse = np.zeros((*q.shape[:3], v.shape[3]), wide), np.full(q.shape[:3], -np.inf)
     d_q, d_k, d_v = (np.zeros(x.shape, wide) for x in (q, k, v))
     d_sinks = np.zeros(q.shape[1], wide)
     chunks = [layouts.positions(layout, q.shape[2], ranks, rank) for rank in range(ranks)]

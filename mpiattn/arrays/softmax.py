@@ -122,7 +122,7 @@ def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     xp = namespace(out)
     total = xp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
     weight = xp.exp(lse - xp.where(xp.isneginf(total), 0, total))
-    return out * weight[..., None], total
+    return out * weight.astype(out.dtype)[..., None], total
 
 
 def sink_gradient(sinks: Array, lse: Array, delta: Array) -> Array:

@@ -14,7 +14,8 @@ from mpiattn.problems.dropout import Dropout
 from mpiattn.problems.mask import Mask, Positions
 
 from ..sums import Sums
-from .scores import FAR, LN2, LOG2E, SAFE, exp2, longest, shift
+from . import slices
+from .scores import LOG2E, SAFE, Form, form_of, longest, shift, shift_raw, weigh
 from .tiles import plan
 from .work import Work
 
@@ -46,7 +47,6 @@ class NumpyKernel(Sums):
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
-        self.unit = LOG2E if softcap is None else 1 / softcap  # of the products of queries and keys
         self.dropout: Dropout | None = None
         self.first_head = 0
         self.work = Work()
@@ -82,30 +82,34 @@ class NumpyKernel(Sums):
         progress : callable, optional
             Called before each tile, so that an MPI library can move messages.
         """
-        dtype, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+        group = q.shape[1] // k.shape[1]
         rows_of_tiles = plan(self.mask, q_positions, k_positions)
         for b, g in np.ndindex(k.shape[:2]):
+            form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
+            dtype = form.dtype
             keys = self.work.with_ones("keys", k[b, g], dtype)
             values = self.work.with_ones("values", v[b, g], dtype)
-            longest_key = longest(keys[:, :-1])
+            key_factor, longest_key = form.key_factor(keys), longest(keys[:, :-1])
             for h in range(g * group, (g + 1) * group):
                 for rows, tiles in rows_of_tiles:
-                    query = self.work.query(q[b, h, rows], self._scale(q) * self.unit, dtype)
+                    query = self.work.query(q[b, h, rows], self._scale(q) * form.unit, dtype)
                     query[-1] = 0
+                    query_factor = form.query_factor(query)
                     limit = longest_key * longest(query[:-1].T)
                     if self.softcap is not None:
                         limit = min(limit, 1) * self.softcap * LOG2E  # in this order: NaN stays
-                    safe = limit < SAFE
+                    safe = limit < SAFE and not form.raw
                     total = self.work.buffer("total", (values.shape[1], query.shape[1]), dtype)
                     total[...] = 0
                     for tile in tiles:
                         if progress:
                             progress()
                         seeing, sums = query[:, tile.queries], total[:, tile.queries]
-                        score, _ = self._score(keys[tile.keys], seeing)
+                        factors = key_factor[tile.keys], query_factor[:, tile.queries]
+                        score, _ = self._score(form, *factors, seeing[-1])
                         if not safe:
-                            shift(score, seeing, sums, tile.visible)
-                        exp2(score, tile.visible, bounded=safe)
+                            (shift_raw if form.raw else shift)(score, seeing, sums, tile.visible)
+                        weigh(score, form, tile.visible, bounded=safe)
                         if self.dropout is None:
                             sums += self.work.product("part", values[tile.keys].T, score)
                         else:
@@ -114,7 +118,7 @@ class NumpyKernel(Sums):
                             sums[:-1] += self.work.product("part", values[tile.keys, :-1].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
-                        part_lse = LN2 * (np.log2(weight, dtype=np.float64) - query[-1])
+                        part_lse = form.lse(weight, query[-1])
                     total[:-1] /= np.where(weight == 0, 1, weight)
                     merge(out[b, h, rows], lse[b, h, rows], total[:-1].T, part_lse)
 
@@ -146,18 +150,22 @@ class NumpyKernel(Sums):
         d_q, d_k, d_v : float32 or float64, shapes of q, k, v
             Gradients so far; zeros at the start.
         """
-        dtype, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+        group = q.shape[1] // k.shape[1]
         rows_of_tiles = plan(self.mask, q_positions, k_positions)
         for b, g in np.ndindex(k.shape[:2]):
+            form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
+            dtype = form.dtype
             keys = self.work.with_ones("keys", k[b, g], dtype)
             values = self.work.with_ones("values", v[b, g], dtype)
+            key_factor = form.key_factor(keys)
             d_keys = self.work.buffer("d_keys", k.shape[2:], dtype)
             d_keys[...] = 0
             for h in range(g * group, (g + 1) * group):
                 for rows, tiles in rows_of_tiles:
-                    query = self.work.query(q[b, h, rows], self._scale(q) * self.unit, dtype)
+                    query = self.work.query(q[b, h, rows], self._scale(q) * form.unit, dtype)
                     nothing = np.isneginf(lse[b, h, rows])
-                    query[-1] = np.where(nothing, -FAR, -LOG2E * lse[b, h, rows])
+                    query[-1] = form.shift(lse[b, h, rows])
+                    query_factor = form.query_factor(query)
                     d_row = self.work.buffer("d_row", (values.shape[1], query.shape[1]), dtype)
                     d_row[:-1] = d_out[b, h, rows].T
                     d_row[-1] = -delta[b, h, rows]
@@ -168,8 +176,11 @@ class NumpyKernel(Sums):
                         if progress:
                             progress()
                         seeing, d_seeing = query[:, tile.queries], d_row[:, tile.queries]
-                        weight, slope = self._score(keys[tile.keys], seeing, with_slope=True)
-                        exp2(weight, tile.visible)
+                        factors = key_factor[tile.keys], query_factor[:, tile.queries]
+                        weight, slope = self._score(form, *factors, seeing[-1], with_slope=True)
+                        if form.raw:
+                            weight += seeing[-1]
+                        weigh(weight, form, tile.visible, top=0)
                         if self.dropout is None:
                             d_score = self.work.product("d_score", values[tile.keys], d_seeing)
                             d_score *= weight
@@ -187,24 +198,30 @@ class NumpyKernel(Sums):
                         d_query[:, tile.queries] += self.work.product("part", keys[tile.keys, :-1].T, d_score)
                     d_query *= self._scale(q)
                     d_q[b, h, rows] += d_query.T
-            d_keys /= self.unit  # `query` holds q * scale * unit
+            d_keys /= form.unit  # `query` holds q * scale * unit
             d_k[b, g] += d_keys
 
     def _scale(self, q: Array) -> float:
         return 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
 
-    def _score(self, keys: Array, query: Array, with_slope: bool = False) -> tuple[Array, Array | None]:
-        """Return a tile of scores less their rows' shifts, and the slope of the softcap there if asked for."""
-        if self.softcap is None:
-            return self.work.product("score", keys, query), None
-        score = self.work.product("score", keys[:, :-1], query[:-1])
-        np.tanh(score, out=score)
+    def _form(self, queries: Array, keys: Array) -> Form:
+        return form_of(queries, keys, self._scale(queries), self.softcap, accumulator(queries.dtype))
+
+    def _score(
+        self, form: Form, keys: Array, query: Array, shift: Array, with_slope: bool = False
+    ) -> tuple[Array, Array | None]:
+        """Return a tile of scores, less their rows' shifts or raw, and the slope of the softcap there if asked for."""
+        score = slices.product(keys, query) if form.sliced else self.work.product("score", keys, query)
         slope = None
+        if self.softcap is None:
+            return score, slope
+        np.tanh(score, out=score)
         if with_slope:
             slope = np.square(score, out=self.work.buffer("slope", score.shape, score.dtype))
             np.subtract(1, slope, out=slope)
-        score *= self.softcap * LOG2E
-        score += query[-1]
+        score *= self.softcap * (1 if form.raw else LOG2E)
+        if not form.raw:
+            score += shift
         return score, slope
 
     def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[Any]) -> Array:

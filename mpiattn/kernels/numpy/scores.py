@@ -1,24 +1,96 @@
-"""From a tile of scores to the weights of the softmax, in place. Scores are in units of log2."""
+"""From a tile of scores to the weights of the softmax, in place.
+
+Scores are kept in log2 and in the accumulators' dtype, where these are precise enough for them: rounded to float32,
+one of 20,000 is off by 1e-3, and so is the probability that backward finds by it, once more and otherwise. Larger
+ones are raw: float64, natural, and their shifts are subtracted from what is otherwise the same number forward and
+backward. See `form_of`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import slices
 
 Array = NDArray[Any]
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
-# All in log2. Scores below FLOOR from their row's shift count as FLOOR: far below rounding, and far above
+# Scores below FLOOR from their row's shift count as FLOOR: far below rounding, and far above
 # the denormal numbers, which cost a matrix product 100 times its time. (Keyed by bytes per number.)
 FLOOR = {4: -64.0, 8: -128.0}
-SAFE = 60.0  # scores within +-SAFE need no shift: 2**60 and its sums are well inside float32
+SAFE = 60.0  # scores in log2 within +-SAFE need no shift: 2**60 and its sums are well inside float32
 SLACK = 16.0  # how far a score may exceed its row's shift before the shift is raised
-FAR = 1e30  # shift of a query that attends to nothing: puts all its scores at FLOOR
+
+LARGE = {4: 2.0**8, 8: 2.0**24}  # scores up to here are known to 1e-5 in float32, to 1e-8 in float64
+STEEP = LARGE[8]  # beyond, raw scores are products of slices
+
+
+class Form(NamedTuple):
+    """How scores are computed.
+
+    Attributes
+    ----------
+    dtype : float32 or float64
+    softcap : float, optional
+    raw : bool
+        Whether scores are natural, and without a shift: else they are in log2, less the shift.
+    sliced : bool
+        Whether their product is one of slices.
+    """
+
+    dtype: np.dtype[Any]
+    softcap: float | None = None
+    raw: bool = False
+    sliced: bool = False
+
+    @property
+    def unit(self) -> float:
+        """What a product of a scaled query and a key is multiplied by."""
+        return 1 / self.softcap if self.softcap else 1 if self.raw else LOG2E
+
+    @property
+    def whole(self) -> bool:
+        """Whether that product holds the shift, too."""
+        return not self.softcap and not self.raw
+
+    def key_factor(self, keys: Array) -> Array:
+        """Return the left factor of a product of scores, of keys with a column of ones."""
+        return slices.cut(keys[:, :-1]) if self.sliced else keys if self.whole else keys[:, :-1]
+
+    def query_factor(self, query: Array) -> Array:
+        """Return the right factor, of queries with a row of shifts: a view, where it holds these."""
+        return slices.reversed_columns(query[:-1].T) if self.sliced else query if self.whole else query[:-1]
+
+    def exp(self, array: Array, out: Array | None = None) -> Array:
+        """Return the weights of scores."""
+        return (np.exp if self.raw else np.exp2)(array, out=out)
+
+    def lse(self, weight: Array, shift: Array) -> Array:
+        """Return the natural lse, float64, of sums of weights, and shifts as a query's last row holds them."""
+        if self.raw:
+            return np.log(weight) - shift
+        return LN2 * (np.log2(weight, dtype=np.float64) - shift)
+
+    def shift(self, lse: Array) -> Array:
+        """Return the shifts, negated, with which weights are probabilities; where there are none, a finite one."""
+        most = float(np.finfo(self.dtype).max) / 4
+        shift = np.multiply(lse, -1 if self.raw else -LOG2E, dtype=np.float64)
+        return np.where(np.isneginf(lse), -most, np.clip(shift, -most, most))
+
+
+def form_of(queries: Array, keys: Array, scale: float, softcap: float | None, dtype: np.dtype[Any]) -> Form:
+    """Return how scores of some queries and keys, (..., dim), are to be computed, and what is made of them."""
+    longest_query, most = longest(queries) * abs(scale), float(np.finfo(dtype).max) ** 0.75
+    bound = longest_query * longest(keys)
+    if bound <= LARGE[dtype.itemsize] and longest_query < most and (not scale or 1 / most < abs(scale) < most):
+        return Form(dtype, softcap)
+    return Form(np.dtype(np.float64), softcap, raw=True, sliced=not bound <= STEEP)  # also where one is NaN
 
 
 def shift(score: Array, query: Array, total: Array, visible: Array | None) -> None:
@@ -39,19 +111,51 @@ def shift(score: Array, query: Array, total: Array, visible: Array | None) -> No
     total *= np.exp2(-np.maximum(rise, 0))
 
 
-def exp2(score: Array, visible: Array | None, bounded: bool = False) -> None:
-    """Replace scores by their weights: exp2, and exactly zero where not visible."""
+def shift_raw(score: Array, query: Array, total: Array, visible: Array | None) -> None:
+    """Make the rows' shifts (query's last row, negated) the largest raw scores so far, and subtract them.
+
+    They are these to the last bit: of numbers of 10**20, differences of sums would be off by thousands.
+    """
+    if visible is not None:
+        np.copyto(score, -np.inf, where=~visible)
+    fresh = total[-1] == 0
+    top = score.max(axis=0)
+    top = np.where(fresh, top, np.maximum(top, -query[-1]))
+    top[np.isneginf(top)] = 0  # sees nothing so far
+    total *= np.exp(np.where(fresh, 0, -query[-1] - top))
+    score -= top
+    query[-1] = -top
+
+
+def weigh(score: Array, form: Form, visible: Array | None, bounded: bool = False, top: float | None = None) -> None:
+    """Replace scores by their weights, exactly zero where not visible.
+
+    Parameters
+    ----------
+    score : (keys, queries)
+        Less the shifts.
+    form : Form
+    visible : bool, (keys, queries), optional
+    bounded : bool
+        Whether scores are known to be within +-SAFE.
+    top : float, optional
+        What scores count as that are more, by rounding; without it, what is visible is not more by much.
+    """
     if not bounded:
         floor = FLOOR[score.itemsize]
-        if visible is not None:  # what is hidden may be anything; keep it from overflowing
+        if top is None and visible is not None:  # what is hidden may be anything; keep it from overflowing
             np.minimum(score, SAFE, out=score)
-        if not score.min() >= floor:
-            np.maximum(score, floor, out=score)
-    np.exp2(score, out=score)
+        if not (score.min() >= floor and (top is None or score.max() <= top)):
+            np.clip(score, floor, top, out=score)
+    form.exp(score, out=score)
     if visible is not None:
         score *= visible
 
 
 def longest(rows: Array) -> float:
-    """Return the largest Euclidean norm of the rows, (tokens, dim)."""
-    return math.sqrt(np.einsum("td,td->t", rows, rows).max(initial=0))
+    """Return the largest Euclidean norm of the rows, (..., dim); NaN where there is one."""
+    largest = float(np.abs(rows).max(initial=0))
+    if not 0 < largest < math.inf:
+        return largest
+    rows = rows / np.float64(largest)  # so that no square overflows, and the largest does not vanish
+    return largest * math.sqrt(np.einsum("...d,...d->...", rows, rows).max(initial=0))
