@@ -12,6 +12,10 @@ pass over the tile of its own:
   that of d_out holds minus delta, and the product with the values yields the sum of each query's weights.
 - No maximum is taken where the norms of queries and keys prove that exp2 can't overflow.
 
+Where these norms allow scores so large that the accumulators' dtype does not know them well, all of a block's head
+is computed in float64, and beyond that its scores in slices, which are the same bits forward and backward: else a
+probability could be anything backward. Its scores are natural ones then, and a shift is subtracted after the product.
+
 A logit softcap follows the product of a score tile, so the shift is added after it and not within the
 product. Dropout follows `exp2`: weights are summed before it, and minus delta is added after it.
 
@@ -19,6 +23,7 @@ Each module uses those above it only:
 
 - `tiles`: which tiles of a block are computed
 - `work`: the arrays of a tile, and matrix products of them
+- `slices`: matrix products whose bits don't depend on their shapes
 - `scores`: from scores to the weights of the softmax
 - `kernel`: the attention of a block
 """

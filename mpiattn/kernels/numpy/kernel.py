@@ -15,7 +15,7 @@ from mpiattn.problems.mask import Mask, Positions
 
 from ..sums import Sums
 from . import slices
-from .scores import LOG2E, SAFE, Form, form_of, longest, shift, shift_raw, weigh
+from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
 from .tiles import plan
 from .work import Work
 
@@ -28,7 +28,7 @@ class NumpyKernel(Sums):
 
     Arrays are (batch, heads, tokens, head_dim) of float64, float32, float16 or bfloat16, contiguous or
     not. k and v may have fewer heads: query head h uses head h // (heads / kv_heads). What is computed
-    and accumulated is `softmax.accumulator(dtype)`, float32 or float64. As in a textbook's 0 * NaN, a NaN in v
+    and accumulated is `softmax.accumulator(dtype)`, float32 or float64; see `scores` for large scores. As in a textbook's 0 * NaN, a NaN in v
     reaches all rows of its tile, not only those that see it; one in q or k reaches the rows that see it.
 
     Parameters
@@ -89,16 +89,12 @@ class NumpyKernel(Sums):
             dtype = form.dtype
             keys = self.work.with_ones("keys", k[b, g], dtype)
             values = self.work.with_ones("values", v[b, g], dtype)
-            key_factor, longest_key = form.key_factor(keys), longest(keys[:, :-1])
+            key_factor = form.key_factor(keys)
             for h in range(g * group, (g + 1) * group):
                 for rows, tiles in rows_of_tiles:
                     query = self.work.query(q[b, h, rows], self._scale(q) * form.unit, dtype)
                     query[-1] = 0
-                    query_factor = form.query_factor(query)
-                    limit = longest_key * longest(query[:-1].T)
-                    if self.softcap is not None:
-                        limit = min(limit, 1) * self.softcap * LOG2E  # in this order: NaN stays
-                    safe = limit < SAFE and not form.raw
+                    query_factor, safe = form.query_factor(query), form.safe(query)
                     total = self.work.buffer("total", (values.shape[1], query.shape[1]), dtype)
                     total[...] = 0
                     for tile in tiles:

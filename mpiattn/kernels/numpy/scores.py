@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiattn.arrays.softmax import accumulator
+
 from . import slices
 
 Array = NDArray[Any]
@@ -42,12 +44,16 @@ class Form(NamedTuple):
         Whether scores are natural, and without a shift: else they are in log2, less the shift.
     sliced : bool
         Whether their product is one of slices.
+    bound, longest_key : float
+        The most that a natural score can be, and the norm of a key.
     """
 
     dtype: np.dtype[Any]
     softcap: float | None = None
     raw: bool = False
     sliced: bool = False
+    bound: float = math.inf
+    longest_key: float = math.inf
 
     @property
     def unit(self) -> float:
@@ -71,6 +77,14 @@ class Form(NamedTuple):
         """Return the weights of scores."""
         return (np.exp if self.raw else np.exp2)(array, out=out)
 
+    def safe(self, query: Array) -> bool:
+        """Return whether the scores of a row of tiles need no shift."""
+        bound = self.bound
+        if not self.raw and not bound * LOG2E < SAFE:
+            bound = self.longest_key * longest(query[:-1].T) / self.unit
+            bound = min(bound, self.softcap or bound)  # in this order: NaN stays
+        return not self.raw and bound * LOG2E < SAFE
+
     def lse(self, weight: Array, shift: Array) -> Array:
         """Return the natural lse, float64, of sums of weights, and shifts as a query's last row holds them."""
         if self.raw:
@@ -86,10 +100,10 @@ class Form(NamedTuple):
 
 def form_of(queries: Array, keys: Array, scale: float, softcap: float | None, dtype: np.dtype[Any]) -> Form:
     """Return how scores of some queries and keys, (..., dim), are to be computed, and what is made of them."""
-    longest_query, most = longest(queries) * abs(scale), float(np.finfo(dtype).max) ** 0.75
-    bound = longest_query * longest(keys)
+    longest_query, longest_key = longest(queries) * abs(scale), longest(keys)
+    bound, most = longest_query * longest_key, float(np.finfo(dtype).max) ** 0.75
     if bound <= LARGE[dtype.itemsize] and longest_query < most and (not scale or 1 / most < abs(scale) < most):
-        return Form(dtype, softcap)
+        return Form(dtype, softcap, bound=bound, longest_key=longest_key)
     return Form(np.dtype(np.float64), softcap, raw=True, sliced=not bound <= STEEP)  # also where one is NaN
 
 
@@ -154,8 +168,9 @@ def weigh(score: Array, form: Form, visible: Array | None, bounded: bool = False
 
 def longest(rows: Array) -> float:
     """Return the largest Euclidean norm of the rows, (..., dim); NaN where there is one."""
-    largest = float(np.abs(rows).max(initial=0))
+    rows = rows.astype(accumulator(rows.dtype), copy=False)
+    largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
     if not 0 < largest < math.inf:
         return largest
-    rows = rows / np.float64(largest)  # so that no square overflows, and the largest does not vanish
+    rows = rows / largest  # so that no square overflows, and the largest does not vanish
     return largest * math.sqrt(np.einsum("...d,...d->...", rows, rows).max(initial=0))

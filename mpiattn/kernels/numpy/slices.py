@@ -36,7 +36,8 @@ def cut(rows: Array) -> Array:
 
 def reversed_columns(rows: Array) -> Array:
     """Return the slices of rows above each other, (SLICES * dim, tokens), the highest bits last."""
-    return np.concatenate(np.split(cut(rows), SLICES, axis=1)[::-1], axis=1).T
+    result: Array = np.concatenate(np.split(cut(rows), SLICES, axis=1)[::-1], axis=1).T
+    return result
 
 
 def product(a: Array, b: Array) -> Array:
