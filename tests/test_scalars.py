@@ -79,6 +79,9 @@ def test_tasks() -> None:
     for wrong in (0, 2.5, "64", True, None):
         with pytest.raises(InputError, match="tokens must be a whole number, 1 or more"):
             Task(wrong, 4, 2, 8)  # type: ignore[arg-type]
+    for large in (2**31, 2**63, 10**30):
+        with pytest.raises(InputError, match="tokens is at most 2147483647 for a plan"):
+            Task(large, 4, 2, 8)
 
 
 def built(comm: Any, kind: Callable[[Any], Any]) -> list[tuple[Any, str]]:

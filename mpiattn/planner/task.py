@@ -15,6 +15,9 @@ from ..problems.problem import Problem
 from ..problems.scalars import whole
 from ..problems.user_mask import UserMask, held
 
+MOST = 2**31 - 1
+"""Of all sizes: the positions of so many tokens take 16 GiB."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,6 +64,8 @@ class Task:
             number = whole(value)
             if number is None or number < 1:
                 raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
+            if number > MOST:
+                raise InputError(f"{name} is at most {MOST} for a plan, which goes through all positions, got {number}")
             object.__setattr__(self, name, number)
         if self.heads % self.kv_heads:
             legal = [heads for heads in range(1, self.heads + 1) if self.heads % heads == 0]
