@@ -36,11 +36,13 @@ d_array = to_array(d_out)
 
 
 def arrays() -> None:
+    """Go forward and backward with arrays."""
     with queue_of(q):
         attention.backward(d_array, attention.forward(*map(to_array, (q, k, v)))[1])
 
 
 def tensors() -> None:
+    """Go forward and backward with tensors."""
     torch.autograd.grad(mpiattn.torch.attention(attention, q, k, v), (q, k, v), d_out)
 
 
