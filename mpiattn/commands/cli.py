@@ -23,6 +23,7 @@ from .generate import command as generate
 from .plan import command as planner
 from .schedule import command as schedule
 from .trace import command as trace
+from .train import command as train
 
 USAGE_ERROR = 2
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[Any, bool | None, str]] = {
     "compare": (compare, True, "run algorithms side by side on the same input and check them"),
     "run": (run, True, "run one algorithm on a file and write the output to a file"),
     "generate": (generate, True, "let a real model answer, its cache spread over the ranks"),
+    "train": (train, True, "train a small model on a text, its sequences spread over the ranks"),
     "conformance": (conformance, True, "check an implementation, yours too, against the oracle and the formulas"),
     "bench": (bench, True, "measure kernels and messages"),
     "env": (env, True, "show which MPI, BLAS, threads, host and cores each rank got"),

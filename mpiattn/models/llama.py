@@ -60,7 +60,10 @@ class Llama:
         tied = self.config.tie_word_embeddings
         return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
 
-    def forward(self, tokens: Array, positions: Positions, attend: Attend, tape: list[Any] | None = None) -> Array:
+    def forward(
+        self, tokens: Array, positions: Positions, attend: Attend, tape: list[Any] | None = None,
+        recompute: bool = False,
+    ) -> Array:  # fmt: skip
         """Return the last hidden states of this rank's tokens, normed: (batch, tokens, features).
 
         Parameters
@@ -72,13 +75,16 @@ class Llama:
             See `Attend`.
         tape : list, optional
             Takes what `backward` needs.
+        recompute : bool
+            Whether that is no more of a block than its input, from which `backward` computes the rest again.
         """
         angles = self.angles(positions)
         x = embedding(tokens, self.weights["model.embed_tokens.weight"])  # (b, t, f)
         for number in range(self.config.num_hidden_layers):
+            before = x
             x, saved = self.block(number, x, angles, attend)
             if tape is not None:
-                tape.append(saved)
+                tape.append((before,) if recompute else saved)
         if tape is not None:
             tape.append((tokens, x, angles))
         return rms_norm(x, self.weights["model.norm.weight"], self.eps)
@@ -98,8 +104,9 @@ class Llama:
         return y + linear(swiglu(gate, up), self.of(number, "mlp.down_proj")), (x, out, saved, y, gate, up)
 
     def backward(
-        self, d_hidden: Array, tape: list[Any], attend: AttendBackward, gradients: dict[str, Array] | None = None
-    ) -> dict[str, Array]:
+        self, d_hidden: Array, tape: list[Any], attend: AttendBackward, gradients: dict[str, Array] | None = None,
+        again: Attend | None = None,
+    ) -> dict[str, Array]:  # fmt: skip
         """Return the gradients of the weights by name: this rank's tokens' share of them, to be added up.
 
         Parameters
@@ -112,13 +119,18 @@ class Llama:
             See `AttendBackward`.
         gradients : dict, optional
             Others that these are added to, such as that of the head.
+        again : function, optional
+            What `forward` was given as `attend`, where blocks are computed again.
         """
         gradients = {} if gradients is None else gradients
         tokens, x, angles = tape.pop()
         d_x, d_weight = rms_norm_backward(d_hidden, x, self.weights["model.norm.weight"], self.eps)
         add(gradients, "model.norm.weight", d_weight)
         for number in reversed(range(self.config.num_hidden_layers)):
-            d_x = self.block_backward(number, d_x, tape.pop(), angles, attend, gradients)
+            saved = tape.pop()
+            if len(saved) == 1 and again is not None:
+                _, saved = self.block(number, saved[0], angles, again)
+            d_x = self.block_backward(number, d_x, saved, angles, attend, gradients)
         table = "model.embed_tokens.weight"
         add(gradients, table, embedding_backward(d_x, tokens, self.weights[table]))
         return gradients

@@ -1,0 +1,1 @@
+"""Train a model on a text, its sequences spread over the ranks."""

@@ -1,0 +1,144 @@
+"""Train a small Llama on the bytes of a text, its sequences spread over the ranks.
+
+The loss is the same on any number of ranks and with every algorithm. Checkpoints are Hugging Face folders that
+`mpiattn generate --model` takes too; a run that was killed goes on from its last complete one with --resume, on any
+number of ranks, and on the same number as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from ... import writing
+from ...algorithms import ALGORITHMS
+from ...errors import InputError
+from ...messages.message import Communicator
+from ...models import checkpoint
+from ...models.plan import Plan
+from ...models.training import Trainer
+from ...problems.layout import LAYOUTS
+from ...trace.comm import TracedComm
+from .. import charts, chosen, gpu
+from ..root import on_root, patiently
+from .figure import draw
+
+CURVE = "losses.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mpiattn train`."""
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="to train on; a token is a byte of it")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help=".toml: [model] and [training]")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for checkpoints and the curve of losses")
+    parser.add_argument("--every", type=int, default=50, metavar="N", help="steps between checkpoints (default 50)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the folder, if any")
+    parser.add_argument(
+        "--algorithm", type=one, default="mesh", metavar="NAME",
+        help=f"of those that share out tokens (default mesh); {chosen.SPELLING}",
+    )  # fmt: skip
+    parser.add_argument("--layout", choices=LAYOUTS, help="of the tokens of a sequence (default zigzag)")
+    parser.add_argument(
+        "--data", type=int, default=1, metavar="N", help="groups of ranks that train on different sequences (default 1)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve of losses")
+    gpu.add_arguments(parser)
+
+
+def one(text: str) -> tuple[str, dict[str, Any]]:
+    """Read an algorithm from the command line."""
+    return chosen.one(text, tuple(ALGORITHMS))
+
+
+def main(args: argparse.Namespace, comm: Communicator) -> int:
+    """Train, print a line now and then, and write checkpoints."""
+    plan, text = comm.bcast(on_root(comm, lambda: given(args)))
+    on_root(comm, lambda: charts.check(args.plot) if args.plot else None)
+    xp = gpu.namespace(args, comm)
+    name, arguments = args.algorithm
+    traced = TracedComm(comm)
+    options = {"layout": args.layout, **gpu.options(args), **arguments}
+    trainer = Trainer(traced, plan, text, name, args.data, xp, **options)
+    losses: dict[str, Any] = {"train": [], "validation": [], "unigram": trainer.unigram()}
+    if args.resume:
+        path = comm.bcast(on_root(comm, lambda: last(args.output)))
+        if path is not None:
+            losses = together(comm, path, trainer)
+            say(comm, f"resumed from {path}")
+    traced.trace.clear()
+    since = time.perf_counter(), trainer.step
+    while trainer.step < plan.steps:
+        losses["train"].append(trainer.train())
+        done = trainer.step
+        if done % args.every == 0 or done == plan.steps:
+            seconds, steps = time.perf_counter() - since[0], done - since[1]
+            losses["validation"].append([done, trainer.validate()] if plan.held_out else [done, None])
+            progress(comm, traced, losses, done, steps * plan.batch * plan.tokens / seconds, seconds)
+            if args.output:
+                patiently(comm, lambda: checkpoint.save(args.output, trainer, losses))
+            traced.trace.clear()
+            since = time.perf_counter(), done
+    if args.output:
+        patiently(comm, lambda: writing.write_json(args.output / CURVE, losses))
+    if args.plot:
+        patiently(comm, lambda: draw(losses, args.plot))
+    trainer.free()
+    return 0
+
+
+def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
+    """Return the plan and the text, once it is known that what comes of them can be written."""
+    if args.every < 1:
+        raise InputError(f"--every {args.every}: at least 1")
+    if args.resume and args.output is None:
+        raise InputError("--resume goes with --output, the folder of the checkpoints")
+    plan = Plan.from_toml(args.config)
+    text = args.text.read_bytes()
+    if args.output:
+        if checkpoint.complete(args.output) and not args.resume:
+            raise InputError(f"{args.output} has checkpoints: go on with --resume, or name another folder")
+        args.output.mkdir(parents=True, exist_ok=True)
+        writing.check(args.output / CURVE)
+    return plan, text
+
+
+def last(folder: Path) -> Path | None:
+    """Return the last complete checkpoint of a folder; None where there is none."""
+    found = checkpoint.complete(folder)
+    return found[-1] if found else None
+
+
+def together(comm: Communicator, path: Path, trainer: Trainer) -> dict[str, Any]:
+    """Set the trainers of all ranks to a checkpoint; what one finds wrong is raised on every rank."""
+    losses, wrong = {}, None
+    try:
+        losses = checkpoint.resume(path, trainer)
+    except InputError as error:
+        wrong = str(error)
+    for message in comm.allgather(wrong):
+        if message is not None:
+            raise InputError(message)
+    return losses
+
+
+def progress(
+    comm: Communicator, traced: TracedComm, losses: dict[str, Any], done: int, rate: float, seconds: float
+) -> None:
+    """Print the losses, the tokens a second of all ranks, and the share of time that the ranks have waited."""
+    waits = comm.gather((traced.trace.waited() + traced.trace.spent("agree")) / seconds)
+    if waits is not None:
+        validation = losses["validation"][-1][1]
+        shown = "" if validation is None else f"  validation {validation:.4f}"
+        print(
+            f"step {done:5}  loss {losses['train'][-1]:.4f}{shown}  (unigram {losses['unigram']:.4f})  "
+            f"{rate:.0f} tokens/s  waiting {min(waits):.0%} to {max(waits):.0%}",
+            flush=True,
+        )
+
+
+def say(comm: Communicator, text: str) -> None:
+    """Print a line, once."""
+    if comm.Get_rank() == 0:
+        print(text, flush=True)

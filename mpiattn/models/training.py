@@ -1,0 +1,158 @@
+"""Training of a Llama on a grid of ranks: rows for sequences of the batch, columns for the tokens of a sequence.
+
+    4 ranks, 2 rows:   rank 0: sequence 0, first tokens    rank 1: sequence 0, the others
+                       rank 2: sequence 1, first tokens    rank 3: sequence 1, the others
+
+Attention sends along a row; the gradients of the weights are added up over all ranks, in the order of the ranks.
+Which sequences a step has goes by the seed and the step alone, so the loss is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..algorithms import ALGORITHMS, Attention, Saved
+from ..arrays import Array, namespace
+from ..errors import InputError
+from ..messages.message import Communicator
+from ..messages.reduction import all_reduce
+from ..problems.layout import EVERYWHERE
+from ..problems.mask import Causal, Positions
+from .adamw import AdamW, clip
+from .layers import cross_entropy, cross_entropy_backward, linear_backward
+from .llama import Llama, add, initial
+from .plan import BYTES, Plan
+
+TRAINING, VALIDATION = 1, 2
+"""What a draw of sequences is for."""
+
+
+class Trainer:
+    """A model, its optimiser, and its text, on the ranks of a communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+    plan : Plan
+    text : bytes
+        The same on every rank.
+    algorithm : str
+        A name in `ALGORITHMS`, of one that shares out tokens.
+    data : int
+        Rows of the grid: a divisor of the ranks and of the batch.
+    xp : module
+        numpy or cupy.
+    **options
+        Of the algorithm, such as layout.
+
+    Raises
+    ------
+    InputError
+        On every rank, where these do not fit together, or the text is too short.
+    """
+
+    def __init__(
+        self, comm: Communicator, plan: Plan, text: bytes, algorithm: str = "mesh", data: int = 1, xp: Any = np,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        ranks = comm.Get_size()
+        if data < 1 or ranks % data or plan.batch % data:
+            raise InputError(f"{data} rows of sequences: a divisor of {ranks} ranks and of the batch of {plan.batch}")
+        self.plan, self.data, self.xp = plan, data, xp
+        held_out = int(len(text) * plan.held_out)
+        whole = np.frombuffer(text, np.uint8)
+        self.text = {TRAINING: whole[: len(whole) - held_out], VALIDATION: whole[len(whole) - held_out :]}
+        for what, part in (("train on", self.text[TRAINING]), ("validate on", self.text[VALIDATION])):
+            if len(part) <= plan.tokens and (what == "train on" or plan.held_out):
+                raise InputError(f"the text has {len(part)} bytes to {what}; a sequence takes {plan.tokens + 1}")
+        self.grid = comm.Create_cart([data, ranks // data], periods=[False, False], reorder=False)
+        self.row = self.grid.Sub([False, True])
+        self.attention: Attention = ALGORITHMS[algorithm](self.row, mask=Causal(), **options)
+        if self.attention.layout == EVERYWHERE or self.attention.copied:
+            raise InputError(f"{algorithm} does not share out tokens: take another algorithm, such as mesh or ring")
+        weights = initial(plan.model, plan.seed, np.dtype(plan.dtype))
+        self.llama = Llama(plan.model, {name: xp.asarray(weight) for name, weight in weights.items()})
+        given = {name: getattr(plan, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
+        self.optimiser = AdamW(self.llama.weights, **given)
+        self.head = "model.embed_tokens.weight" if plan.model.tie_word_embeddings else "lm_head.weight"
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.optimiser.steps
+
+    def train(self) -> float:
+        """Do the next step; return its loss: the mean over its tokens, in nats, on every rank."""
+        loss, gradients = self.gradients(self.step)
+        clip(gradients, self.plan.clip)
+        self.optimiser.step(gradients, self.plan.rate(self.step))
+        return loss
+
+    def gradients(self, step: int) -> tuple[float, dict[str, Array]]:
+        """Return the loss of a step's sequences and its gradients, complete on every rank."""
+        tokens, targets, mine = self.drawn(TRAINING, step)
+        tape: list[Any] = []
+        hidden = self.llama.forward(tokens, mine, self.attend, tape, recompute=self.plan.recompute)
+        logits = self.llama.logits(hidden)
+        loss = self.total(cross_entropy(logits, targets))
+        d_logits = cross_entropy_backward(1 / (self.plan.batch * self.plan.tokens), logits, targets)
+        gradients: dict[str, Array] = {}
+        d_hidden, d_head, _ = linear_backward(d_logits, hidden, self.llama.head)
+        add(gradients, self.head, d_head)
+        self.llama.backward(d_hidden, tape, self.attention.backward, gradients, self.attend)
+        return loss, self.added_up(gradients)
+
+    def validate(self, batches: int = 4) -> float:
+        """Return the loss of sequences from the text that is held out, always the same ones."""
+        losses = []
+        for number in range(batches):
+            tokens, targets, mine = self.drawn(VALIDATION, number)
+            logits = self.llama.logits(self.llama.forward(tokens, mine, self.attend))
+            losses.append(self.total(cross_entropy(logits, targets)))
+        return sum(losses) / batches
+
+    def attend(self, _: int, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        """Attend to the tokens of the row's sequences."""
+        return self.attention.forward(q, k, v)
+
+    def drawn(self, purpose: int, number: int) -> tuple[Array, Array, Positions]:
+        """Return this rank's tokens of a batch, the tokens that follow them, (sequences, tokens), and positions."""
+        text, length, sequences = self.text[purpose], self.plan.tokens, self.plan.batch // self.data
+        rng = np.random.default_rng([self.plan.seed, purpose, number])
+        starts = rng.integers(0, len(text) - length, self.plan.batch)
+        first = self.grid.Get_rank() // self.row.Get_size() * sequences
+        mine = self.attention.positions(length)
+        places = starts[first : first + sequences, None] + mine
+        tokens, targets = (self.xp.asarray(text[places + ahead].astype(np.int64)) for ahead in (0, 1))
+        return tokens, targets, mine
+
+    def total(self, losses: Array) -> float:
+        """Return the mean of the losses of all ranks' tokens."""
+        total = np.array([float(losses.sum())])
+        all_reduce(self.grid, total)
+        return float(total[0]) / (self.plan.batch * self.plan.tokens)
+
+    def added_up(self, gradients: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the sums of all ranks' gradients: one all-reduce of all of them."""
+        flat = namespace(self.llama.head).concatenate([gradients[name].reshape(-1) for name in self.llama.weights])
+        all_reduce(self.grid, flat)
+        sums, start = {}, 0
+        for name, weight in self.llama.weights.items():
+            sums[name] = flat[start : start + weight.size].reshape(weight.shape)
+            start += weight.size
+        return sums
+
+    def unigram(self) -> float:
+        """Return the entropy of the text's single bytes, in nats: the loss of a model that looks at no context."""
+        counts = np.bincount(self.text[TRAINING], minlength=BYTES)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+    def free(self) -> None:
+        """Free the communicators; all ranks call it together."""
+        self.attention.free()
+        self.row.Free()
+        self.grid.Free()
