@@ -9,13 +9,14 @@ import pytest
 
 from mpiattn.kernels.cudnn.pieces import MOST_PIECES, SQUARE, Piece, pieces
 from mpiattn.problems import layout
+from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Mask, Positions, allowed, parse
 
 
 def cut(mask: Mask, queries: Positions, keys: Positions) -> list[Piece] | None:
     """Return the pieces of the block of queries and keys at these positions."""
     start, stop = (np.searchsorted(keys, bound).astype(np.int32) for bound in mask.bounds(queries))
-    return pieces(start, stop, queries, keys)
+    return pieces(start, stop, Block(mask, queries, keys))
 
 
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
@@ -32,8 +33,8 @@ def test_pieces_cover_what_the_mask_allows_once(chosen: str, mask: str, tokens: 
             found = cut(where, queries, keys)
             assert found is not None
             for piece in found:
-                np.testing.assert_array_equal(piece.q_positions, queries[piece.queries])
-                np.testing.assert_array_equal(piece.k_positions, keys[piece.keys])
+                np.testing.assert_array_equal(piece.block.queries, queries[piece.queries])
+                np.testing.assert_array_equal(piece.block.keys, keys[piece.keys])
                 part = covered[piece.queries, piece.keys]
                 i, j = np.indices(part.shape)
                 shift = part.shape[1] - part.shape[0] if piece.causal else 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiattn.algorithms.attach import attach
+from mpiattn.messages.connection import on_device, private
 from mpiattn.messages.device import pinned
 from mpiattn.messages.device.channel import Channel, Transfer
 from mpiattn.messages.device.comm import DeviceComm
@@ -71,6 +71,7 @@ def memcpy(to: int, source: int, size: int, kind: int, stream: int) -> None:
 
 
 XP = SimpleNamespace(
+    __name__="host",
     maximum=lambda a, b, out: np.maximum(a.host, b.host, out=out.host),
     empty=lambda size, dtype: Memory(np.empty(size, dtype)),
     cuda=SimpleNamespace(
@@ -173,16 +174,15 @@ def test_numpy_arrays_pass_untouched(around: DeviceComm) -> None:
 
 
 @pytest.mark.mpi
-def test_an_algorithms_communicators_are_attached_once_each(comm: Any) -> None:
-    traced = TracedComm(comm)
-    ring = comm.Dup()
-    attention = SimpleNamespace(comm=traced, ring=ring, again=ring, over=TracedComm(ring), size=comm.Get_size())
-    attach(attention, XP, "device")
-    assert attention.comm is traced and isinstance(traced.comm, DeviceComm) and traced.comm.comm is comm
-    assert isinstance(attention.ring, DeviceComm) and attention.ring.comm is ring
-    assert attention.again is attention.ring and attention.over.comm is attention.ring
-    assert attention.channel is traced.comm.channel is attention.ring.channel
-    attached = dict(vars(attention))
-    attach(attention, XP, "device")
-    assert vars(attention) == attached and traced.comm.comm is comm
-    ring.Free()
+def test_what_carries_device_memory_is_made_once_for_each_communicator(comm: Any) -> None:
+    traced = private(TracedComm(comm))
+    carrier, channel = on_device(traced, XP, "device")
+    assert isinstance(carrier, TracedComm) and isinstance(carrier.comm, DeviceComm) and carrier.comm.channel is channel
+    bare, same = on_device(private(comm), XP, "device")
+    assert bare is carrier.comm and same is channel
+    ring = bare.Create_cart([comm.Get_size()], periods=[True])
+    assert isinstance(ring, DeviceComm) and ring.comm is private(comm).Create_cart([comm.Get_size()], periods=[True])
+    assert bare.Create_cart([comm.Get_size()], periods=[True]) is ring and ring.channel is channel
+    assert ring.Sub([True]) is ring.Sub([True]) and ring.Sub([True]) is not ring
+    other, _ = on_device(private(comm), XP, "host")
+    assert other is not bare and other.channel is not channel

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from launch import FROM_LAUNCHER, OPEN_MPI, mpiexec, mpiexec_path
 
-from mpiattn import writing
 from mpiattn.errors import InputError, WriteError
+from mpiattn.machines import writing
 
 COMMAND = [sys.executable, "-m", "mpiattn"]
 SMALL = ["--tokens", "64", "--heads", "2", "--head-dim", "8"]

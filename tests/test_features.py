@@ -14,12 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from mpiattn import ALGORITHMS, RingAttention
-from mpiattn.arrays import softmax
+from mpiattn.arrays import accumulator, softmax
 from mpiattn.conformance import oracle
 from mpiattn.conformance.case import Case, fast
 from mpiattn.conformance.check import Refused, check
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.problems import layout as layouts
+from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout, philox
 from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow
 from mpiattn.trace.comm import TracedComm
@@ -49,18 +50,19 @@ def kernel_results(
 ) -> list[Array]:  # fmt: skip
     """Run the kernel on all pairs of chunks, on a share of the heads at a time."""
     q, k, v, d_out, logits = arrays
-    wide = softmax.accumulator(q.dtype)
+    wide = accumulator(q.dtype)
     out, lse = np.zeros((*q.shape[:3], v.shape[3]), wide), np.full(q.shape[:3], -np.inf)
     d_q, d_k, d_v = (np.zeros(x.shape, wide) for x in (q, k, v))
     d_sinks = np.zeros(q.shape[1], wide)
     chunks = [layouts.positions(layout, q.shape[2], ranks, rank) for rank in range(ranks)]
-    kernel = NumpyKernel(mask, scale, softcap)
+    kernel = NumpyKernel(scale, softcap)
     for heads, kv_heads in (layouts.heads(q.shape[1], k.shape[1], shares, share) for share in range(shares)):
         kernel.drop(dropout, heads.start)
         for i in chunks:
             part, part_lse = out[:, heads, i], lse[:, heads, i]
             for j in chunks:
-                kernel.forward(q[:, heads, i], k[:, kv_heads, j], v[:, kv_heads, j], i, j, part, part_lse)
+                near = k[:, kv_heads, j], v[:, kv_heads, j]
+                kernel.forward(q[:, heads, i], *near, block=Block(mask, i, j), out=part, lse=part_lse)
             if sinks:
                 part, part_lse = softmax.with_sinks(part, part_lse, logits[heads])
             out[:, heads, i], lse[:, heads, i] = part, part_lse
@@ -69,9 +71,12 @@ def kernel_results(
                 d_sinks[heads] += softmax.sink_gradient(logits[heads], part_lse, delta)
             part_q = d_q[:, heads, i]
             for j in chunks:
-                given = q[:, heads, i], k[:, kv_heads, j], v[:, kv_heads, j], d_out[:, heads, i]
+                near = k[:, kv_heads, j], v[:, kv_heads, j]
                 part_k, part_v = d_k[:, kv_heads, j], d_v[:, kv_heads, j]
-                kernel.backward(*given, part_lse, delta, i, j, part_q, part_k, part_v)
+                kernel.backward(
+                    q[:, heads, i], *near, block=Block(mask, i, j), d_out=d_out[:, heads, i], lse=part_lse,
+                    delta=delta, d_q=part_q, d_k=part_k, d_v=part_v,
+                )  # fmt: skip
                 d_k[:, kv_heads, j], d_v[:, kv_heads, j] = part_k, part_v
             d_q[:, heads, i] = part_q
     return [out, lse, d_q, d_k, d_v, d_sinks]

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from mpiattn import ALGORITHMS, RingAttention, arrays, kernels
-from mpiattn.arrays.softmax import LSE, accumulator, delta, merge
+from mpiattn.arrays import accumulator
+from mpiattn.arrays.operations import on_host
+from mpiattn.arrays.softmax import LSE, delta, merge
 from mpiattn.commands import cli
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check, compare
@@ -28,7 +30,8 @@ from mpiattn.messages.device.probe import takes_device_memory
 from mpiattn.messages.hosts import use_gpu
 from mpiattn.messages.message import Tag, Waitall
 from mpiattn.problems import layout
-from mpiattn.problems.mask import Causal, parse
+from mpiattn.problems.block import Block
+from mpiattn.problems.mask import parse
 from mpiattn.problems.problem import Problem
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +76,7 @@ def test_kernel(name: str, case: Case) -> None:
     whole = posed(case, 3)
     try:
         dropout = case.given.get("dropout")
-        kernel = kernels.choose("cupy", whole, whole.mask, case.scale, name, case.softcap, dropout)
+        kernel = kernels.choose("cupy", whole, case.scale, name, case.softcap, dropout)
     except InputError as error:
         pytest.skip(str(error))
     kernel.drop(dropout)
@@ -85,26 +88,32 @@ def test_kernel(name: str, case: Case) -> None:
         near_out, near_lse = out[:, :, queries], lse[:, :, queries]  # copies
         for keys in whole.kv_positions:
             near = [cupy.ascontiguousarray(array[:, :, keys]) for array in (k, v)]
-            kernel.forward(cupy.ascontiguousarray(q[:, :, queries]), *near, queries, keys, near_out, near_lse)
+            near_q, block = cupy.ascontiguousarray(q[:, :, queries]), Block(whole.mask, queries, keys)
+            kernel.forward(near_q, *near, block=block, out=near_out, lse=near_lse)
         out[:, :, queries], lse[:, :, queries] = near_out, near_lse
     rounded = out.astype(q.dtype)
     row_delta = delta(d_out, rounded)
     d_q, d_k, d_v = (cupy.zeros(array.shape, wide) for array in (q, k, v))
     for queries in whole.q_positions:
-        rows = [cupy.ascontiguousarray(array[:, :, queries]) for array in (d_out, lse, row_delta)]
+        near_d_out, near_lse, near_delta = (
+            cupy.ascontiguousarray(array[:, :, queries]) for array in (d_out, lse, row_delta)
+        )
         near_q, share_q = q[:, :, queries], d_q[:, :, queries]
         for keys in whole.kv_positions:
             near = [array[:, :, keys] for array in (k, v)]
-            shares = [array[:, :, keys] for array in (d_k, d_v)]
-            kernel.backward(near_q, *near, *rows, queries, keys, share_q, *shares)
-            d_k[:, :, keys], d_v[:, :, keys] = shares
+            share_k, share_v = (array[:, :, keys] for array in (d_k, d_v))
+            kernel.backward(
+                near_q, *near, block=Block(whole.mask, queries, keys), d_out=near_d_out, lse=near_lse,
+                delta=near_delta, d_q=share_q, d_k=share_k, d_v=share_v,
+            )  # fmt: skip
+            d_k[:, :, keys], d_v[:, :, keys] = share_k, share_v
         d_q[:, :, queries] = share_q
     results = {"out": rounded, "lse": lse} | {
         name: total.astype(q.dtype) for name, total in (("d_q", d_q), ("d_k", d_k), ("d_v", d_v))
     }
     wrong = []
     for label, result in results.items():
-        wrong += compare(label, arrays.on_host(result), right[label], right[label], case.dtype)
+        wrong += compare(label, on_host(result), right[label], right[label], case.dtype)
     assert not wrong
 
 
@@ -120,10 +129,10 @@ def test_merge_and_delta_are_those_of_the_host(dtype: str) -> None:
     for state in (states, there):
         merge(*state[0], *state[1])
     for here, result in zip(states[0], there[0], strict=True):
-        np.testing.assert_allclose(arrays.on_host(result), here, rtol=1e-5 if dtype == "float32" else 1e-13, atol=1e-7)
+        np.testing.assert_allclose(on_host(result), here, rtol=1e-5 if dtype == "float32" else 1e-13, atol=1e-7)
     a, b = states[0][0], states[1][0]
     np.testing.assert_allclose(
-        arrays.on_host(delta(cupy.asarray(a), cupy.asarray(b))),
+        on_host(delta(cupy.asarray(a), cupy.asarray(b))),
         delta(a, b),
         rtol=1e-4 if dtype == "float32" else 1e-12,
         atol=1e-5,
@@ -132,9 +141,9 @@ def test_merge_and_delta_are_those_of_the_host(dtype: str) -> None:
 
 def test_a_kernel_that_can_not_do_it_says_which_can() -> None:
     with pytest.raises(InputError, match=r"float16 and bfloat16, not float32; kernel 'cupy' can|not installed"):
-        kernels.choose("cupy", posed(Case(dtype="float32"), 1), Causal(), None, "cudnn")
+        kernels.choose("cupy", posed(Case(dtype="float32"), 1), None, "cudnn")
     with pytest.raises(InputError, match="choose from cupy, cudnn"):
-        kernels.choose("cupy", posed(Case(dtype="float32"), 1), Causal(), None, "numpy")
+        kernels.choose("cupy", posed(Case(dtype="float32"), 1), None, "numpy")
 
 
 def test_sums_that_wait_are_those_that_do_not() -> None:
@@ -147,7 +156,7 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
     )
     whole = posed(Case(tokens=640, heads=2, head_dim=64, v_head_dim=64, dtype="bfloat16"), 1)
     try:
-        kernel = kernels.choose("cupy", whole, whole.mask, None, "cudnn")
+        kernel = kernels.choose("cupy", whole, None, "cudnn")
     except InputError as error:
         pytest.skip(str(error))
     where = [np.arange(start, start + 64) for start in range(0, 640, 64)]
@@ -157,7 +166,8 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
         out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, LSE)
         kernel.begin(out, lse) if waits else None
         for keys in where:
-            kernel.forward(q, k[:, :, keys], v[:, :, keys], everything, keys, out, lse)
+            block = Block(whole.mask, everything, keys)
+            kernel.forward(q, k[:, :, keys], v[:, :, keys], block=block, out=out, lse=lse)
         out, lse = kernel.complete((out, lse)) if waits else (out, lse)
         d_q, d_k, d_v = (cupy.zeros(q.shape, np.float32) for _ in "qkv")
         for total in (d_q, d_k, d_v) if waits else ():
@@ -165,13 +175,13 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
         arrived = cupy.ones(q.shape, np.float32)
         row_delta = delta(d_out, out.astype(q.dtype))
         for part in where:  # views of the sum of the queries
-            rows = [array[:, :, part[0] : part[-1] + 1] for array in (q, d_out, lse, row_delta, d_q)]
-            kernel.backward(rows[0], k, v, *rows[1:4], part, everything, rows[4], d_k, d_v)
+            block = Block(whole.mask, part, everything, slice(part[0], part[-1] + 1))
+            kernel.backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_delta, d_q=d_q, d_k=d_k, d_v=d_v)
         if waits:
             [d_q], [d_k], [d_v] = kernel.complete([d_q]), kernel.complete([d_k], [arrived]), kernel.complete([d_v])
         else:
             d_k += arrived
-        results.append([arrays.on_host(array.astype(np.float32)) for array in (out, lse, d_q, d_k, d_v)])
+        results.append([on_host(array.astype(np.float32)) for array in (out, lse, d_q, d_k, d_v)])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mpiattn.arrays import softmax
+from mpiattn.arrays import accumulator, softmax
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.kernels.numpy.scores import Form, weigh
 from mpiattn.kernels.numpy.tiles import KEYS, QUERIES, SIDE, plan
 from mpiattn.problems import layout as layouts
+from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow, allowed
 from mpiattn.problems.pairs import pairs
 
@@ -63,21 +64,29 @@ def chunked(
     scale: float | None = None,
 ) -> list[Array]:
     """Run the kernel on every pair of a query chunk and a key chunk, merged together."""
-    kernel, wide = NumpyKernel(mask, scale), softmax.accumulator(q.dtype)
+    kernel, wide = NumpyKernel(scale), accumulator(q.dtype)
     out, lse = np.zeros((*q.shape[:3], v.shape[3]), wide), np.full(q.shape[:3], -np.inf)
     d_q, d_k, d_v = (np.zeros(x.shape, wide) for x in (q, k, v))
     for i in chunks[0]:
         part, part_lse = out[:, :, i], lse[:, :, i]
         for j in chunks[1]:
-            kernel.forward(q[:, :, i], k[:, :, j], v[:, :, j], i, j, part, part_lse)
+            kernel.forward(q[:, :, i], k[:, :, j], v[:, :, j], block=Block(mask, i, j), out=part, lse=part_lse)
         out[:, :, i], lse[:, :, i] = part, part_lse
         delta = softmax.delta(d_out[:, :, i], part)
         for j in chunks[1]:
             parts = d_q[:, :, i], d_k[:, :, j], d_v[:, :, j]
             inputs = q[:, :, i], k[:, :, j], v[:, :, j], d_out[:, :, i]
-            kernel.backward(*inputs, part_lse, delta, i, j, *parts)
+            backward(kernel, *inputs, part_lse, delta, Block(mask, i, j), *parts)
             d_q[:, :, i], d_k[:, :, j], d_v[:, :, j] = parts
     return [out, lse, d_q, d_k, d_v]
+
+
+def backward(
+    kernel: NumpyKernel, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array, block: Block,
+    d_q: Array, d_k: Array, d_v: Array, progress: Any = None,
+) -> None:  # fmt: skip
+    rows, sums = {"d_out": d_out, "lse": lse, "delta": delta}, {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    kernel.backward(q, k, v, block=block, progress=progress, **rows, **sums)
 
 
 def whole(tokens: int) -> list[Array]:
@@ -224,10 +233,10 @@ def test_row_without_keys_has_no_gradient() -> None:
     """lse = -inf gives zero gradients, whatever the mask says of this block."""
     q, k, v, d_out = inputs(40)
     q *= 1e3  # exp2 of its scores would overflow
-    positions = np.arange(40)
+    block = Block(Full(), np.arange(40), np.arange(40))
     d_q, d_k, d_v = (np.zeros_like(x) for x in (q, k, v))
     lse, delta = np.full(q.shape[:3], -np.inf), np.ones(q.shape[:3])
-    NumpyKernel(Full()).backward(q, k, v, d_out, lse, delta, positions, positions, d_q, d_k, d_v)
+    backward(NumpyKernel(), q, k, v, d_out, lse, delta, block, d_q, d_k, d_v)
     assert not d_q.any() and not d_k.any() and not d_v.any()
 
 
@@ -293,16 +302,16 @@ def test_weights_are_never_denormal(dtype: Any) -> None:
 def test_merges_into_what_is_there() -> None:
     """Forward merges and backward adds: results of other blocks are kept."""
     q, k, v, d_out = inputs(50)
-    positions = np.arange(50)
+    block = Block(Full(), np.arange(50), np.arange(50))
     out, lse = np.ones_like(q), np.zeros(q.shape[:3])
-    NumpyKernel(Full()).forward(q, k, v, positions, positions, out, lse)
+    NumpyKernel().forward(q, k, v, block=block, out=out, lse=lse)
     own_out, own_lse, *own = reference(q, k, v, d_out, np.ones((50, 50), bool))
     weight = (1 / (1 + np.exp(own_lse)))[..., None]
     compare_rows(out, weight + (1 - weight) * own_out)
     compare_rows(lse, np.log1p(np.exp(own_lse)))
     delta = (d_out * own_out).sum(axis=-1)
     gradients = np.full_like(q, 7), np.full_like(k, 7), np.full_like(v, 7)
-    NumpyKernel(Full()).backward(q, k, v, d_out, own_lse, delta, positions, positions, *gradients)
+    backward(NumpyKernel(), q, k, v, d_out, own_lse, delta, block, *gradients)
     for result, right in zip(gradients, own, strict=True):
         compare_rows(result, right + 7)
 
@@ -326,7 +335,7 @@ def test_gradients_by_finite_differences() -> None:
 
 def test_views_and_buffers() -> None:
     """Non-contiguous inputs and accumulators; one object for blocks of many shapes and dtypes."""
-    kernel = NumpyKernel(Causal())
+    kernel = NumpyKernel()
     for tokens, dtype in ((300, np.float32), (40, np.float64), (500, np.float32), (7, np.float32)):
         q, k, v, d_out = inputs(tokens, heads=(4, 2), dtype=dtype)
         expected = reference(q, k, v, d_out, np.tri(tokens, dtype=bool))
@@ -335,24 +344,24 @@ def test_views_and_buffers() -> None:
         out, d_q, d_k, d_v = (np.zeros_like(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, q, k, v))
         lse = np.full((1, tokens, 4), -np.inf).swapaxes(1, 2)
         positions = np.arange(2 * tokens)[::2]
-        kernel.forward(q, k, v, positions, positions, out, lse)
+        block = Block(Causal(), positions, positions)
+        kernel.forward(q, k, v, block=block, out=out, lse=lse)
         delta = softmax.delta(d_out, out)
-        kernel.backward(q, k, v, d_out, lse, delta, positions, positions, d_q, d_k, d_v)
+        backward(kernel, q, k, v, d_out, lse, delta, block, d_q, d_k, d_v)
         compare([out, lse, d_q, d_k, d_v], expected)
 
 
 def test_progress_is_called_between_tiles() -> None:
     q, k, v, d_out = inputs(2 * QUERIES, 2 * KEYS, dims=(4, 4))
-    q_positions, k_positions = np.arange(2 * QUERIES), np.arange(2 * KEYS)
+    block = Block(Full(), np.arange(2 * QUERIES), np.arange(2 * KEYS))
     calls: list[int] = []
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
-    kernel = NumpyKernel(Full())
-    kernel.forward(q, k, v, q_positions, k_positions, out, lse, lambda: calls.append(1))
+    kernel = NumpyKernel()
+    kernel.forward(q, k, v, block=block, out=out, lse=lse, progress=lambda: calls.append(1))
     assert len(calls) == 2 * 4
     gradients = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     delta = softmax.delta(d_out, out)
-    arrays = q, k, v, d_out, lse, delta, q_positions, k_positions
-    kernel.backward(*arrays, *gradients, lambda: calls.append(1))
+    backward(kernel, q, k, v, d_out, lse, delta, block, *gradients, progress=lambda: calls.append(1))
     assert len(calls) == 2 * 2 * 4
 
 
@@ -368,18 +377,18 @@ def test_memory_does_not_grow_with_the_square() -> None:
     peaks = {}
     for tokens in (4096, 8192):
         q, k, v, d_out = inputs(tokens, heads=(8, 8), dims=(64, 64), dtype=np.float32)
-        positions = np.arange(tokens)
+        block = Block(Causal(), np.arange(tokens), np.arange(tokens))
         delta = np.zeros(q.shape[:3], np.float32)
-        kernel = NumpyKernel(Causal())
+        kernel = NumpyKernel()
         tracemalloc.start()
         out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
-        kernel.forward(q, k, v, positions, positions, out, lse)
+        kernel.forward(q, k, v, block=block, out=out, lse=lse)
         forward = tracemalloc.get_traced_memory()[1]
         del out, kernel
         tracemalloc.reset_peak()
-        kernel = NumpyKernel(Causal())
+        kernel = NumpyKernel()
         gradients = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-        kernel.backward(q, k, v, d_out, lse, delta, positions, positions, *gradients)
+        backward(kernel, q, k, v, d_out, lse, delta, block, *gradients)
         peaks[tokens] = forward, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[4096][0] < 16e6 and peaks[4096][1] < 40e6
@@ -406,7 +415,7 @@ def test_plan_covers_every_pair_once(
     queries, keys = ascending(q_runs), ascending(k_runs)
     seen = np.zeros((len(keys), len(queries)), np.int64)
     computed = 0
-    for rows, tiles in plan(mask, queries, keys):
+    for rows, tiles in plan(Block(mask, queries, keys)):
         for tile in tiles:
             part = seen[tile.keys, rows][:, tile.queries]
             part += 1 if tile.visible is None else tile.visible

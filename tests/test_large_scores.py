@@ -10,10 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from mpiattn import ALGORITHMS, Causal, Documents, Dropout, Full, SlidingWindow
-from mpiattn.arrays import softmax
+from mpiattn.arrays import accumulator, softmax
 from mpiattn.conformance import oracle
 from mpiattn.kernels.numpy import scores, slices
 from mpiattn.kernels.numpy.kernel import NumpyKernel
+from mpiattn.problems.block import Block
 
 Array = NDArray[Any]
 NAMES = "out", "lse", "d_q", "d_k", "d_v"
@@ -27,12 +28,12 @@ def inputs(tokens: int, dtype: Any = np.float32, dim: int = 64, group: int = 1, 
     return [random.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def reference(q: Array, k: Array, v: Array, d_out: Array, scale: float, causal: bool) -> list[Array]:
+def reference(arrays: list[Array], scale: float, causal: bool) -> list[Array]:
     """Textbook attention and its gradients in float64, as many heads of K and V as of Q."""
-    q, k, v, d_out = (array.astype(np.float64) for array in (q, k, v, d_out))
+    q, k, v, d_out = (array.astype(np.float64) for array in arrays)
     score = scale * (q @ k.swapaxes(2, 3))
     if causal:
-        score[:, :, ~np.tri(*score.shape[2:], dtype=bool)] = -np.inf
+        score[:, :, ~np.tri(*score.shape[2:]).astype(bool)] = -np.inf
     top = score.max(axis=3, keepdims=True)
     weight = np.exp(score - top)
     total = weight.sum(axis=3, keepdims=True)
@@ -44,9 +45,9 @@ def reference(q: Array, k: Array, v: Array, d_out: Array, scale: float, causal: 
     return [weight @ v, lse, *gradients]
 
 
-def bounds(q: Array, k: Array, v: Array, d_out: Array, scale: float) -> list[float]:
+def bounds(arrays: list[Array], scale: float) -> list[float]:
     """Return what a number of out, lse, dQ, dK and dV can be, roughly, in exact arithmetic."""
-    q, k, v, d_out = (float(np.linalg.norm(a.astype(np.float64), axis=3).max(initial=0)) for a in (q, k, v, d_out))
+    q, k, v, d_out = (float(np.linalg.norm(a.astype(np.float64), axis=3).max(initial=0)) for a in arrays)
     slope = abs(scale) * d_out * v
     return [max(v, 1.0), max(1.0, 1e-6 * abs(scale) * q * k), slope * k, slope * q, max(d_out, 1.0)]
 
@@ -65,16 +66,17 @@ def block(
 ) -> list[Array]:  # fmt: skip
     """Return what the kernel makes of one block."""
     q, k, v, d_out = arrays
-    kernel, positions, wide = NumpyKernel(mask, scale, softcap), np.arange(q.shape[2]), softmax.accumulator(q.dtype)
+    kernel, positions, wide = NumpyKernel(scale, softcap), np.arange(q.shape[2]), accumulator(q.dtype)
+    whole = Block(mask, positions, positions)
     kernel.drop(dropout)
     out, lse = np.zeros(d_out.shape, wide), np.full(q.shape[:3], -np.inf)
-    kernel.forward(q, k, v, positions, positions, out, lse)
+    kernel.forward(q, k, v, block=whole, out=out, lse=lse)
     if sinks is not None:
         out, lse = softmax.with_sinks(out, lse, sinks)
-    gradients = [np.zeros(array.shape, wide) for array in (q, k, v)]
-    row_delta = softmax.delta(d_out, out.astype(q.dtype))
-    kernel.backward(q, k, v, d_out, lse, row_delta, positions, positions, *gradients)
-    return [out, lse, *gradients]
+    d_q, d_k, d_v = (np.zeros(array.shape, wide) for array in (q, k, v))
+    delta = softmax.delta(d_out, out.astype(q.dtype))
+    kernel.backward(q, k, v, block=whole, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v)
+    return [out, lse, d_q, d_k, d_v]
 
 
 def attend(comm: Any, name: str, arrays: list[Array], **options: Any) -> tuple[list[Array], list[tuple[Any, ...]]]:
@@ -90,8 +92,8 @@ def attend(comm: Any, name: str, arrays: list[Array], **options: Any) -> tuple[l
 def check_algorithm(comm: Any, name: str, arrays: list[Array], scale: float | None, causal: bool) -> None:
     results, parts = attend(comm, name, arrays, scale=scale, mask=Causal() if causal else Full())
     factor = arrays[0].shape[3] ** -0.5 if scale is None else scale
-    right = [a[part] for a, part in zip(reference(*arrays, factor, causal), parts, strict=True)]
-    check(results, right, [1.0, *bounds(*arrays, factor)[1:4], 1.0])
+    right = [a[part] for a, part in zip(reference(arrays, factor, causal), parts, strict=True)]
+    check(results, right, [1.0, *bounds(arrays, factor)[1:4], 1.0])
 
 
 @pytest.mark.mpi(max_size=4)
@@ -149,11 +151,12 @@ def test_rows_of_all_sizes(dtype: str, seed: int) -> None:
     }
     with np.errstate(all="raise", under="ignore"):
         results = block(arrays, MASKS[seed % 4], scale, **features)
+    q, k, v, d_out = arrays
     right = [
-        *oracle.attention(*arrays[:3], MASKS[seed % 4], scale, **features),
-        *oracle.gradients(*arrays, MASKS[seed % 4], scale, **features),
+        *oracle.attention(q, k, v, MASKS[seed % 4], scale, **features),
+        *oracle.gradients(q, k, v, d_out, MASKS[seed % 4], scale, **features),
     ]
-    limits = bounds(*arrays, scale)
+    limits = bounds(arrays, scale)
     limits[1] = max(limits[1], np.abs(right[1][np.isfinite(right[1])]).max())
     check(results, right, limits, BOUND[dtype])
 
@@ -166,8 +169,8 @@ def test_scales_that_the_dtype_does_not_hold(scale: float, dtype: str) -> None:
     size = q.dtype.type(min(abs(scale) ** -0.5, 1e18) if scale else 1)
     for factor in (size, size / 100):
         given = [q * factor, k * factor, v, d_out]
-        limits = [max(limit, float(np.finfo(dtype).tiny)) for limit in bounds(*given, scale)]
-        check(block(given, Causal(), scale), reference(*given, scale, True), limits)
+        limits = [max(limit, float(np.finfo(dtype).tiny)) for limit in bounds(given, scale)]
+        check(block(given, Causal(), scale), reference(given, scale, True), limits)
 
 
 def test_far_beyond_what_float64_can_add_up() -> None:
@@ -176,15 +179,17 @@ def test_far_beyond_what_float64_can_add_up() -> None:
     positions = np.arange(700)
     for scale in (1e16, 1e20, -1e25, 1e120):
         out, lse, *_ = block([q, k, v, d_out], Full(), scale)
-        rows = np.abs(out - reference(q, k, v, d_out, scale, False)[0]).max(axis=3) < 1e-9
+        rows = np.abs(out - reference([q, k, v, d_out], scale, False)[0]).max(axis=3) < 1e-9
         assert rows.mean() > 0.99  # elsewhere two scores are the same but for their last bits
-        gradients = [np.zeros_like(array) for array in (q, k, v)]
-        for part in (slice(331), slice(331, 332), slice(332, 700)):  # other shapes than forward
-            given = [array[:, :, part] for array in (d_out, lse, softmax.delta(d_out, out))]
-            totals = [gradients[0][:, :, part], *gradients[1:]]
-            NumpyKernel(Full(), scale).backward(q[:, :, part], k, v, *given, positions[part], positions, *totals)
+        d_q, d_k, d_v = (np.zeros_like(array) for array in (q, k, v))
+        delta = softmax.delta(d_out, out)
+        for rows in (slice(331), slice(331, 332), slice(332, 700)):  # other shapes than forward
+            part = Block(Full(), positions[rows], positions, rows)
+            NumpyKernel(scale).backward(
+                q, k, v, block=part, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+            )
         # The probabilities of each query sum up to 1.
-        np.testing.assert_allclose(gradients[2].sum(axis=2), d_out.sum(axis=2), atol=1e-9)
+        np.testing.assert_allclose(d_v.sum(axis=2), d_out.sum(axis=2), atol=1e-9)
 
 
 def test_a_probability_never_exceeds_1() -> None:

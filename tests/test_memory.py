@@ -17,6 +17,7 @@ from mpiattn.costs.peak import Peak, peak
 from mpiattn.problems.mask import Full
 from mpiattn.problems.problem import Problem
 from mpiattn.virtual import VirtualComm
+from mpiattn.virtual.kernel import ClockedKernel
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -134,7 +135,9 @@ def measured(comm: Any, name: str, case: Case, arguments: dict[str, Any]) -> lis
 def scratch(attention: Any) -> int:
     """Return the bytes of the NumPy kernel's tiles."""
     inside = attention.inner if isinstance(attention, HybridAttention) else attention
-    return sum(tile.nbytes for tile in inside.kernel.work.held.values())
+    kernel: Any = getattr(inside, "kernel", attention.kernel)  # a rank without heads has planned nothing inside
+    real: Any = kernel.real if isinstance(kernel, ClockedKernel) else kernel
+    return sum(tile.nbytes for tile in real.work.held.values())
 
 
 LARGE = Case(layout="zigzag", tokens=400, heads=8, kv_heads=4, head_dim=64, v_head_dim=64, dtype="float32")

@@ -12,7 +12,6 @@ from mpiattn.algorithms.shared_ring import SharedRingAttention, one_host
 from mpiattn.conformance import oracle
 from mpiattn.problems.mask import Mask
 from mpiattn.trace.comm import TracedComm
-from mpiattn.trace.kernel import watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,7 +63,6 @@ def test_shared_ring_takes_one_problem_after_another(comm: MPI.Intracomm) -> Non
 def test_shared_ring_blocks_are_traced(comm: MPI.Intracomm) -> None:
     traced = TracedComm(comm)
     with SharedRingAttention(traced) as attention:
-        watch(attention)
         error(comm, attention, arrays(4 * comm.size))
     blocks = [event.block for event in traced.trace.events if event.kind == "compute"]
     ring = [(4 * comm.rank, 4 * ((comm.rank - step) % comm.size)) for step in range(comm.size)]

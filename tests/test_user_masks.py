@@ -118,7 +118,7 @@ def test_one_small_collective_more(comm: Any) -> None:
     traced = TracedComm(comm)
     with mpiattn.RingAttention(traced, mask=Prefix(9)) as attention:
         traced.trace.clear()
-        for collectives in (["allgather"], []):
+        for collectives in (["allgather", "allgather"], []):  # the mask, then the plan
             errors(attention, PREFIX)
             names = [event.name for event in traced.trace.events if event.name == "allgather"]
             assert names == collectives

@@ -18,9 +18,11 @@ import numpy as np
 
 from mpiattn import arrays
 from mpiattn.arrays.cupy import rows
+from mpiattn.arrays.operations import cast
 from mpiattn.kernels.cudnn import pieces
 from mpiattn.kernels.cudnn.kernel import CudnnKernel
-from mpiattn.problems.mask import Causal, Positions
+from mpiattn.problems.block import Block
+from mpiattn.problems.mask import Causal
 
 HEADS, DIM = 32, 128
 BFLOAT16 = arrays.dtype("bfloat16")
@@ -28,7 +30,7 @@ BFLOAT16 = arrays.dtype("bfloat16")
 
 def random(*shape: int) -> cp.ndarray:
     """Return random numbers."""
-    return arrays.cast(cp.random.standard_normal(shape, dtype=np.float32), BFLOAT16)
+    return cast(cp.random.standard_normal(shape, dtype=np.float32), BFLOAT16)
 
 
 def timed(run: Callable[[], object], calls: int = 10) -> tuple[float, float]:
@@ -51,23 +53,25 @@ def measure(tokens: int) -> None:
     totals = [cp.zeros(q.shape, np.float32) for _ in "qkv"]
     out, out_lse = cp.zeros(q.shape, np.float32), cp.zeros((1, HEADS, tokens), np.float32)
     everything, cut = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
-    parts = [(slice(None), everything), (slice(0, cut), everything[:cut]), (slice(cut, tokens), everything[cut:])]
+    parts = [
+        Block(Causal(), everything[rows], everything, rows) for rows in (slice(None), slice(0, cut), slice(cut, tokens))
+    ]
 
-    def backward(kernel: CudnnKernel, part: slice, where: Positions) -> None:
+    def backward(kernel: CudnnKernel, block: Block) -> None:
         kernel.remember(row_delta, saved)
         for total in totals:
             kernel.begin(total)
-        near = [array[:, :, part] for array in (d_out, lse, row_delta)]
-        kernel.backward(q[:, :, part], k, v, *near, where, everything, totals[0][:, :, part], *totals[1:])
+        sums = dict(zip(("d_q", "d_k", "d_v"), totals, strict=True))
+        kernel.backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_delta, **sums)
 
-    def forward(kernel: CudnnKernel, part: slice, where: Positions) -> None:
+    def forward(kernel: CudnnKernel, block: Block) -> None:
         kernel.begin(out, out_lse)
-        kernel.forward(q[:, :, part], k, v, where, everything, out[:, :, part], out_lse[:, :, part])
+        kernel.forward(q, k, v, block=block, out=out, lse=out_lse)
 
     for label, pieces.SQUARE in (("square", 128), ("bottom right", tokens)):
-        kernel = CudnnKernel(Causal(), None, BFLOAT16)
-        (w, hw), (e, _), (l, hl) = (timed(partial(backward, kernel, *part)) for part in parts)
-        (fw, _), (fe, _), (fl, fh) = (timed(partial(forward, kernel, *part)) for part in parts)
+        kernel = CudnnKernel(None, BFLOAT16)
+        (w, hw), (e, _), (l, hl) = (timed(partial(backward, kernel, part)) for part in parts)
+        (fw, _), (fe, _), (fl, fh) = (timed(partial(forward, kernel, part)) for part in parts)
         print(
             f"T={tokens}, {tokens - cut} late, {label}: "
             f"bwd whole {w:.3f} early {e:.3f} late {l:.3f} (host {hw:.3f} {hl:.3f}) | "

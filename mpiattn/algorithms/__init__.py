@@ -8,8 +8,8 @@ from .double_ring import DoubleRingAttention
 from .hybrid import HybridAttention
 from .mesh import MeshAttention
 from .mesh_gathered import GatheredMeshAttention
-from .prepared import Saved
 from .ring import RingAttention
+from .saved import Saved
 from .shared_ring import SharedRingAttention
 from .tensor_parallel import TensorParallelAttention
 from .ulysses import UlyssesAttention

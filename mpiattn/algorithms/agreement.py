@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import arrays
 from ..errors import InputError
@@ -21,6 +22,46 @@ from ..problems.layout import EVERYWHERE
 from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
 from ..problems.user_mask import TabulatedMask, UserMask
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """What the ranks of a communicator tell each other before the first message of a pass."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.last: tuple[bytes, Problem] | None = None
+
+    def describe(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
+        """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""
+        own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
+        everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
+        self.comm.Allgather(own, everything)
+        return everything
+
+    def together(self, make: Callable[[], T]) -> T:
+        """Return what is made, on every rank; where that raises on one, raise the same InputError on all."""
+        result, wrong = None, ""
+        try:
+            result = make()
+        except InputError as error:
+            wrong = str(error)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        reasons = self.comm.allgather(wrong)
+        for rank, reason in enumerate(reasons):
+            if reason:
+                raise InputError(reason if len(set(reasons)) == 1 else f"rank {rank}: {reason}")
+        return cast("T", result)
+
+    def once(self, descriptions: bytes, pose: Callable[[bytes], Problem]) -> Problem:
+        """Return the problem that the ranks' arrays pose, made anew where they aren't described as the last ones."""
+        if self.last is None or descriptions != self.last[0]:
+            self.last = None
+            self.last = descriptions, pose(descriptions)
+        return self.last[1]
+
 
 # The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 

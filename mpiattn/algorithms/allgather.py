@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import Array, add
-from ..messages.message import Communicator, Pieces, Tag, Testall, Waitall
+from ..arrays import Array
+from ..arrays.operations import operations
+from ..messages.message import Communicator, Pieces, Request, Tag, Testall, Waitall
 from ..messages.parcel import Parcel, nbytes
 from ..messages.reduction import exchange
 from ..problems.problem import Problem
@@ -51,7 +52,7 @@ class AllGatherAttention(Attention):
     def __init__(self, comm: Communicator, *, head_groups: int = 1, **options: Unpack[Options]) -> None:
         super().__init__(comm, partial(check_groups, head_groups), **options)
         self.head_groups = check_groups(head_groups)
-        self.size, self.rank = comm.Get_size(), comm.Get_rank()
+        self.connect(self.comm)
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
@@ -63,28 +64,30 @@ class AllGatherAttention(Attention):
         self.groups = problem.by_heads(min(self.head_groups, problem.kv_heads))
         self.owners = range(self.size)
         parts = [part for *_, part in self.groups]
-        self.own = self.parcels("own kv", [part.kv(self.rank) for part in parts], buffers=2)
-        self.kv = self.parcels("kv", [[spec for o in self.owners for spec in part.kv(o)] for part in parts], buffers=2)
+        self.own = self.buffers.parcels("own kv", [part.kv(self.rank) for part in parts], buffers=2)
+        self.kv = self.buffers.parcels(
+            "kv", [[spec for o in self.owners for spec in part.kv(o)] for part in parts], buffers=2
+        )
         # The blocks of this rank's queries that the mask leaves something of, and those of its keys.
-        self.blocks = [owner for owner in self.owners if problem.needed[self.rank, owner]]
+        every = [(owner, problem.block(self.rank, owner)) for owner in self.owners]
+        self.blocks = [(owner, block) for owner, block in every if block]
         self.users = [user for user in self.owners if problem.needed[user, self.rank]]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all K/V, some heads at a time."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)
         Waitall(self.gather(0, k, v))
         for step, (heads, *_) in enumerate(self.groups):
             requests = self.gather(step + 1, k, v)
             self.drop(heads)
-            for owner in self.blocks:
-                where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                near_k, near_v = self.kv[step].arrays[2 * owner : 2 * owner + 2]
-                state, progress = (out[:, heads], lse[:, heads]), partial(Testall, requests)
-                self.kernel.forward(q[:, heads], near_k, near_v, *where, *state, progress)
+            near_q, near_out, near_lse = q[:, heads], out[:, heads], lse[:, heads]
+            for owner, block in self.blocks:
+                near, progress = self.kv[step].arrays[2 * owner : 2 * owner + 2], partial(Testall, requests)
+                self.kernel.forward(near_q, *near, block=block, out=near_out, lse=near_lse, progress=progress)
             Waitall(requests)
         return out, lse
 
-    def gather(self, step: int, k: Array, v: Array) -> list[Any]:
+    def gather(self, step: int, k: Array, v: Array) -> list[Request]:
         """Start to gather the K/V of a group of heads, if there is one more."""
         if step == len(self.groups):
             return []
@@ -99,36 +102,38 @@ class AllGatherAttention(Attention):
             self.kernel.drop(self.dropout, heads.start)
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Compute what this rank adds to all dK/dV, some heads at a time, and take them home."""
-        d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
+        d_q, d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
         parts = [part for *_, part in self.groups]
         specs = [part.d_kv(owner) for part in parts for owner in self.owners]
-        sums = self.parcels("d_kv", specs, buffers=2 * self.size)
+        sums = self.buffers.parcels("d_kv", specs, buffers=2 * self.size)
         specs = [part.d_kv(self.rank) for part in parts for _ in range(self.size - 1)]
-        arriving = self.parcels("arriving d_kv", specs, buffers=self.size - 1)
+        arriving = self.buffers.parcels("arriving d_kv", specs, buffers=self.size - 1)
         Waitall(self.gather(0, k, v))
-        requests: list[Any] = []
+        requests: list[Request] = []
         shares: dict[int, Parcel] = {}
         totals = d_k, d_v
         for step, (heads, kv_heads, _) in enumerate(self.groups):
             requests += self.gather(step + 1, k, v)
             computed, arrived = sums[step * self.size :][: self.size], arriving[step * (self.size - 1) :]
-            rows = d_out[:, heads], lse[:, heads], row_delta[:, heads]
+            near_q, near_d_out, near_lse, near_delta, near_d_q = (a[:, heads] for a in (q, d_out, lse, delta, d_q))
             self.drop(heads)
-            for owner in self.blocks:
-                where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                near_k, near_v = self.kv[step].arrays[2 * owner : 2 * owner + 2]
+            for owner, block in self.blocks:
+                near, progress = self.kv[step].arrays[2 * owner : 2 * owner + 2], partial(Testall, requests)
                 computed[owner].fill(0, 0)
-                d_kv, progress = computed[owner].arrays, partial(Testall, requests)
-                self.kernel.backward(q[:, heads], near_k, near_v, *rows, *where, d_q[:, heads], *d_kv, progress)
+                share_k, share_v = computed[owner].arrays
+                self.kernel.backward(
+                    near_q, *near, block=block, d_out=near_d_out, lse=near_lse, delta=near_delta, d_q=near_d_q,
+                    d_k=share_k, d_v=share_v, progress=progress,
+                )  # fmt: skip
             Waitall(requests)
             add_up(totals, shares)
             totals = d_k[:, kv_heads], d_v[:, kv_heads]
             by_rank = [*arrived[: self.rank], computed[self.rank], *arrived[self.rank :]]
             shares = {user: by_rank[user] for user in self.users}
-            requests = exchange(self.comm, Tag.D_KV, {owner: computed[owner] for owner in self.blocks}, shares)
+            requests = exchange(self.comm, Tag.D_KV, {owner: computed[owner] for owner, _ in self.blocks}, shares)
         Waitall(requests)
         add_up(totals, shares)
         return d_q, d_k, d_v
@@ -138,7 +143,7 @@ def add_up(totals: tuple[Array, Array], shares: Mapping[int, Parcel]) -> None:
     """Add what the ranks have of some heads' dK/dV, in the order of the ranks."""
     for share in shares.values():
         for total, array in zip(totals, share.arrays, strict=True):
-            add(total, array)
+            operations(array).add(total, array)
 
 
 def check_groups(head_groups: object) -> int:

@@ -1,33 +1,50 @@
-"""What every algorithm is to those who call it: how it is built, forward and backward."""
+"""What every algorithm is to those who call it: how it is built, forward, backward, and its end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .. import arrays
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import arrays, kernels
 from ..arrays import Array
+from ..arrays.operations import cast, of
 from ..arrays.softmax import LSE, delta, sink_gradient, with_sinks
 from ..errors import InputError
+from ..kernels.contract import Kernel
+from ..messages.connection import abandon, kernel_on, on_device, private
+from ..messages.device.channel import Channel, check_mode
+from ..messages.message import Communicator
 from ..messages.reduction import all_reduce
 from ..problems import layout as layouts
-from ..problems.mask import Positions
+from ..problems.dropout import Dropout
+from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
-from .given import Given
-from .prepared import Prepared, Saved
+from ..problems.user_mask import held
+from .agreement import Agreement, posed, settled
+from .buffers import Buffers
+from .given import Given, agreed_given, numbered
+from .options import Check, agree, alike, as_float, check_mask, check_partials, check_scale, check_softcap
+from .saved import Saved, check_saved, fingerprint
 from .shares import Where, by_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Attention(Prepared):
+class Attention:
     """Exact attention of a sequence that is spread over the ranks of a communicator.
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm
-        All its ranks build and call the algorithm together.
+    comm : mpi4py.MPI.Intracomm
+        All its ranks build and call the algorithm together. It works on a private duplicate, so that its messages never
+        meet the caller's; the duplicate is kept with `comm` and serves every algorithm that is built on it.
     *own : functools.partial
         For subclasses: the checks of their own arguments; see `options.agree`.
     layout : {"contiguous", "zigzag", "striped"}, optional
@@ -63,6 +80,51 @@ class Attention(Prepared):
     copied: frozenset[str] = frozenset()
     """Which of "q", "k", "v", "out" are the same on every rank, as are their gradients; see `owned`."""
 
+    kernel: Kernel
+
+    def __init__(
+        self,
+        comm: Communicator,
+        *own: Check,
+        layout: str | None = None,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        partials: str = "wide",
+        kernel: str | None = None,
+        gpu_messages: str = "auto",
+    ) -> None:
+        self.comm = private(comm)
+        self.mask = held(mask)
+        self.layout = layout or layouts.default(self.mask)
+        self.scale, self.softcap, self.partials = as_float(scale), as_float(softcap), partials
+        self.kernel_name, self.gpu_messages = kernel, gpu_messages
+        agree(
+            self.comm,
+            partial(check_mask, self.mask),
+            partial(layouts.check, self.layout, self.comm.Get_size()),
+            partial(kernels.check, kernel),
+            partial(check_mode, gpu_messages),
+            partial(check_scale, scale),
+            partial(check_softcap, softcap),
+            partial(check_partials, partials),
+            partial(alike, type(self).__name__),
+            *own,
+        )
+        self.agreement, self.buffers = Agreement(self.comm), Buffers()
+        self.channel: Channel | None = None
+        self.problem: Problem | None = None
+        self.sinks: Array | None = None
+        self.dropout: Dropout | None = None
+        self.first_head = 0
+        """Number, among all, of the first query head that this rank computes."""
+        self.final = True
+        """Whether what it computes is the result, and not a part of another algorithm's sums."""
+        self.ended = ""
+        """Why it can't be used any more."""
+
+    # For those who call it
+
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Return this rank's rows of softmax(scale q k^T) v, and what `backward` needs.
 
@@ -71,7 +133,9 @@ class Attention(Prepared):
         q : (batch, heads, tokens, head_dim)
         k : (batch, kv_heads, key tokens, head_dim)
         v : (batch, kv_heads, key tokens, v_head_dim)
-            This rank's tokens; heads is a multiple of kv_heads.
+            This rank's tokens; heads is a multiple of kv_heads. `backward` reads them again, and out too: they must
+            stay as they are until then. On CPUs a change is found and raises an InputError in `backward`; on GPUs it
+            gives wrong gradients.
         sinks : float, (heads,), optional
             A logit for each head of q, the same on every rank, at which there is nothing to attend to: it takes
             its part of each query's softmax (Xiao et al. 2023, arXiv 2309.17453). See `sink_gradient`.
@@ -85,7 +149,8 @@ class Attention(Prepared):
             With `saved.lse`: float64, (batch, heads, tokens).
         """
         problem = self.agree_forward(q, k, v, **given)
-        return self.finish(q, k, v, *self.attend(problem, q, k, v))
+        with self.running():
+            return self.finish(q, k, v, *self.attend(problem, q, k, v))
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Return this rank's rows of dQ, dK, dV, in the dtype of q.
@@ -98,10 +163,11 @@ class Attention(Prepared):
             From `forward`.
         """
         problem = self.agree_backward(d_out, saved)
-        row_delta = delta(d_out, saved.out)
-        self.kernel.remember(row_delta, saved.out)
-        d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, saved.lse, row_delta)
-        return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
+        with self.running():
+            row_delta = delta(d_out, saved.out)
+            self.kernel.remember(row_delta, saved.out)
+            d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, saved.lse, row_delta)
+            return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def sink_gradient(self, d_out: Array, saved: Saved) -> Array:
         """Return the gradient of the sinks: (heads,), in the dtype of partial sums, complete on every rank.
@@ -116,52 +182,11 @@ class Attention(Prepared):
         problem = self.agree_backward(d_out, saved)
         if saved.sinks is None:
             raise InputError("there are no sinks in what was saved: give some to forward")
-        total = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
-        if problem.q_spread:
-            all_reduce(self.comm, total)
-        return total
-
-    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Return the complete out and lse of this rank's queries: out in the dtype of partial sums.
-
-        The ranks have agreed on the problem, and planned for it.
-        """
-        raise NotImplementedError
-
-    def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
-    ) -> tuple[Array, Array, Array]:
-        """Return this rank's rows of dQ, dK, dV, in the dtype of partial sums.
-
-        Parameters
-        ----------
-        problem, q, k, v
-            As in `attend`.
-        d_out, lse, row_delta
-            Of this rank's queries; row_delta is rowsum(d_out * out).
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def variants(cls, ranks: int) -> list[dict[str, Any]]:
-        """Return the arguments of this algorithm's own with which it can be built on that many ranks."""
-        return [{}]
-
-    def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
-        """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
-        assert self.problem is not None
-        if self.sinks is not None:
-            out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
-        result = self.rounded(out)
-        given = self.sinks, self.dropout, self.identity
-        return result, Saved(q, k, v, result, lse.astype(LSE), self.problem, *given)
-
-    def rounded(self, total: Array) -> Array:
-        """Return complete sums in the dtype of the problem, in memory that nothing else uses."""
-        assert self.problem is not None
-        dtype = self.problem.dtype
-        result: Array = total if total.dtype == dtype != self.problem.wide else arrays.cast(total, dtype)
-        return result
+        with self.running():
+            total = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
+            if problem.q_spread:
+                all_reduce(self.comm, total)
+            return total
 
     def positions(self, tokens: int) -> Positions:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
@@ -180,12 +205,161 @@ class Attention(Prepared):
         return by_tokens(self.layout, self.comm.Get_size())
 
     def free(self) -> None:
-        """Free the communicators that this object made."""
+        """End it, and give its memory back; to end it again is no error."""
+        self.end("this attention has ended: build another one, inside `with`, or before `free`")
 
     def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # After an exception the other ranks may be elsewhere: freeing is collective and could hang.
         if exception[0] is None:
             self.free()
+        else:  # the other ranks may be elsewhere: nothing that takes all of them
+            self.end("this attention has ended, by an error inside `with`: build another one")
+
+    @classmethod
+    def variants(cls, ranks: int) -> list[dict[str, Any]]:
+        """Return the arguments of this algorithm's own with which it can be built on that many ranks."""
+        return [{}]
+
+    # For each algorithm to say
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the grids, rows, columns and rings that the messages go over, from the private communicator.
+
+        Called when the algorithm is built, and again with one that carries device memory when CuPy's arrays first come.
+        """
+        self.size, self.rank = comm.Get_size(), comm.Get_rank()
+
+    def plan(self, problem: Problem) -> None:
+        """Make what depends on the problem only: called when it differs from the last one."""
+        raise NotImplementedError
+
+    def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """Return the complete out and lse of this rank's queries: out in the dtype of partial sums.
+
+        The ranks have agreed on the problem, and planned for it.
+        """
+        raise NotImplementedError
+
+    def gradients(
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return this rank's rows of dQ, dK, dV, in the dtype of partial sums.
+
+        Parameters
+        ----------
+        problem, q, k, v
+            As in `attend`.
+        d_out, lse, delta
+            Of this rank's queries; delta is rowsum(d_out * out).
+        """
+        raise NotImplementedError
+
+    # Before the first message
+
+    def agree_forward(self, q: Any, k: Any, v: Any, **given: Unpack[Given]) -> Problem:
+        """Agree with all ranks on the problem that the arrays pose, and plan for it."""
+        self.usable()
+        table = self.agreement.describe(q, k, v, numbers=numbered(q, given))
+        descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
+        pose = partial(posed, ranks=len(table), layout_name=self.layout, mask=self.mask, partials=self.partials)
+        return self.accept(others, self.agreement.once(descriptions.tobytes(), pose), q, given)
+
+    def accept(self, others: NDArray[np.int64], problem: Problem, like: Any, given: Given) -> Problem:
+        """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
+        agreed_given(others.tolist(), alike=self.layout != layouts.EVERYWHERE)
+        problem = settled(self.agreement.comm, problem, self.problem)
+        self.sinks, dropout = given.get("sinks"), given.get("dropout")
+        return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
+
+    def agree_backward(self, d_out: Any, saved: Saved) -> Problem:
+        """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
+        self.usable()
+        check_saved(self.agreement, d_out, saved, self.identity)
+        return self.prepare(saved.problem, saved.q, saved.dropout)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be the same of the attention that saves and the one that goes back."""
+        return type(self).__name__, self.layout, self.mask, self.scale, self.softcap
+
+    def prepare(self, problem: Problem, like: Any, dropout: Dropout | None = None) -> Problem:
+        """Plan for a problem of arrays like this one, unless it is the last one."""
+        xp = arrays.namespace(like)
+        same = problem == self.problem and xp is self.buffers.xp
+        if not same and of(xp).QUEUED and self.channel is None:
+            self.comm, self.channel = on_device(self.comm, xp, self.gpu_messages)
+            self.connect(self.comm)
+        if not same:
+            self.problem = None
+            self.agreement.together(partial(self.renew, problem, xp, dropout))
+            self.problem = problem
+        elif (dropout is None) != (self.dropout is None):
+            self.choose(problem, xp, dropout)
+        if dropout is not None or self.dropout is not None:
+            self.kernel.drop(dropout, self.first_head)
+        self.dropout = dropout
+        assert self.problem is not None
+        return self.problem
+
+    def renew(self, problem: Problem, xp: ModuleType, dropout: Dropout | None) -> None:
+        """Choose a kernel, give back the buffers, and plan."""
+        self.choose(problem, xp, dropout)
+        self.buffers.renew(problem, xp, self.channel.opened if self.channel else None)
+        self.plan(problem)
+
+    def choose(self, problem: Problem, xp: ModuleType, dropout: Dropout | None) -> None:
+        """Choose the kernel for a problem of arrays of that namespace."""
+        options = self.scale, self.kernel_name, self.softcap, dropout, self.final
+        known = xp.__name__ in kernels.KERNELS
+        self.kernel = kernel_on(self.comm, kernels.choose(xp.__name__, problem, *options) if known else None)
+
+    def compute_part(self) -> None:
+        """Compute a part of another algorithm's sums from now on: no kernel rounds what is still to be added to."""
+        self.final = False
+
+    # After the last one
+
+    def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
+        """Return what `forward` returns, from the complete (out, lse) of this rank's queries."""
+        assert self.problem is not None
+        if self.sinks is not None:
+            out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
+        result = self.rounded(out)
+        given = self.sinks, self.dropout, self.identity, fingerprint(q, k, v, result)
+        return result, Saved(q, k, v, result, lse.astype(LSE), self.problem, *given)
+
+    def rounded(self, total: Array) -> Array:
+        """Return complete sums in the dtype of the problem, in memory that nothing else uses."""
+        assert self.problem is not None
+        dtype = self.problem.dtype
+        return total if total.dtype == dtype != self.problem.wide else cast(total, dtype)
+
+    # Its end
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run a pass, whatever the caller's floating-point settings; if it raises, end for good.
+
+        There may be messages under way then, so no later algorithm may use the same communicators.
+        """
+        try:
+            with np.errstate(all="ignore"):
+                yield
+        except BaseException as error:
+            self.ended = f"a pass of this attention ended in {type(error).__name__}: {error}; build another one"
+            abandon(self.agreement.comm, self.buffers)
+            raise
+
+    def end(self, why: str) -> None:
+        """Give the memory back, and say why it can't be used any more."""
+        if not self.ended:
+            self.ended, self.sinks = why, None
+            self.buffers.renew(None, np)
+            vars(self).pop("kernel", None)
+
+    def usable(self) -> None:
+        """Raise InputError where it has ended, or its caller's communicator has been freed."""
+        if self.ended:
+            raise InputError(self.ended)

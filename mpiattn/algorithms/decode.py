@@ -29,6 +29,7 @@ from ..arrays.softmax import merge, normalised, weighted
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
 from ..messages.reduction import all_reduce, maximum
+from ..problems.block import Block
 from ..problems.kv_cache import CacheProblem, posed_to_cache, span
 from ..problems.mask import Positions
 from ..problems.problem import Problem
@@ -36,7 +37,7 @@ from .agreement import described, fit_together
 from .base import Attention
 from .given import Given, checksum, numbered
 from .options import Options
-from .prepared import Saved
+from .saved import Saved
 from .shares import Where
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class DecodeAttention(Attention):
         options["layout"] = options.get("layout") or "contiguous"
         super().__init__(comm, partial(check, combine), **options)
         self.combine = combine
-        self.size, self.rank = comm.Get_size(), comm.Get_rank()
+        self.connect(self.comm)
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
@@ -96,20 +97,23 @@ class DecodeAttention(Attention):
         self.given = kv_positions
         return super().forward(q, k, v, **given)
 
-    def agree_forward(self, q: object, k: object, v: object, **given: Unpack[Given]) -> Problem:
+    def agree_forward(self, q: Any, k: Any, v: Any, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
+        self.usable()
         shard = span(self.given, getattr(k, "shape", ()))
-        table = self._gather(q, k, v, numbers=[*shard, checksum(q), *numbered(q, **given)])
+        table = self.agreement.describe(q, k, v, numbers=[*shard, checksum(q), *numbered(q, given)])
         descriptions, shards, others = np.split(table, [3 * DESCRIPTION, 3 * DESCRIPTION + len(shard) + 1], axis=1)
         specs = described(descriptions.tobytes(), self.size, 3)
         fit_together(specs)
         problem = posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask)
-        return self.accept(others, problem, q, **given)
+        return self.accept(others, problem, q, given)
 
     def plan(self, problem: Problem) -> None:
         """Say who is below this rank in the tree, and who has anything to say."""
         assert isinstance(problem, CacheProblem)
-        self.keys, self.sees = problem.keys(self.rank), problem.sees
+        self.sees = problem.sees
+        queries, keys = problem.q_positions[self.rank], problem.keys(self.rank)
+        self.block = Block(problem.mask, queries, keys) if self.sees[self.rank] else None
         self.up = self.rank & -self.rank  # how far away is the rank above: 1, 2, 4, ...; 0 for rank 0, which has none
         self.below = [
             step for step in steps(self.size) if (step < self.up or not self.up) and self.rank + step < self.size
@@ -117,11 +121,11 @@ class DecodeAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to the own shard, and combine."""
-        [own] = self.parcels("o", [problem.o(self.rank)])
+        [own] = self.buffers.parcels("o", [problem.o(self.rank)])
         own.fill(0, -math.inf)
         out, lse = own.arrays
-        if self.sees[self.rank]:
-            self.kernel.forward(q, k, v, problem.q_positions[self.rank], self.keys, out, lse)
+        if self.block:
+            self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse
@@ -132,16 +136,17 @@ class DecodeAttention(Attention):
         return normalised(sums, top)
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Compute dK, dV of the own shard, and what it adds to dQ; sum that up."""
-        [own] = self.parcels("d_q", [problem.d_q(self.rank)])
+        [own] = self.buffers.parcels("d_q", [problem.d_q(self.rank)])
         own.fill(0)
         [d_q] = own.arrays
-        d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (k, v))
-        if self.sees[self.rank]:
-            where, rows = (problem.q_positions[self.rank], self.keys), (d_out, lse, row_delta)
-            self.kernel.backward(q, k, v, *rows, *where, d_q, d_k, d_v)
+        d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (k, v))
+        if self.block:
+            self.kernel.backward(
+                q, k, v, block=self.block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+            )
         if self.combine == "tree":
             self.tree(own, Tag.D_Q, Parcel.add)
         else:
@@ -150,7 +155,7 @@ class DecodeAttention(Attention):
 
     def tree(self, own: Parcel, tag: Tag, combine: Callable[[Parcel, Parcel], None]) -> None:
         """Combine the parcels of all ranks on rank 0, up the tree, and send the result back down to all."""
-        [share] = self.parcels(f"arriving {tag.name}", [own.specs])
+        [share] = self.buffers.parcels(f"arriving {tag.name}", [own.specs])
         for step in self.below:
             if any(self.sees[self.rank + step :][:step]):
                 Waitall([self.comm.Irecv(share.message, self.rank + step, tag)])

@@ -20,8 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array, Spec
+from ..messages.connection import private
 from ..messages.hosts import by_host
-from ..messages.message import Cartesian, Communicator, Tag, Testall, Waitall
+from ..messages.message import Cartesian, Communicator, Request, Tag, Testall, Waitall
 from ..messages.parcel import Parcel
 from ..problems import grid
 from ..problems.problem import Problem
@@ -32,7 +33,7 @@ from .options import Options
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Posted = tuple[list[Any], list[tuple[Parcel, Parcel]]]
+Posted = tuple[list[Request], list[tuple[Parcel, Parcel]]]
 """Requests, and the pairs (sum, share to be added to it) that they bring."""
 
 
@@ -54,9 +55,14 @@ class DoubleRingAttention(Attention):
     """
 
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
+        comm, self.asked = private(comm), outer
         super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the grid, its rows filled host by host, and of it this rank's row and column."""
         self.order, near = by_host(comm)
-        self.inner = near if outer is None else grid.check(comm.Get_size(), outer, None)[1]
+        self.inner = near if self.asked is None else grid.check(comm.Get_size(), self.asked, None)[1]
         self.outer = len(self.order) // self.inner
         self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))
         self.grid = self.ordered.Create_cart([self.outer, self.inner], periods=[True, True], reorder=False)
@@ -80,8 +86,9 @@ class DoubleRingAttention(Attention):
         self.along = [[ways[owner] for owner in owners] for ways, owners in zip(along, self.owners, strict=True)]
         self.back = [ways[self.rank] for ways in along]  # how far this rank's own chunk travels in each window
         specs = [[problem.kv(owner) for owner in owners] for owners in self.owners]
-        self.kv = self.slots(self.parcels, "kv", specs, far=0)
+        self.kv = self.slots(self.buffers.parcels, "kv", specs, far=0)
         self.first = [window[0] for window in self.kv]
+        self.blocks = [[problem.block(self.rank, owner) for owner in owners] for owners in self.owners]
 
     def slots(
         self, make: Callable[..., list[Parcel]], name: str, specs: Sequence[Sequence[list[Spec]]], far: int
@@ -97,45 +104,49 @@ class DoubleRingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)
         self.kv[0][0].pack(k, v)
-        for window, owners in enumerate(self.owners):
+        for window, blocks in enumerate(self.blocks):
             far = pass_on(self.col, self.first, self.down, window)
-            for step, owner in enumerate(owners):
+            for step, block in enumerate(blocks):
                 near = pass_on(self.row, self.kv[window], self.along[window], step)
-                if problem.needed[self.rank, owner]:
-                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    near_k, near_v = self.kv[window][step].arrays
-                    self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, far + near))
+                if block:
+                    kv, progress = self.kv[window][step].arrays, partial(Testall, far + near)
+                    self.kernel.forward(q, *kv, block=block, out=out, lse=lse, progress=progress)
                 Waitall(near)
             Waitall(far)
         return out, lse
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Add to one owner's dK/dV a step."""
-        d_q = self.xp.zeros(q.shape, problem.wide)
+        d_q = self.buffers.xp.zeros(q.shape, problem.wide)
         specs = [[problem.d_kv(owner) for owner in owners] for owners in self.owners]
-        arriving = self.travelling([spec for window in specs for spec in window])
-        [own], self.home = self.parcels("own d_kv", specs[0][:1]), self.parcels("home d_kv", arriving[:1] * 2)
-        self.shares = self.parcels("arriving d_kv", arriving, buffers=1)
-        self.d_kv = self.slots(self.sums, "d_kv", specs, far=self.inner - 1)
+        arriving = self.buffers.travelling([spec for window in specs for spec in window])
+        [own], self.home = (
+            self.buffers.parcels("own d_kv", specs[0][:1]),
+            self.buffers.parcels("home d_kv", arriving[:1] * 2),
+        )
+        self.shares = self.buffers.parcels("arriving d_kv", arriving, buffers=1)
+        self.d_kv = self.slots(self.buffers.sums, "d_kv", specs, far=self.inner - 1)
         self.d_kv[0][0] = own
         self.kv[0][0].pack(k, v)
-        far: list[Any] = []
+        far: list[Request] = []
         returned: list[tuple[Parcel, Parcel]] = []
-        for window, owners in enumerate(self.owners):
+        for window, blocks in enumerate(self.blocks):
             far += pass_on(self.col, self.first, self.down, window)
-            for step, owner in enumerate(owners):
+            for step, block in enumerate(blocks):
                 near, arrived = self.pass_sums(window, step) if step else ([], [])
                 near += pass_on(self.row, self.kv[window], self.along[window], step)
                 self.d_kv[window][step].fill(0, 0)
-                if problem.needed[self.rank, owner]:
-                    where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                    (near_k, near_v), (d_k, d_v) = self.kv[window][step].arrays, self.d_kv[window][step].arrays
-                    rows, totals, progress = (d_out, lse, row_delta), (d_q, d_k, d_v), partial(Testall, far + near)
-                    self.kernel.backward(q, near_k, near_v, *rows, *where, *totals, progress)
+                if block:
+                    kv, (d_k, d_v) = self.kv[window][step].arrays, self.d_kv[window][step].arrays
+                    progress = partial(Testall, far + near)
+                    self.kernel.backward(
+                        q, *kv, block=block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v,
+                        progress=progress,
+                    )  # fmt: skip
                 Waitall(near)
                 add(arrived)
             Waitall(far)
@@ -151,40 +162,35 @@ class DoubleRingAttention(Attention):
         source, dest = self.row.Shift(0, 1)
         ways, sums = self.along[window], self.d_kv[window]
         requests, arrived = self.send_home(window, step - 1)
-        if ways[step].first < step <= ways[step].last:
+        if ways[step].joined(step):
             share = self.shares[window * self.inner + step]
             requests.append(self.row.Irecv(share.message, source, Tag.D_KV))
             arrived.append((sums[step], share))
-        if ways[step - 1].first < step <= ways[step - 1].last:
+        if ways[step - 1].summed(step - 1) and not ways[step - 1].ends(step - 1):
             requests.append(self.row.Isend(sums[step - 1].message, dest, Tag.D_KV))
         return requests, arrived
 
     def send_home(self, window: int, step: int) -> Posted:
         """Post the sums that were complete at that step: one goes home, the share of the own one arrives."""
         requests, arrived = [], []
-        if self.back[window].first <= self.back[window].last == step:
+        if self.back[window].summed(step) and self.back[window].ends(step):
             source = self.grid.Get_cart_rank([self.r + window, self.c + step])
             share = self.home[window % 2]
             requests.append(self.grid.Irecv(share.message, source, Tag.D_KV))
             arrived.append((self.d_kv[0][0], share))
-        if self.along[window][step].first <= self.along[window][step].last == step:
+        if self.along[window][step].summed(step) and self.along[window][step].ends(step):
             dest = self.grid.Get_cart_rank([self.r - window, self.c - step])
             requests.append(self.grid.Isend(self.d_kv[window][step].message, dest, Tag.D_KV))
         return requests, arrived
 
-    def free(self) -> None:
-        """Free the communicators of the grid, its row and its column."""
-        for comm in (self.row, self.col, self.grid, self.ordered):
-            comm.Free()
 
-
-def pass_on(ring: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], step: int) -> list[Any]:
-    """Post a hop of K/V round a row or a column: the next ones arrive, these travel on."""
+def pass_on(ring: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], step: int) -> list[Request]:
+    """Post hop step + 1 of K/V round a row or a column: the next ones arrive, these travel on."""
     source, dest = ring.Shift(0, 1)
-    requests = []
-    if step + 1 < len(slots) and step < ways[step + 1].last:
-        requests.append(ring.Irecv(slots[step + 1].message, source, Tag.KV))
-    if step < ways[step].last:
+    hop, requests = step + 1, []
+    if hop < len(slots) and ways[hop].reaches(hop):
+        requests.append(ring.Irecv(slots[hop].message, source, Tag.KV))
+    if ways[step].reaches(hop):
         requests.append(ring.Isend(slots[step].message, dest, Tag.KV))
     return requests
 

@@ -23,13 +23,18 @@ class Given(TypedDict, total=False):
     dropout: Dropout | None
 
 
-def numbered(q: Any, sinks: Any = None, dropout: Any = None) -> list[int]:
-    """Return as integers what a rank is given beside q, k, v: whether sinks fit q, their checksum, and `drawn`."""
+def numbered(q: Any, given: Given) -> list[int]:
+    """Return as integers what a rank is given beside q, k, v.
+
+    Whether there is an argument that nobody knows, whether sinks fit q, their checksum, and `drawn`.
+    """
+    unknown = int(bool(set(given) - set(Given.__annotations__)))
+    sinks, dropout = given.get("sinks"), given.get("dropout")
     if sinks is None:
-        return [NONE, 0, *drawn(dropout)]
+        return [unknown, NONE, 0, *drawn(dropout)]
     fits = arrays.described(arrays.describe(sinks)) in [(np.shape(q)[1:2], dtype) for dtype in arrays.FLOATS]
     alike = fits and arrays.namespace(sinks) is arrays.namespace(q)
-    return [FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
+    return [unknown, FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
 
 
 def drawn(dropout: Any) -> list[int]:
@@ -59,7 +64,12 @@ def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
     alike : bool
         Whether sinks must be the same on all ranks.
     """
-    for rank, (sinks, numbers, *dropout) in enumerate(rows):
+    for rank, (unknown, sinks, numbers, *dropout) in enumerate(rows):
+        if unknown:
+            raise InputError(
+                f"forward was given an argument on rank {rank} that it does not take: it takes q, k, v, sinks and "
+                "dropout; mask, scale, layout and the like are given where the attention is built"
+            )
         if sinks == WRONG:
             raise InputError(
                 f"sinks on rank {rank} must be an array like q with a number for each of its heads, "
@@ -67,7 +77,7 @@ def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
             )
         if dropout[0] == WRONG:
             raise InputError(f"dropout on rank {rank} must be a mpiattn.Dropout(rate, seed)")
-        if sinks != rows[0][0] or (alike and numbers != rows[0][1]):
+        if sinks != rows[0][1] or (alike and numbers != rows[0][2]):
             raise InputError(f"sinks on rank {rank} are others than on rank 0")
-        if dropout != rows[0][2:]:
+        if dropout != rows[0][3:]:
             raise InputError(f"dropout on rank {rank} is another than on rank 0")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array
+from ..messages.connection import private
 from ..messages.message import Communicator
 from ..problems import grid
 from ..problems.problem import Problem
@@ -58,14 +59,9 @@ class HybridAttention(UlyssesAttention):
         cols: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(comm, partial(shape, comm.Get_size(), ulysses, rows, cols), **options)
-        self.ulysses, self.rows, self.cols = shape(comm.Get_size(), ulysses, rows, cols)
-        groups = self.rows * self.cols
-        self.grid = comm.Create_cart([groups, self.ulysses], periods=[True, True], reorder=False)
-        self.group = self.grid.Sub([False, True])
-        self.ring = self.grid.Sub([True, False])
-        number = self.ring.Get_rank()
-        self.members = list(range(number * self.ulysses, (number + 1) * self.ulysses))
+        comm = private(comm)
+        self.asked = ulysses, rows, cols
+        super().__init__(comm, partial(shape, comm.Get_size(), *self.asked), **options)
         options["layout"] = self.layout
         self.inner: Attention = (
             RingAttention(self.ring, **options)
@@ -73,8 +69,17 @@ class HybridAttention(UlyssesAttention):
             else MeshAttention(self.ring, rows=self.rows, cols=self.cols, **options)
         )
         if self.ulysses > 1:
-            self.inner.final = False  # ranks of a group may share K/V heads, whose gradients are then added up
+            self.inner.compute_part()  # ranks of a group may share K/V heads, whose gradients are then added up
             self.layout = f"{self.layout}/{self.ulysses}"
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the grid, and of it this rank's group and its ring."""
+        self.ulysses, self.rows, self.cols = shape(comm.Get_size(), *self.asked)
+        self.grid = comm.Create_cart([self.rows * self.cols, self.ulysses], periods=[True, True], reorder=False)
+        self.group = self.grid.Sub([False, True])
+        self.ring = self.grid.Sub([True, False])
+        number = self.ring.Get_rank()
+        self.members = list(range(number * self.ulysses, (number + 1) * self.ulysses))
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
@@ -92,23 +97,20 @@ class HybridAttention(UlyssesAttention):
         """Attend to all groups' chunks."""
         if not problem.heads:
             return super().attend(problem, q, k, v)
-        self.inner.kernel = self.kernel
         return self.inner.attend(self.inner.prepare(self.chunks, q, self.dropout), q, k, v)
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Attend to all groups' chunks, backward."""
         if not problem.heads:
-            return super().gradients(problem, q, k, v, d_out, lse, row_delta)
-        self.inner.kernel = self.kernel
-        return self.inner.gradients(self.inner.prepare(self.chunks, q, self.dropout), q, k, v, d_out, lse, row_delta)
+            return super().gradients(problem, q, k, v, d_out, lse, delta)
+        return self.inner.gradients(self.inner.prepare(self.chunks, q, self.dropout), q, k, v, d_out, lse, delta)
 
-    def free(self) -> None:
-        """Free the communicators of the groups, and of what is between them."""
-        self.inner.free()
-        for comm in (self.ring, self.group, self.grid):
-            comm.Free()
+    def end(self, why: str) -> None:
+        """End what is between the groups, too."""
+        self.inner.end(why)
+        super().end(why)
 
 
 def shapes(ranks: int) -> list[tuple[int, int, int]]:

@@ -9,19 +9,30 @@ ranks, rank (r, c) has index 3 r + c and computes
     Q 3..5   (1,0)  (1,1)  (1,2)  (1,0)  (1,1)  (1,2)
 
 so each pair of chunks is computed once, and a rank's own queries meet its own keys in its own tile.
-Slot j of a rank holds the queries that have made j hops, slot i the keys that have; all ranks follow one
-list of steps in these coordinates (see `schedule`), with at most one message each way at a time.
 One column is Ring Attention; one row passes queries only.
+
+Slot j of a rank holds the queries that have made j hops along the row, slot i the K/V that have made i hops along the
+column. All ranks follow one list of steps in these coordinates (see `schedule`), with at most one message each way at
+a time; a block is computed while a later message is under way. Forward on the 2 x 3 grid:
+
+    step  message   on rank 0: arrives             leaves                computes (Q of, K/V of)
+    1     Q hop 1   Q 2, from rank 2 to slot 1     Q 0, to rank 1        0, 0
+    2     Q hop 2   Q 1, from rank 2 to slot 2     Q 2, to rank 1        2, 0
+    3     KV hop 1  K/V 3, from rank 3 to slot 1   K/V 0, to rank 3      1, 0
+    4                                                                    2, 3
+    5     O hop 1   out 1 so far, from rank 2      out 2, to rank 1      1, 3
+    6     O hop 2   out 0 so far, from rank 2      out 1, home to rank 1 0, 3
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Array, Spec
-from ..messages.message import Cartesian, Communicator, Tag, Testall, Waitall
+from ..messages.connection import private
+from ..messages.message import Cartesian, Communicator, Request, Tag, Testall, Waitall
 from ..messages.parcel import Parcel
 from ..problems import grid
 from ..problems.problem import Problem
@@ -33,10 +44,6 @@ from .options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-Posts = dict[Op, Callable[[int], list[Any]]]
-"""What posts the messages of a hop, for each kind."""
 
 
 class MeshAttention(Attention):
@@ -58,8 +65,13 @@ class MeshAttention(Attention):
     def __init__(
         self, comm: Communicator, *, rows: int | None = None, cols: int | None = None, **options: Unpack[Options]
     ) -> None:
+        comm = private(comm)
         super().__init__(comm, partial(grid.check, comm.Get_size(), rows, cols), **options)
         self.rows, self.cols = grid.check(comm.Get_size(), rows, cols)
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the grid, and of it this rank's row and column."""
         self.grid = comm.Create_cart([self.rows, self.cols], periods=[True, True], reorder=False)
         self.row = self.grid.Sub([False, True])
         self.col = self.grid.Sub([True, False])
@@ -79,10 +91,9 @@ class MeshAttention(Attention):
         in_row, in_col = travels(needed[self.r].any(axis=1)), travels(needed[:, :, :, self.c].any(axis=1).T)
         self.q_ways = [in_row[(self.c - hop) % a] for hop in range(a)]
         self.kv_ways = [in_col[(self.r - hop) % b] for hop in range(b)]
-        self.forward_steps, self.backward_steps = tile.steps(problem, b, a)
-        self.forward_blocks, self.backward_blocks = (
-            tile.blocks(problem, steps, self.q_owners, self.kv_owners)
-            for steps in (self.forward_steps, self.backward_steps)
+        self.forward_steps, self.backward_steps = (
+            list(zip(steps, tile.blocks(problem, steps, self.q_owners, self.kv_owners), strict=True))
+            for steps in tile.steps(problem, b, a)
         )
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -90,102 +101,105 @@ class MeshAttention(Attention):
         qs = self.slots("q", [problem.q(owner) for owner in self.q_owners], self.q_ways, q)
         kvs = self.slots("kv", [problem.kv(owner) for owner in self.kv_owners], self.kv_ways, k, v)
         specs = [problem.o(owner) for owner in self.q_owners]
-        outs, shares = self.sums("o", specs, anew=True), self.arriving("o", specs)
+        outs = self.buffers.sums("o", specs, anew=True)  # (batch, heads, tokens, v_head_dim), (batch, heads, tokens)
+        shares = self.buffers.arriving("o", specs)
         for state in outs:
             self.kernel.begin(*state.arrays)
-        post: Posts = {
-            Op.Q: partial(spread, self.row, qs, self.q_ways, Tag.Q),
-            Op.KV: partial(spread, self.col, kvs, self.kv_ways, Tag.KV),
-            Op.O: partial(self.collect, self.row, outs, shares, self.q_ways, Tag.O),
-        }
-        for step, blocks in zip(self.forward_steps, self.forward_blocks, strict=True):
-            requests = post[step.message](step.hop) if step.message else []
-            for i, j, part, positions in blocks:
-                rows, near = qs[j].arrays if j else [q], kvs[i].arrays if i else [k, v]
-                near_q, out, lse = (array[:, :, part] for array in (*rows, *outs[j].arrays))
-                where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
-                self.kernel.forward(near_q, *near, *where, out, lse, progress)
-            Waitall(requests)
+        for step, tasks in self.forward_steps:
+            match step.message:
+                case Op.Q:
+                    posted = pass_on(self.row, qs, self.q_ways, Tag.Q, step.hop)
+                case Op.KV:
+                    posted = pass_on(self.col, kvs, self.kv_ways, Tag.KV, step.hop)
+                case Op.O:
+                    posted = self.collect(self.row, outs, shares, self.q_ways, Tag.O, step.hop)
+                case _:
+                    posted = []
+            for i, j, block in tasks:
+                [q_j], (k_i, v_i) = qs[j].arrays if j else [q], kvs[i].arrays if i else [k, v]
+                (out, lse), progress = outs[j].arrays, partial(Testall, posted)
+                self.kernel.forward(q_j, k_i, v_i, block=block, out=out, lse=lse, progress=progress)
+            Waitall(posted)
         out, lse = self.kernel.complete(outs[0].arrays, *home(shares, self.q_ways))
         return out, lse
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Follow the backward schedule."""
         specs = [problem.q_backward(owner) for owner in self.q_owners]
-        qs = self.slots("q backward", specs, self.q_ways, lse, row_delta, q, d_out)
+        qs = self.slots("q backward", specs, self.q_ways, lse, delta, q, d_out)
         kvs = self.slots("kv", [problem.kv(owner) for owner in self.kv_owners], self.kv_ways, k, v)
         specs = [problem.d_q(owner) for owner in self.q_owners]
-        d_qs, q_shares = self.sums("d_q", specs), self.arriving("d_q", specs)
+        d_qs, q_shares = self.buffers.sums("d_q", specs), self.buffers.arriving("d_q", specs)
         specs = [problem.d_kv(owner) for owner in self.kv_owners]
-        d_kvs, kv_shares = self.sums("d_kv", specs), self.arriving("d_kv", specs)
+        d_kvs, kv_shares = self.buffers.sums("d_kv", specs), self.buffers.arriving("d_kv", specs)
         for total in d_qs + d_kvs:
             self.kernel.begin(*total.arrays)
-        post: Posts = {
-            Op.Q: partial(spread, self.row, qs, self.q_ways, Tag.Q),
-            Op.KV: partial(spread, self.col, kvs, self.kv_ways, Tag.KV),
-            Op.DQ: partial(self.collect, self.row, d_qs, q_shares, self.q_ways, Tag.D_Q),
-            Op.DKV: partial(self.collect, self.col, d_kvs, kv_shares, self.kv_ways, Tag.D_KV),
-        }
-        for step, blocks in zip(self.backward_steps, self.backward_blocks, strict=True):
-            requests = post[step.message](step.hop) if step.message else []
-            for i, j, part, positions in blocks:
-                rows, near = qs[j].arrays if j else [lse, row_delta, q, d_out], kvs[i].arrays if i else [k, v]
-                near_lse, near_delta, near_q, gradient, d_q = (a[:, :, part] for a in (*rows, *d_qs[j].arrays))
-                where, progress = (positions, problem.kv_positions[self.kv_owners[i]]), partial(Testall, requests)
-                rows = [gradient, near_lse, near_delta]
-                self.kernel.backward(near_q, *near, *rows, *where, d_q, *d_kvs[i].arrays, progress)
-            Waitall(requests)
+        for step, tasks in self.backward_steps:
+            match step.message:
+                case Op.Q:
+                    posted = pass_on(self.row, qs, self.q_ways, Tag.Q, step.hop)
+                case Op.KV:
+                    posted = pass_on(self.col, kvs, self.kv_ways, Tag.KV, step.hop)
+                case Op.DQ:
+                    posted = self.collect(self.row, d_qs, q_shares, self.q_ways, Tag.D_Q, step.hop)
+                case Op.DKV:
+                    posted = self.collect(self.col, d_kvs, kv_shares, self.kv_ways, Tag.D_KV, step.hop)
+                case _:
+                    posted = []
+            for i, j, block in tasks:
+                lse_j, delta_j, q_j, d_out_j = qs[j].arrays if j else [lse, delta, q, d_out]
+                k_i, v_i = kvs[i].arrays if i else [k, v]
+                [d_q], (d_k, d_v), progress = d_qs[j].arrays, d_kvs[i].arrays, partial(Testall, posted)
+                self.kernel.backward(
+                    q_j, k_i, v_i, block=block, d_out=d_out_j, lse=lse_j, delta=delta_j, d_q=d_q, d_k=d_k, d_v=d_v,
+                    progress=progress,
+                )  # fmt: skip
+            Waitall(posted)
         [d_q] = self.kernel.complete(d_qs[0].arrays, *home(q_shares, self.q_ways))
         d_k, d_v = self.kernel.complete(d_kvs[0].arrays, *home(kv_shares, self.kv_ways))
         return d_q, d_k, d_v
 
     def slots(self, name: str, specs: Sequence[list[Spec]], ways: Sequence[Travel], *own: Array) -> list[Parcel]:
         """Return parcels for the chunks of a row or a column, with the own one in slot 0 if it travels."""
-        slots = self.parcels(name, specs, anew=True)
-        if ways[0].last:
+        slots = self.buffers.parcels(name, specs, anew=True)
+        if ways[0].leaves:
             slots[0].pack(*own)
         return slots
 
     def collect(
-        self, ring: Cartesian, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
+        self, line: Cartesian, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
         hop: int,
-    ) -> list[Any]:  # fmt: skip
-        """Post one hop of the sums on their way home: slot hop leaves, a share of slot hop+1 arrives.
+    ) -> list[Request]:  # fmt: skip
+        """Post one hop of the sums on their way home: that of slot `hop` leaves, one for slot `hop + 1` arrives.
 
         The sum for an owner starts at the first user of its chunk and passes the others, who add what they have
         in this slot; the last user sends it to the owner, to slot 0.
         """
-        size, rank = ring.Get_size(), ring.Get_rank()
-        source, dest = ring.Shift(0, 1)
-        requests = []
-        if ways[hop].first <= hop <= ways[hop].last:
-            self.kernel.settle(sums[hop], *([shares[hop].arrays] if ways[hop].first < hop else []))
-            requests.append(ring.Isend(sums[hop].message, dest if hop < ways[hop].last else (rank - hop) % size, tag))
-        if hop + 1 < size and ways[hop + 1].first <= hop < ways[hop + 1].last:
-            requests.append(ring.Irecv(shares[hop + 1].message, source, tag))
-        if ways[0].last == hop:
-            requests.append(ring.Irecv(shares[0].message, (rank + hop) % size, tag))
-        return requests
-
-    def free(self) -> None:
-        """Free the communicators of the grid, its row and its column."""
-        for comm in (self.row, self.col, self.grid):
-            comm.Free()
+        size, rank, posted = line.Get_size(), line.Get_rank(), []
+        source, dest = line.Shift(0, 1)
+        if ways[hop].summed(hop):
+            self.kernel.settle(sums[hop], *([shares[hop].arrays] if ways[hop].joined(hop) else []))
+            posted.append(line.Isend(sums[hop].message, (rank - hop) % size if ways[hop].ends(hop) else dest, tag))
+        if hop + 1 < size and ways[hop + 1].joined(hop + 1):
+            posted.append(line.Irecv(shares[hop + 1].message, source, tag))
+        if ways[0].ends(hop):
+            posted.append(line.Irecv(shares[0].message, (rank + hop) % size, tag))
+        return posted
 
 
-def spread(ring: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], tag: Tag, hop: int) -> list[Any]:
-    """Post one hop of the chunks that travel round a row or a column: slot hop-1 leaves, slot hop arrives."""
-    source, dest = ring.Shift(0, 1)
-    requests = []
-    if hop <= ways[hop].last:
-        requests.append(ring.Irecv(slots[hop].message, source, tag))
-    if hop <= ways[hop - 1].last:
-        requests.append(ring.Isend(slots[hop - 1].message, dest, tag))
-    return requests
+def pass_on(line: Cartesian, slots: Sequence[Parcel], ways: Sequence[Travel], tag: Tag, hop: int) -> list[Request]:
+    """Post one hop of the chunks round a row or a column: what is in slot `hop - 1` leaves, slot `hop` arrives."""
+    source, dest = line.Shift(0, 1)
+    posted = []
+    if ways[hop].reaches(hop):
+        posted.append(line.Irecv(slots[hop].message, source, tag))
+    if ways[hop - 1].reaches(hop):
+        posted.append(line.Isend(slots[hop - 1].message, dest, tag))
+    return posted
 
 
 def home(shares: Sequence[Parcel], ways: Sequence[Travel]) -> list[Sequence[Array]]:
     """Return the sum for this rank that has come home, if its chunk has travelled."""
-    return [shares[0].arrays] if ways[0].last > 0 else []
+    return [shares[0].arrays] if ways[0].leaves else []

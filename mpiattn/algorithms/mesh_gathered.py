@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import Array, Spec, take
+from ..arrays import Array, Spec
+from ..arrays.operations import take
+from ..arrays.places import Places
 from ..arrays.softmax import merge
+from ..messages.connection import private
 from ..messages.message import Communicator, Pieces, constant
 from ..messages.parcel import Parcel, nbytes
 from ..problems import grid
-from ..problems.mask import Positions
+from ..problems.block import Block
 from ..problems.problem import Problem
 from .base import Attention
 from .options import Options
@@ -55,8 +58,13 @@ class GatheredMeshAttention(Attention):
     def __init__(
         self, comm: Communicator, *, rows: int | None = None, cols: int | None = None, **options: Unpack[Options]
     ) -> None:
+        comm = private(comm)
         super().__init__(comm, partial(grid.check, comm.Get_size(), rows, cols), **options)
         self.rows, self.cols = grid.check(comm.Get_size(), rows, cols)
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the grid, and of it this rank's row and column."""
         self.grid = comm.Create_cart([self.rows, self.cols], periods=[True, True], reorder=False)
         self.row = self.grid.Sub([False, True])
         self.col = self.grid.Sub([True, False])
@@ -70,8 +78,9 @@ class GatheredMeshAttention(Attention):
     def plan(self, problem: Problem) -> None:
         """Say whose queries and keys make this tile, and which ranks compute something for which."""
         self.q_owners, self.kv_owners = grid.lines(self.grid.Get_rank(), self.rows, self.cols)
-        self.queries, self.q_places = problem.queries_of(self.q_owners)
-        self.keys, self.kv_places = problem.keys_of(self.kv_owners)
+        queries, self.q_places = problem.queries_of(self.q_owners)
+        keys, self.kv_places = problem.keys_of(self.kv_owners)
+        self.block = Block(problem.mask, queries, keys)
         tiles = problem.needed.reshape(self.rows, self.cols, self.rows, self.cols)
         self.q_users = tiles[self.r].any(axis=1)  # (owner in the row, rank in the row)
         self.kv_users = tiles[:, :, :, self.c].any(axis=1).T  # the same in the column
@@ -80,8 +89,8 @@ class GatheredMeshAttention(Attention):
         """Attend all queries of the row to all keys of the column, and merge what the row has for the own ones."""
         [all_q] = self.all_gather(self.row, "q", [problem.q(o) for o in self.q_owners], self.q_places, q)
         all_k, all_v = self.all_gather(self.col, "kv", [problem.kv(o) for o in self.kv_owners], self.kv_places, k, v)
-        out, lse = self.state(problem, all_q)
-        self.kernel.forward(all_q, all_k, all_v, self.queries, self.keys, out, lse)
+        out, lse = self.buffers.state(all_q)
+        self.kernel.forward(all_q, all_k, all_v, block=self.block, out=out, lse=lse)
         specs = [problem.o(owner) for owner in self.q_owners]
         own, shares = self.exchange(self.row, "o", specs, self.q_places, self.q_users, out, lse)
         for share in shares:
@@ -90,17 +99,19 @@ class GatheredMeshAttention(Attention):
         return own_out, own_lse
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Compute what the tile adds to dQ of the row and to dK, dV of the column, and add up the own ones."""
         specs = [problem.q_backward(owner) for owner in self.q_owners]
         all_lse, all_delta, all_q, all_d_out = self.all_gather(
-            self.row, "q backward", specs, self.q_places, lse, row_delta, q, d_out
+            self.row, "q backward", specs, self.q_places, lse, delta, q, d_out
         )
         all_k, all_v = self.all_gather(self.col, "kv", [problem.kv(o) for o in self.kv_owners], self.kv_places, k, v)
-        d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (all_q, all_k, all_v))
-        rows, where = (all_d_out, all_lse, all_delta), (self.queries, self.keys)
-        self.kernel.backward(all_q, all_k, all_v, *rows, *where, d_q, d_k, d_v)
+        d_q, d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (all_q, all_k, all_v))
+        self.kernel.backward(
+            all_q, all_k, all_v, block=self.block, d_out=all_d_out, lse=all_lse, delta=all_delta, d_q=d_q, d_k=d_k,
+            d_v=d_v,
+        )  # fmt: skip
         specs = [problem.d_q(owner) for owner in self.q_owners]
         own_q, q_shares = self.exchange(self.row, "d_q", specs, self.q_places, self.q_users, d_q)
         specs = [problem.d_kv(owner) for owner in self.kv_owners]
@@ -112,7 +123,7 @@ class GatheredMeshAttention(Attention):
         return own_d_q, own_d_k, own_d_v
 
     def all_gather(
-        self, line: Communicator, name: str, specs: Sequence[Sequence[Spec]], places: Sequence[Positions], *own: Array
+        self, line: Communicator, name: str, specs: Sequence[Sequence[Spec]], places: Sequence[Places], *own: Array
     ) -> list[Array]:
         """Return the arrays of all ranks of a row or a column, joined in the order of their positions."""
         parts, message = self.pieces(name, specs, [True] * len(specs))
@@ -121,13 +132,13 @@ class GatheredMeshAttention(Attention):
         return [join(arrays, places) for arrays in zip(*(part.arrays for part in parts), strict=True)]
 
     def exchange(
-        self, line: Communicator, name: str, specs: Sequence[list[Spec]], places: Sequence[Positions], users: Array,
+        self, line: Communicator, name: str, specs: Sequence[list[Spec]], places: Sequence[Places], users: Array,
         *sums: Array,
     ) -> tuple[Parcel, list[Parcel]]:  # fmt: skip
         """Send each owner of a row or a column its part of the sums; return the own part, and those that arrived."""
         rank, size = line.Get_rank(), line.Get_size()
         others = np.arange(size) != rank
-        [own], specs = self.parcels(f"own {name}", specs[rank : rank + 1]), self.travelling(specs)
+        [own], specs = self.buffers.parcels(f"own {name}", specs[rank : rank + 1]), self.buffers.travelling(specs)
         leaving, sent = self.pieces(name, specs, users[:, rank] & others)
         arriving, received = self.pieces(f"arriving {name}", [specs[rank]] * size, users[rank] & others)
         for part, where in zip([*leaving[:rank], own, *leaving[rank + 1 :]], places, strict=True):
@@ -139,12 +150,7 @@ class GatheredMeshAttention(Attention):
         """Return a parcel for each rank in one aligned buffer, and the buffer as collectives take it."""
         sizes = [nbytes(spec) for spec in specs]
         *starts, end = itertools.accumulate((-(-size // 8) * 8 for size in sizes), initial=0)
-        [whole] = self.parcels(name, [[((end,), np.dtype(np.uint8))]])
+        [whole] = self.buffers.parcels(name, [[((end,), np.dtype(np.uint8))]])
         parts = [Parcel(spec, whole.buffer[start:]) for spec, start in zip(specs, starts, strict=True)]
         counts = [size if moves else 0 for size, moves in zip(sizes, moved, strict=True)]
         return parts, Pieces(whole.buffer, counts, starts)
-
-    def free(self) -> None:
-        """Free the communicators of the grid, its row and its column."""
-        for comm in (self.row, self.col, self.grid):
-            comm.Free()

@@ -5,18 +5,25 @@
   1: kv 1     1: kv 0     1: kv 2             arrive from rank r - 1
   2: kv 2     2: kv 1     2: kv 0
 
-Backward, K/V go around again, and behind them, one step later, the partial dK/dV that each rank adds
-to; the last one that adds sends them home. A rank's own block is computed in two parts: while the first
-K/V arrive, and while its own dK/dV come home.
+Backward, K/V go around again. The partial dK/dV follow one step behind them: each rank adds its part, and the last
+one that does sends the sum home. With 3 ranks, rank 0:
+
+    step   arrives        computes                leaves for rank 1   leaves for home
+    0      kv 2           own block, first half   kv 0
+    1      kv 1           block of kv 2           kv 2
+    2      dkv 1          block of kv 1           dkv 2
+    3      dkv 0, home    own block, second half                      dkv 1, to rank 1
+
+Below, hop h is that of the K/V which are here at step h: those of the h-th rank before this one.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..arrays import Array
-from ..messages.message import Communicator, Tag, Testall, Waitall
+from ..messages.message import Communicator, Request, Tag, Testall, Waitall
 from ..messages.parcel import Parcel
 from ..problems.problem import Problem
 from ..problems.travel import travels
@@ -36,88 +43,91 @@ class RingAttention(Attention):
 
     def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
         super().__init__(comm, **options)
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Make the ring."""
         self.ring = comm.Create_cart([comm.Get_size()], periods=[True], reorder=False)
         self.size, self.rank = self.ring.Get_size(), self.ring.Get_rank()
         self.source, self.dest = self.ring.Shift(0, 1)
 
     def plan(self, problem: Problem) -> None:
-        """Say whose K/V are here at each step, and to which hops their users are."""
-        self.owners = [(self.rank - step) % self.size for step in range(self.size)]
+        """Say for each hop whose K/V are here, how far they travel, and which block is computed with them."""
+        self.owners = [(self.rank - hop) % self.size for hop in range(self.size)]
         ways = travels(problem.needed.T)
-        self.first, self.last = ([getattr(ways[o], end) for o in self.owners] for end in ("first", "last"))
-        # Two buffers take turns: a step's K/V are in one while those of the next arrive in the other.
-        self.kv = self.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
-        # Backward, half of the own block's work is left for the last step, while the own sum comes home.
-        own = problem.q_positions[self.rank]
-        self.whole, nothing = (None, own), (slice(0), own[:0])
-        halves = problem.halves(self.rank) if self.last[0] == self.size - 1 > 0 else [self.whole, nothing]
-        self.parts = {0: halves[0], self.size: halves[1]}
+        self.ways = [ways[owner] for owner in self.owners]
+        self.kv = self.buffers.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
+        self.blocks = [problem.block(self.rank, owner) for owner in self.owners]
+        self.backward_blocks = [*enumerate(self.blocks), (0, None)]  # (hop, block) of each step
+        if self.size > 1 and self.ways[0].ends(self.size - 1):
+            # The own sum comes home in the last step: half of the own block is left for that time.
+            first, second = (problem.block(self.rank, self.rank, rows) for rows in problem.halves(self.rank))
+            self.backward_blocks[0], self.backward_blocks[self.size] = (0, first), (0, second)
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)  # (batch, heads, tokens, v_head_dim), (batch, heads, tokens)
         self.kernel.begin(out, lse)
-        if self.last[0]:
+        if self.ways[0].leaves:
             self.kv[0].pack(k, v)
-        for step, owner in enumerate(self.owners):
-            requests = self.pass_kv(step)
-            if problem.needed[self.rank, owner]:
-                where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                near_k, near_v = self.kv[step].arrays if step else (k, v)
-                self.kernel.forward(q, near_k, near_v, *where, out, lse, partial(Testall, requests))
-            Waitall(requests)
+        for step, block in enumerate(self.blocks):
+            posted = self.pass_kv(step)
+            if block:
+                near = self.kv[step].arrays if step else (k, v)
+                progress = partial(Testall, posted)
+                self.kernel.forward(q, *near, block=block, out=out, lse=lse, progress=progress)
+            Waitall(posted)
         out, lse = self.kernel.complete((out, lse))
         return out, lse
 
-    def pass_kv(self, step: int) -> list[Any]:
-        """Post the messages that bring the K/V of the next step, and pass this step's on."""
-        requests = []
-        if step + 1 < self.size and step < self.last[step + 1]:
-            requests.append(self.ring.Irecv(self.kv[step + 1].message, self.source, Tag.KV))
-        if step < self.size and step < self.last[step]:
-            requests.append(self.ring.Isend(self.kv[step].message, self.dest, Tag.KV))
-        return requests
+    def pass_kv(self, step: int) -> list[Request]:
+        """Post hop step + 1 of the K/V: the next ones arrive, those that are here leave."""
+        hop, posted = step + 1, []
+        if hop < self.size and self.ways[hop].reaches(hop):
+            posted.append(self.ring.Irecv(self.kv[hop].message, self.source, Tag.KV))
+        if step < self.size and self.ways[step].reaches(hop):
+            posted.append(self.ring.Isend(self.kv[step].message, self.dest, Tag.KV))
+        return posted
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Add to one owner's dK/dV a step."""
-        [d_q] = self.parcels("d_q", [problem.d_q(self.rank)])
+        [d_q] = self.buffers.parcels("d_q", [problem.d_q(self.rank)])[0].arrays  # (batch, heads, tokens, head_dim)
         specs = [problem.d_kv(owner) for owner in self.owners]
-        [own], d_kv = self.parcels("own d_kv", specs[:1]), self.sums("d_kv", specs, buffers=2, anew=True)
-        d_kv[0], arriving = own, self.arriving("d_kv", specs)
-        self.kernel.begin(*d_q.arrays)
-        if self.last[0]:
+        [own] = self.buffers.parcels("own d_kv", specs[:1])  # (batch, kv_heads, tokens, head_dim and v_head_dim)
+        sums = [own, *self.buffers.sums("d_kv", specs, buffers=2, anew=True)[1:]]
+        arriving = self.buffers.arriving("d_kv", specs)
+        self.kernel.begin(d_q)
+        if self.ways[0].leaves:
             self.kv[0].pack(k, v)
-        for step in range(self.size + 1):
-            requests = self.pass_kv(step) + self.pass_sums(step, d_kv, arriving)
-            here, owner = step % self.size, self.owners[step % self.size]
+        for step, (hop, block) in enumerate(self.backward_blocks):
+            posted = self.pass_kv(step) + self.pass_sums(step, sums, arriving)
             if step < self.size:
-                self.kernel.begin(*d_kv[step].arrays)
-            part, positions = self.parts.get(step, self.whole)
-            if problem.needed[self.rank, owner] and len(positions):
-                rows, near = [q, d_out, lse, row_delta, *d_q.arrays], self.kv[step].arrays if here else [k, v]
-                near_q, *rows, total = rows if part is None else [array[:, :, part] for array in rows]
-                where, sums = (positions, problem.kv_positions[owner]), d_kv[here].arrays
-                self.kernel.backward(near_q, *near, *rows, *where, total, *sums, partial(Testall, requests))
-            Waitall(requests)
-        d_k, d_v = self.kernel.complete(own.arrays, *[home.arrays for home in arriving[:1] if self.last[0] > 0])
-        return self.kernel.complete(d_q.arrays)[0], d_k, d_v
+                self.kernel.begin(*sums[step].arrays)
+            if block:
+                near, (d_k, d_v) = self.kv[hop].arrays if hop else (k, v), sums[hop].arrays
+                progress = partial(Testall, posted)
+                self.kernel.backward(
+                    q, *near, block=block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v,
+                    progress=progress,
+                )  # fmt: skip
+            Waitall(posted)
+        home = [arriving[0].arrays] if self.ways[0].leaves else []
+        d_k, d_v = self.kernel.complete(own.arrays, *home)
+        [d_q] = self.kernel.complete([d_q])
+        return d_q, d_k, d_v
 
-    def pass_sums(self, step: int, d_kv: list[Parcel], arriving: list[Parcel]) -> list[Any]:
-        """Post the messages of the sums, which follow K/V one step behind; the last user of K/V sends them home."""
-        requests, before = [], step - 1
-        if self.first[before] <= before <= self.last[before]:
-            # The own share was computed while the sum of the ranks before arrived: now they are added.
-            self.kernel.settle(d_kv[before], *([arriving[before].arrays] if self.first[before] < before else []))
-            dest = self.dest if before < self.last[before] else self.owners[before]
-            requests.append(self.ring.Isend(d_kv[before].message, dest, Tag.D_KV))
-        if step < self.size and self.first[step] <= before < self.last[step]:
-            requests.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
-        if self.last[0] == before > 0:
-            requests.append(self.ring.Irecv(arriving[0].message, (self.rank + before) % self.size, Tag.D_KV))
-        return requests
-
-    def free(self) -> None:
-        """Free the ring's communicator."""
-        self.ring.Free()
+    def pass_sums(self, step: int, sums: list[Parcel], arriving: list[Parcel]) -> list[Request]:
+        """Post the dK/dV, one step behind the K/V: those of hop step - 1 leave, those that join hop step arrive."""
+        hop, posted = step - 1, []
+        if step > 0 and self.ways[hop].summed(hop):
+            # This rank's part was computed while the sum of the ranks before arrived: now they are added.
+            self.kernel.settle(sums[hop], *([arriving[hop].arrays] if self.ways[hop].joined(hop) else []))
+            dest = self.owners[hop] if self.ways[hop].ends(hop) else self.dest
+            posted.append(self.ring.Isend(sums[hop].message, dest, Tag.D_KV))
+        if step < self.size and self.ways[step].joined(step):
+            posted.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
+        if hop > 0 and self.ways[0].ends(hop):
+            posted.append(self.ring.Irecv(arriving[0].message, (self.rank + hop) % self.size, Tag.D_KV))
+        return posted

@@ -46,23 +46,27 @@ class SharedRingAttention(Attention):
 
     def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
         super().__init__(comm, **options)
+        self.window: Any = None
+        self.kvs: list[Parcel] = []
+        self.d_kvs: list[Parcel] = []
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Say in which order this rank reads the others' K/V: there are no messages, but one window."""
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
         here = host.Get_size()
         host.Free()
         agree(comm, partial(one_host, self.size, here))
         self.owners = [(self.rank - step) % self.size for step in range(self.size)]
-        self.window: Any = None
-        self.kvs: list[Parcel] = []
-        self.d_kvs: list[Parcel] = []
 
     def plan(self, problem: Problem) -> None:
         """Allocate the window: in each rank's part the sums of its dK/dV, then its K/V."""
-        if self.xp is not np:
+        if self.buffers.xp is not np:
             raise InputError("the shared ring works in the memory of a host: give it NumPy arrays")
-        self.free()
+        self.free_window()
         self.window = Allocate_shared(self.comm, nbytes(problem.d_kv(self.rank) + problem.kv(self.rank)))
-        self.kvs, self.d_kvs = [], []
+        self.blocks = [problem.block(self.rank, owner) for owner in self.owners]
         for rank in range(self.size):
             part = np.frombuffer(self.window.Shared_query(rank)[0], np.uint8)
             self.d_kvs.append(Parcel(problem.d_kv(rank), part))
@@ -70,35 +74,45 @@ class SharedRingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)
         self.kvs[self.rank].pack(k, v)
         self.window.Fence()
-        for owner in self.owners:
-            if problem.needed[self.rank, owner]:
-                where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                near_k, near_v = self.kvs[owner].arrays
-                self.kernel.forward(q, near_k, near_v, *where, out, lse)
+        for owner, block in zip(self.owners, self.blocks, strict=True):
+            if block:
+                self.kernel.forward(q, *self.kvs[owner].arrays, block=block, out=out, lse=lse)
         return out, lse
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Add to one owner's dK/dV a step."""
-        d_q = self.xp.zeros(q.shape, problem.wide)
+        d_q = self.buffers.xp.zeros(q.shape, problem.wide)
         self.kvs[self.rank].pack(k, v)
         self.d_kvs[self.rank].fill(0, 0)
         self.window.Fence()
-        for owner in self.owners:
-            if problem.needed[self.rank, owner]:
-                where = problem.q_positions[self.rank], problem.kv_positions[owner]
-                (near_k, near_v), (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
-                self.kernel.backward(q, near_k, near_v, d_out, lse, row_delta, *where, d_q, d_k, d_v)
+        for owner, block in zip(self.owners, self.blocks, strict=True):
+            if block:
+                near, (d_k, d_v) = self.kvs[owner].arrays, self.d_kvs[owner].arrays
+                self.kernel.backward(
+                    q, *near, block=block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+                )
             self.window.Fence()
         d_k, d_v = self.d_kvs[self.rank].arrays
         return d_q, d_k, d_v
 
     def free(self) -> None:
+        """End it; all ranks do so together, as the window is all ranks'."""
+        super().free()
+        self.free_window()
+
+    def end(self, why: str) -> None:
+        """Leave the window's memory alone: it may be freed."""
+        super().end(why)
+        self.kvs, self.d_kvs = [], []
+
+    def free_window(self) -> None:
         """Free the window."""
+        self.kvs, self.d_kvs = [], []
         if self.window is not None:
             self.window.Free()
             self.window = None

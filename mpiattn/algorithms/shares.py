@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import DESCRIPTION, DTYPES, Spec, describe, described, namespace, put
+from ..arrays import DESCRIPTION, DTYPES, Array, Spec, describe, described, namespace
+from ..arrays.operations import operations
+from ..arrays.places import Places
 from ..errors import InputError
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
 from ..problems import layout as layouts
-from ..problems.mask import Positions
 
 Where = Callable[[tuple[int, ...], int], Any]
 """Where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
@@ -161,11 +162,11 @@ def _share(shape: tuple[int, ...], where: Where, rank: int) -> tuple[int, ...]:
     return outline[where(shape, rank)].shape
 
 
-def join(parts: Sequence[NDArray[Any]], positions: Sequence[Positions]) -> NDArray[Any]:
+def join(parts: Sequence[Array], places: Sequence[Places]) -> Array:
     """Put chunks in the order of their positions; tokens are on axis 2."""
     shape = [*parts[0].shape]
-    shape[2] = sum(map(len, positions))
-    whole: NDArray[Any] = namespace(parts[0]).empty(shape, parts[0].dtype)
-    for part, where in zip(parts, positions, strict=True):
-        put(whole, where, part)
+    shape[2] = sum(map(len, places))
+    whole: Array = namespace(parts[0]).empty(shape, parts[0].dtype)
+    for part, where in zip(parts, places, strict=True):
+        operations(whole).put(whole, where, part)
     return whole

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..arrays import FLOATS, Array
-from ..arrays.softmax import accumulator
+from ..arrays import FLOATS, Array, accumulator
 from ..errors import InputError
 from ..messages.message import Communicator
 from ..messages.reduction import all_reduce
+from ..problems.block import Block
 from ..problems.layout import EVERYWHERE, heads
 from ..problems.problem import Problem
 from .agreement import described
@@ -46,6 +46,7 @@ class TensorParallelAttention(Attention):
     def __init__(self, comm: Communicator, **options: Unpack[Options]) -> None:
         super().__init__(comm, **options)
         self.layout = EVERYWHERE
+        self.connect(self.comm)
 
     def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Where:
         """Return where a rank's heads lie; see `Attention.owned`."""
@@ -54,23 +55,25 @@ class TensorParallelAttention(Attention):
 
     def plan(self, problem: Problem) -> None:
         """Number the tokens, and the heads."""
-        self.first_head = sum(heads for heads, _ in problem.spread_heads[: self.comm.Get_rank()])
-        self.whole = problem.q_positions[0], problem.kv_positions[0]
+        self.first_head = sum(heads for heads, _ in problem.spread_heads[: self.rank])
+        self.block = Block(problem.mask, problem.q_positions[0], problem.kv_positions[0])
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to all tokens."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)
         if q.shape[1]:
-            self.kernel.forward(q, k, v, *self.whole, out, lse)
+            self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
         return out, lse
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Attend to all tokens, backward."""
-        d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
+        d_q, d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
         if q.shape[1]:
-            self.kernel.backward(q, k, v, d_out, lse, row_delta, *self.whole, d_q, d_k, d_v)
+            self.kernel.backward(
+                q, k, v, block=self.block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+            )
         return d_q, d_k, d_v
 
     def project(self, out: Array, weight: Array) -> Array:
@@ -87,7 +90,7 @@ class TensorParallelAttention(Attention):
         InputError
             On every rank, where the shapes do not fit on one.
         """
-        table = self._gather(out, weight).tobytes()
+        table = self.agreement.describe(out, weight).tobytes()
         for rank, (out_spec, weight_spec) in enumerate(described(table, self.comm.Get_size(), 2)):
             (shape, _), (rows, _) = out_spec or ((), None), weight_spec or ((), None)
             if len(shape) != 4 or len(rows) != 2 or shape[1] * shape[3] != rows[0]:
@@ -133,7 +136,7 @@ class TensorParallelAttention(Attention):
         InputError
             On every rank, where it is anything else on one.
         """
-        specs = [spec for [spec] in described(self._gather(share).tobytes(), self.comm.Get_size(), 1)]
+        specs = [spec for [spec] in described(self.agreement.describe(share).tobytes(), self.comm.Get_size(), 1)]
         for rank, spec in enumerate(specs):
             if spec is None or spec != specs[0] or spec[1] not in FLOATS[:2]:
                 raise InputError(

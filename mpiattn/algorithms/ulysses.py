@@ -17,15 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..arrays import Array, Spec, take
-from ..arrays.softmax import delta
+from ..arrays import Array, Spec
+from ..arrays.operations import take
+from ..arrays.softmax import delta as row_sums
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
+from ..problems.block import Block
 from ..problems.problem import Problem
 from .base import Attention
 from .given import Given
 from .options import Check, Options
-from .prepared import Saved
+from .saved import Saved
 from .shares import join
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ class UlyssesAttention(Attention):
 
     def __init__(self, comm: Communicator, *own: Check, **options: Unpack[Options]) -> None:
         super().__init__(comm, *own, **options)
+        self.connect(self.comm)
+
+    def connect(self, comm: Communicator) -> None:
+        """Exchange among all ranks."""
         self.group, self.members = comm, list(range(comm.Get_size()))
 
     def plan(self, problem: Problem) -> None:
@@ -55,62 +61,69 @@ class UlyssesAttention(Attention):
         self.part = self.parts[self.place]
         self.first_head = self.heads[self.place][0].start
         self.partial = sum(part.kv_heads for part in self.parts) > problem.kv_heads
-        self.queries, self.q_places = problem.queries_of(self.members)
-        self.keys, self.kv_places = problem.keys_of(self.members)
+        queries, self.q_places = problem.queries_of(self.members)
+        keys, self.kv_places = problem.keys_of(self.members)
+        self.block = Block(problem.mask, queries, keys)
 
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
         problem = self.agree_forward(q, k, v, **given)
-        leaving: Contents = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
-        arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
-        q, k, v = (
-            join([parcel.arrays[i] for parcel in arrived], places)
-            for i, places in enumerate((self.q_places, self.kv_places, self.kv_places))
-        )
-        out, lse = self.attend(self.part, q, k, v)
-        [state] = self.parcels("o", [problem.o(self.rank)])
-        leaving = ((take(array, at) for array in (lse, out)) for at in self.q_places)
-        arrived = self.to_tokens(Tag.O, Problem.out, leaving)
-        out, lse = state.arrays
-        for (heads, _), parcel in zip(self.heads, arrived, strict=True):
-            lse[:, heads], out[:, heads] = parcel.arrays
-        return self.finish(q, k, v, out, lse)
+        with self.running():
+            leaving: Contents = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
+            arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
+            q, k, v = (
+                join([parcel.arrays[i] for parcel in arrived], places)
+                for i, places in enumerate((self.q_places, self.kv_places, self.kv_places))
+            )
+            out, lse = self.attend(self.part, q, k, v)
+            [state] = self.buffers.parcels("o", [problem.o(self.rank)])
+            leaving = ((take(array, at) for array in (lse, out)) for at in self.q_places)
+            arrived = self.to_tokens(Tag.O, Problem.out, leaving)
+            out, lse = state.arrays
+            for (heads, _), parcel in zip(self.heads, arrived, strict=True):
+                lse[:, heads], out[:, heads] = parcel.arrays
+            return self.finish(q, k, v, out, lse)
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Return out and lse of all the group's tokens, of this rank's heads."""
-        out, lse = self.state(problem, q)
+        out, lse = self.buffers.state(q)
         if problem.heads:
-            self.kernel.forward(q, k, v, self.queries, self.keys, out, lse)
+            self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
         return out, lse
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Exchange as forward, with gradients. Shapes, dtypes, errors: see `Attention.backward`."""
         problem = self.agree_backward(d_out, saved)
-        rows = saved.lse, delta(d_out, saved.out), d_out
-        arrived = self.to_heads(Tag.D_O, Problem.d_out, [[row[:, heads] for row in rows] for heads, _ in self.heads])
-        lse, row_delta, gradient = (join([parcel.arrays[i] for parcel in arrived], self.q_places) for i in range(3))
-        d_q, d_k, d_v = self.gradients(self.part, saved.q, saved.k, saved.v, gradient, lse, row_delta)
-        [total] = self.parcels("d_qkv", [problem.d_kv(self.rank) + problem.d_q(self.rank)])
-        total.fill(0, 0, 0)
-        leaving = (
-            (take(array, at) for array, at in ((d_k, keys), (d_v, keys), (d_q, queries)))
-            for keys, queries in zip(self.kv_places, self.q_places, strict=True)
-        )
-        arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)
-        d_k, d_v, d_q = total.arrays
-        for (heads, kv_heads), parcel in zip(self.heads, arrived, strict=True):
-            part_k, part_v, d_q[:, heads] = parcel.arrays
-            d_k[:, kv_heads] += part_k
-            d_v[:, kv_heads] += part_v
-        return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
+        with self.running():
+            rows = saved.lse, row_sums(d_out, saved.out), d_out
+            arrived = self.to_heads(
+                Tag.D_O, Problem.d_out, [[row[:, heads] for row in rows] for heads, _ in self.heads]
+            )
+            lse, delta, gradient = (join([parcel.arrays[i] for parcel in arrived], self.q_places) for i in range(3))
+            d_q, d_k, d_v = self.gradients(self.part, saved.q, saved.k, saved.v, gradient, lse, delta)
+            [total] = self.buffers.parcels("d_qkv", [problem.d_kv(self.rank) + problem.d_q(self.rank)])
+            total.fill(0, 0, 0)
+            leaving = (
+                (take(array, at) for array, at in ((d_k, keys), (d_v, keys), (d_q, queries)))
+                for keys, queries in zip(self.kv_places, self.q_places, strict=True)
+            )
+            arrived = self.to_tokens(Tag.D_QKV, lambda part, rank: part.d_qkv(rank, self.partial), leaving)
+            d_k, d_v, d_q = total.arrays
+            for (heads, kv_heads), parcel in zip(self.heads, arrived, strict=True):
+                part_k, part_v, d_q[:, heads] = parcel.arrays
+                d_k[:, kv_heads] += part_k
+                d_v[:, kv_heads] += part_v
+            return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def gradients(
-        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, row_delta: Array
+        self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
         """Return dQ, dK, dV of all the group's tokens, of this rank's heads."""
-        d_q, d_k, d_v = (self.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
+        d_q, d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (q, k, v))
         if problem.heads:
-            self.kernel.backward(q, k, v, d_out, lse, row_delta, self.queries, self.keys, d_q, d_k, d_v)
+            self.kernel.backward(
+                q, k, v, block=self.block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+            )
         return d_q, d_k, d_v
 
     def to_heads(self, tag: Tag, spec: SpecOf, contents: Contents) -> list[Parcel]:
@@ -128,7 +141,7 @@ class UlyssesAttention(Attention):
     ) -> list[Parcel]:
         """All-to-all: one message to each other rank of the group that has something to get."""
         leaving[self.place] = []
-        to, here = self.parcels(f"to {tag.name}", leaving), self.parcels(f"here {tag.name}", arriving)
+        to, here = self.buffers.parcels(f"to {tag.name}", leaving), self.buffers.parcels(f"here {tag.name}", arriving)
         to[self.place] = here[self.place]
         for parcel, arrays in zip(to, contents, strict=True):
             parcel.pack(*arrays)

@@ -1,8 +1,10 @@
 """Arrays of any kind: their functions, their dtypes, and kind, dtype and shape as integers.
 
 Every array brings the namespace of its functions along (`__array_namespace__`, as in the Python array API
-standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual` runs an algorithm. What CuPy has
-no fast function for is in `arrays.cupy.rows`, which needs CuPy, and so is imported where there is such an array.
+standard): NumPy's, CuPy's, or that of the arrays without data with which `virtual` runs an algorithm.
+
+- `operations`: what differs between kinds beside that: `plain` for NumPy, `cupy` for CuPy
+- `softmax`: the online-softmax state and its merge
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 Spec = tuple[tuple[int, ...], Any]
@@ -25,7 +27,8 @@ DTYPES = tuple(
 FLOATS = DTYPES[:4]
 
 ELSEWHERE = "cupy (on another than the current device)"
-NAMESPACES = ("numpy", "cupy", "mpiattn.virtual.arrays", ELSEWHERE)
+CUPY = "cupy"
+NAMESPACES = ("numpy", CUPY, "mpiattn.virtual.arrays", ELSEWHERE)
 """The kinds of arrays, by the name of their namespace."""
 
 DESCRIPTION = 9
@@ -34,53 +37,14 @@ DESCRIPTION = 9
 
 def namespace(array: Any) -> Any:
     """Return the module of functions for arrays of this kind."""
-    if type(array).__module__ == "cupy":  # has none
-        return sys.modules["cupy"]
+    if type(array).__module__ == CUPY:  # has none
+        return sys.modules[CUPY]
     return array.__array_namespace__()
 
 
-def on_host(array: Any) -> Array:
-    """Return the array if it is NumPy's, else a copy that is."""
-    result: Array = array.get() if type(array).__module__ == "cupy" else array
-    return result
-
-
-def cast(array: Any, dtype: Any, result: Any = None) -> Any:
-    """Return rows of numbers, an array of four axes, rounded to a dtype: a new array, or on a GPU one that is given."""
-    if type(array).__module__ != "cupy":
-        return array.astype(dtype)
-    from .cupy import rows
-
-    return rows.cast(array, dtype, result)
-
-
-def take(array: Any, positions: Array) -> Any:
-    """Return array[:, :, positions], for positions that ascend."""
-    if type(array).__module__ != "cupy":
-        return array[:, :, positions]
-    from .cupy import rows
-
-    return rows.take(array, positions)
-
-
-def put(array: Any, positions: Array, part: Any) -> None:
-    """Set array[:, :, positions] to a part, for positions that ascend."""
-    if type(array).__module__ != "cupy":
-        array[:, :, positions] = part
-        return
-    from .cupy import rows
-
-    rows.put(array, positions, part)
-
-
-def add(total: Any, share: Any) -> None:
-    """Add rows of numbers, an array of four axes, to a sum of a dtype as wide or wider."""
-    if type(share).__module__ == "cupy" and share.dtype != total.dtype:
-        from .cupy import rows
-
-        rows.accumulate(total, share)
-    else:
-        total += share
+def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype that partial sums of inputs of `dtype` are kept in: float32 or wider."""
+    return np.result_type(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def gpus() -> list[str]:
@@ -104,9 +68,9 @@ def dtype(name: str) -> np.dtype[Any]:
 def describe(array: Any) -> NDArray[np.int64]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
     description = np.full(DESCRIPTION, -1, dtype=np.int64)
-    brings = hasattr(array, "__array_namespace__") or type(array).__module__ == "cupy"
+    brings = hasattr(array, "__array_namespace__") or type(array).__module__ == CUPY
     kind = namespace(array).__name__ if brings else ""
-    if kind == "cupy" and array.device != namespace(array).cuda.Device():
+    if kind == CUPY and array.device != namespace(array).cuda.Device():
         kind = ELSEWHERE
     if kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
         description[:3] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim

@@ -12,21 +12,14 @@ The neutral state is out = 0, lse = -inf, which is also the answer for a query t
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import DTypeLike
 
 from . import Array, namespace
+from .operations import operations
 
 LSE = np.dtype(np.float64)
 """Dtype of an lse, one number a row, wherever it is kept or sent. In float32 one of 20,000 would be known to 1e-3 only,
 and with it the probabilities that backward finds by it; and errors would grow with the number of blocks merged."""
-
-
-def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the dtype that partial sums of inputs of `dtype` are kept in: float32 or wider."""
-    return np.result_type(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
@@ -39,26 +32,7 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
     lse, other_lse : float64, (..., tokens)
         Natural logarithms of their sums; -inf where a query has attended to nothing.
     """
-    if namespace(out).__name__ == "cupy":
-        from .cupy import rows
-
-        rows.merge(out, lse, other_out, other_lse)
-        return
-    if lse.max(initial=-np.inf) == -np.inf:  # the neutral state: as a row's first block finds it
-        out[...] = other_out
-        lse[...] = other_lse
-        return
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        odds = np.exp(other_lse - lse)
-        odds[np.isneginf(other_lse)] = 0  # where both are empty, -inf - -inf made NaN
-        # Not exp(lse_i - lse): these sum to 1 whatever lse was rounded to, merge after merge.
-        weight, other_weight = ((1 / (1 + x)).astype(out.dtype) for x in (odds, 1 / odds))
-        total = np.logaddexp(lse, other_lse)
-    # Head by head, so that the passes over (tokens, head_dim) stay in the cache.
-    for head in np.ndindex(lse.shape[:-1]):
-        out[head] *= weight[head][:, None]
-        out[head] += other_weight[head][:, None] * other_out[head]
-    lse[...] = total
+    operations(out).merge(out, lse, other_out, other_lse)
 
 
 def delta(d_out: Array, out: Array) -> Array:
@@ -66,14 +40,7 @@ def delta(d_out: Array, out: Array) -> Array:
 
     The owner of the queries computes it once, so that out itself need not travel.
     """
-    result: Array
-    if namespace(d_out).__name__ == "cupy":
-        from .cupy import rows
-
-        result = rows.delta(d_out, out)
-    else:
-        result = np.einsum("...td,...td->...t", d_out, out, dtype=accumulator(d_out.dtype))
-    return result
+    return operations(d_out).delta(d_out, out)
 
 
 def weighted(out: Array, lse: Array, top: Array) -> Array:

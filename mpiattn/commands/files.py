@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .. import writing
 from ..arrays import FLOATS, Array
+from ..machines import writing
 
 NAMES = ("q", "k", "v", "d_out")
 

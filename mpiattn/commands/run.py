@@ -9,16 +9,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import writing
 from ..algorithms import ALGORITHMS
 from ..algorithms.shares import gather
-from ..arrays import on_host
+from ..arrays.operations import on_host
+from ..machines import writing
 from ..messages.message import Communicator
 from ..problems import mask
 from ..problems.layout import LAYOUTS
 from ..trace.comm import TracedComm
 from ..trace.file import write
-from ..trace.kernel import watch
 from . import chosen, files, gpu, inputs
 from .chosen import AUTO
 from .root import on_root
@@ -72,8 +71,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         built = ALGORITHMS[name](over, **options, **arguments)
     with built as attention:
         comm = attention.comm.comm if args.trace else attention.comm  # auto may have put the ranks in another order
-        if args.trace:
-            watch(attention)
         shapes, (q, k, v, d_out), features = inputs.share(given, comm, attention, args, xp)
         with traced.trace.phase("forward"):
             out, saved = attention.forward(q, k, v, **features)

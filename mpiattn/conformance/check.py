@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
 from ..algorithms import shares
 from ..arrays import Array
+from ..arrays.operations import on_host
 from ..costs.traffic import Costs, sink_gradient
 from ..messages.message import Communicator
 from ..trace.comm import TracedComm
@@ -80,7 +80,7 @@ def check(
         wrong, least = [], cancelling(case, given)
         if case.sinks:
             traced.trace.clear()
-            d_sinks = arrays.on_host(attention.sink_gradient(own["out"], saved))
+            d_sinks = on_host(attention.sink_gradient(own["out"], saved))
             reference = right["d_sinks"]
             wrong += compare("d_sinks", d_sinks, reference[heads], reference, case.dtype, least["d_sinks"])
             seen, formula = traced.trace.received(), sink_gradient(attention.problem, comm.Get_rank())
@@ -89,7 +89,7 @@ def check(
                     f"sink_gradient received {seen[0]} messages of {seen[1]} bytes, the formula says {formula}"
                 )
         for name, result in results.items():
-            result = arrays.on_host(result)
+            result = on_host(result)
             place = places["out" if name == "lse" else name.removeprefix("d_")]
             reference = right[name][place(right[name].shape, comm.Get_rank())]
             if name in ("d_k", "d_v"):

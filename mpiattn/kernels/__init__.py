@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 from ..arrays import gpus
 from ..errors import InputError
-from ..messages.message import virtual_time
 from ..problems.dropout import Dropout
-from ..problems.mask import Mask
 from ..problems.problem import Problem
+from .contract import Kernel
 
-KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn"), "mpiattn.virtual.arrays": ("virtual",)}
+KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn")}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
 LACKS = {"cudnn": {"softcap", "dropout"}}
@@ -21,27 +19,29 @@ LACKS = {"cudnn": {"softcap", "dropout"}}
 
 def check(name: str | None) -> None:
     """Raise ValueError where there is no kernel of that name."""
-    if name is not None and not any(name in names for names in KERNELS.values()):
-        fits = KERNELS["numpy"] + KERNELS["cupy"]  # the virtual one is not asked for
+    fits = [kernel for kernels in KERNELS.values() for kernel in kernels]
+    if name is not None and name not in fits:
         raise ValueError(f"unknown kernel {name!r}: choose from {', '.join(fits)}")
 
 
 def choose(
-    kind: str, problem: Problem, mask: Mask, scale: float | None, name: str | None = None,
-    softcap: float | None = None, dropout: Dropout | None = None,
-) -> Any:  # fmt: skip
+    kind: str, problem: Problem, scale: float | None = None, name: str | None = None, softcap: float | None = None,
+    dropout: Dropout | None = None, rounds: bool = True,
+) -> Kernel:  # fmt: skip
     """Return the kernel that is the fastest for a problem, or the one that is asked for.
 
     Parameters
     ----------
-    kind : str
-        Kind of the arrays: a name in `arrays.NAMESPACES`.
+    kind : {"numpy", "cupy"}
+        Kind of the arrays.
     problem : Problem
-    mask, scale, softcap
+    scale, softcap
         See `algorithms.base.Attention`.
     name : {"numpy", "cupy", "cudnn"}, optional
     dropout : Dropout, optional
         What the kernel will have to drop; it is told at each call.
+    rounds : bool
+        Whether complete sums may be rounded to the inputs' dtype: nothing is added to them elsewhere.
 
     Raises
     ------
@@ -59,16 +59,7 @@ def choose(
     if kind == "numpy":
         from .numpy.kernel import NumpyKernel
 
-        kernel = NumpyKernel(mask, scale, softcap)
-        if virtual_time() is None:
-            return kernel
-        from ..virtual.kernel import ClockedKernel, VirtualKernel
-
-        return ClockedKernel(kernel, VirtualKernel(mask, scale, problem))
-    if kind == "mpiattn.virtual.arrays":
-        from ..virtual.kernel import VirtualKernel
-
-        return VirtualKernel(mask, scale, problem)
+        return NumpyKernel(scale, softcap)
     from .cudnn.kernel import CudnnKernel
     from .cudnn.library import unable
     from .cupy.kernel import CupyKernel
@@ -78,7 +69,7 @@ def choose(
         reason = reason or "it has no softcap and no dropout"
     if name == "cudnn" and reason:
         raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
-    return CupyKernel(mask, scale, softcap) if name == "cupy" or reason else CudnnKernel(mask, scale, problem.dtype)
+    return CupyKernel(scale, softcap) if name == "cupy" or reason else CudnnKernel(scale, problem.dtype, rounds)
 
 
 def on_gpus() -> str:

@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError
-from ..writing import write_text
 from .machine import LEVELS, Link, Machine, Rates
 from .table import Table
+from .writing import write_text
 
 
 def presets() -> list[str]:

@@ -79,6 +79,10 @@ class Tag(enum.IntEnum):
     D_QKV = 11
 
 
+Request = Any
+"""What a message that was posted returns: `MPI.Request`, or what stands in for it."""
+
+
 def virtual_time() -> float | None:
     """Return the seconds on the clock of the virtual rank that runs, None outside of `virtual`."""
     virtual = sys.modules.get("mpiattn.virtual")

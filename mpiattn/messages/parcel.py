@@ -6,27 +6,32 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array, Spec, add, cast
+from ..arrays import Array, Spec
+from ..arrays.operations import operations
 from .message import Rows
 
 
 class Uses:
     """What a GPU has still to do with a buffer: all that was queued before `event` was recorded.
 
-    Work on a buffer is queued right after its arrays are asked for. So who records an event later on, see
-    `device.channel.Channel.ready`, sets it for all buffers that are open, those whose arrays were asked for before.
+    Work on a buffer is queued right after its arrays are asked for. So the channel that records the next event, see
+    `device.channel.Channel.ready`, sets it for all buffers that were opened since the last one.
+
+    Parameters
+    ----------
+    opened : list of Uses
+        The channel's: those of the buffers that are open.
     """
 
-    opened: ClassVar[list[Uses]] = []
-
-    def __init__(self) -> None:
+    def __init__(self, opened: list[Uses]) -> None:
         self.event: Any = None
-        self.open()  # its memory may have been another array's
+        self.opened = opened
+        self.open()  # the buffer's memory may have been another array's
 
     def open(self) -> None:
         """Note that work on the buffer is about to be queued."""
@@ -97,28 +102,20 @@ class Parcel:
     def _message(self) -> Any:
         return Rows(self.buffer) if self.uses is None else Tracked(self.buffer, self.uses)
 
+    def release(self) -> None:
+        """Let go of the memory: the parcel is not used any more."""
+        self.buffer, self.views = self.buffer[:0].copy(), []
+        vars(self).pop("_message", None)
+
     def pack(self, *arrays: Array) -> None:
         """Copy arrays into the parcel."""
-        place: Any
         for place, array in zip(self.arrays, arrays, strict=True):
-            alike = array.shape == place.shape and array.dtype == place.dtype
-            on_gpu = type(array).__module__ == "cupy"
-            if on_gpu and alike and array.flags.c_contiguous:
-                # Four times as fast as CuPy's own copy of numbers of two bytes.
-                place.data.copy_from_device_async(array.data, place.nbytes)
-            elif on_gpu and array.dtype.itemsize > place.dtype.itemsize:
-                cast(array, place.dtype, place)
-            elif on_gpu:
-                from ..arrays.cupy import rows
-
-                rows.copy(place, array)
-            else:
-                place[...] = array
+            operations(array).copy(place, array)
 
     def add(self, other: Parcel) -> None:
         """Add the arrays of another parcel to this one's."""
         for place, array in zip(self.arrays, other.arrays, strict=True):
-            add(place, array)
+            operations(array).add(place, array)
 
     def fill(self, *values: float) -> None:
         """Set each array to one value."""

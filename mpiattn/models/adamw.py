@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..arrays import Array, namespace
-from ..arrays.softmax import accumulator
+from ..arrays import Array, accumulator, namespace
 
 
 class AdamW:

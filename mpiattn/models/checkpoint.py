@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..arrays import on_host
+from ..arrays.operations import on_host
 from ..errors import InputError, WriteError
 from .folder import SINGLE, read_json
 from .plan import BYTES, Plan

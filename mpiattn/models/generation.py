@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Attention, DecodeAttention, Saved
-from ..arrays import Array, namespace, on_host
+from ..arrays import Array, namespace
+from ..arrays.operations import on_host
 from ..errors import InputError
 from ..problems.layout import EVERYWHERE
 from .cache import Cache

@@ -11,8 +11,7 @@ import math
 
 import numpy as np
 
-from ..arrays import Array, namespace
-from ..arrays.softmax import accumulator
+from ..arrays import Array, accumulator, namespace
 
 GELU = math.sqrt(2 / math.pi), 0.044715
 

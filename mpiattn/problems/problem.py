@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import DTYPES, Spec
-from ..arrays.softmax import LSE, accumulator
+from ..arrays import DTYPES, Spec, accumulator
+from ..arrays.places import Places
+from ..arrays.softmax import LSE
 from . import layout
+from .block import ALL, Block
 from .mask import Mask, Positions
 from .pairs import counts
 
@@ -43,10 +45,10 @@ def _positions(layout_name: str, tokens: int, ranks: int) -> list[Positions]:
 
 
 @functools.lru_cache(maxsize=64)
-def _joined(layout_name: str, tokens: int, ranks: int, owners: tuple[int, ...]) -> tuple[Positions, list[Positions]]:
+def _joined(layout_name: str, tokens: int, ranks: int, owners: tuple[int, ...]) -> tuple[Positions, list[Places]]:
     chunks = [_positions(layout_name, tokens, ranks)[owner] for owner in owners]
     whole = np.sort(np.concatenate(chunks))
-    return whole, [np.searchsorted(whole, chunk) for chunk in chunks]
+    return whole, [Places(np.searchsorted(whole, chunk)) for chunk in chunks]
 
 
 @functools.lru_cache(maxsize=4)
@@ -109,11 +111,11 @@ class Problem:
         """Each rank's key positions."""
         return _positions(self.layout, self.kv_tokens, self.ranks)
 
-    def queries_of(self, owners: Sequence[int]) -> tuple[Positions, list[Positions]]:
+    def queries_of(self, owners: Sequence[int]) -> tuple[Positions, list[Places]]:
         """Return the positions of several ranks' queries together, ascending, and where each rank's lie among them."""
         return _joined(self.layout, self.q_tokens, self.ranks, tuple(owners))
 
-    def keys_of(self, owners: Sequence[int]) -> tuple[Positions, list[Positions]]:
+    def keys_of(self, owners: Sequence[int]) -> tuple[Positions, list[Places]]:
         """Return the positions of several ranks' keys together, ascending, and where each rank's lie among them."""
         return _joined(self.layout, self.kv_tokens, self.ranks, tuple(owners))
 
@@ -128,14 +130,31 @@ class Problem:
         """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
         return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
 
-    def halves(self, rank: int) -> list[tuple[slice, Positions]]:
-        """Cut a rank's queries in two that see as many of its own keys; return each part and its positions."""
+    def block(self, q_owner: int, kv_owner: int, rows: slice = ALL) -> Block | None:
+        """Return the block of a rank's queries, or of some of them, and a rank's keys; None where the mask empties it.
+
+        Parameters
+        ----------
+        q_owner, kv_owner : int
+        rows : slice
+            Which of the queries; see `halves`.
+        """
+        if not self.needed[q_owner, kv_owner]:
+            return None
+        queries, keys = self.q_positions[q_owner], self.kv_positions[kv_owner]
+        if rows == ALL:
+            return Block(self.mask, queries, keys, ALL, int(self.pairs[q_owner, kv_owner]))
+        part = queries[rows]
+        return Block(self.mask, part, keys, rows) if len(part) else None
+
+    def halves(self, rank: int) -> tuple[slice, slice]:
+        """Cut a rank's queries in two that see as many of its own keys: return the rows of each."""
         queries, keys = self.q_positions[rank], self.kv_positions[rank]
         start, stop = (np.searchsorted(keys, bound) for bound in self.mask.bounds(queries))
         seen = np.cumsum(np.maximum(stop - start, 0))
         cut = int(np.searchsorted(seen, seen[-1] / 2)) + 1 if len(seen) else 0
         cut -= cut % GRAIN if cut > GRAIN else 0
-        return [(part, queries[part]) for part in (slice(cut), slice(cut, len(queries)))]
+        return slice(cut), slice(cut, len(queries))
 
     @property
     def sizes(self) -> tuple[int, ...]:

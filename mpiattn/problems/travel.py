@@ -1,4 +1,12 @@
-"""How far chunks travel round a ring: no further than to the last rank whose queries or keys the mask gives them."""
+"""How far chunks travel round a ring: no further than to the last rank whose queries or keys the mask gives them.
+
+All is counted in hops: at hop 0 a chunk is at its owner, at hop h at the h-th rank after it. Behind a chunk goes a sum,
+to which each rank that uses the chunk adds its part:
+
+    hop            0       1       2       3       4          the mask lets the ranks at hops 2 and 3 use the chunk:
+    chunk        owner --> . ----> uses -> uses    .          first = 2, last = 3
+    its sum                        begins  joins              from hop 3 the sum goes home, to its owner
+"""
 
 from __future__ import annotations
 
@@ -12,10 +20,37 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Travel:
-    """How far a chunk goes round its ring, in hops: to its first user, to its last (1 and 0: nobody needs it)."""
+    """How far a chunk goes round its ring.
+
+    Attributes
+    ----------
+    first, last : int
+        Hops to its first user and to its last one, the owner left out; 1 and 0 where nobody uses it.
+    """
 
     first: int
     last: int
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the chunk leaves its owner, whose sum then comes home."""
+        return self.last > 0
+
+    def reaches(self, hop: int) -> bool:
+        """Whether the chunk makes this hop: its last user is there, or beyond."""
+        return 0 < hop <= self.last
+
+    def summed(self, hop: int) -> bool:
+        """Whether the rank at this hop has a sum for the chunk, which it sends on, or home if it is the last user."""
+        return self.first <= hop <= self.last
+
+    def joined(self, hop: int) -> bool:
+        """Whether a sum arrives at this hop, from the ranks before, which the rank there adds to."""
+        return self.first < hop <= self.last
+
+    def ends(self, hop: int) -> bool:
+        """Whether the last user is at this hop: from there the sum goes home."""
+        return self.last == hop
 
 
 def travels(users: NDArray[np.bool_], start: int = 1) -> list[Travel]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..problems.mask import Positions
+from ..problems.block import Block
 from ..problems.problem import Problem
 from .search import backward, forward
 from .steps import Step, relative
 
-Block = tuple[int, int, slice, Positions]
-"""KV slot and Q slot of a block, which of the queries, and their positions."""
+Tasks = list[tuple[int, int, Block]]
+"""Blocks of a step, each with its KV slot and its Q slot."""
 
 
 def steps(problem: Problem, rows: int, cols: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
@@ -24,9 +24,7 @@ def steps(problem: Problem, rows: int, cols: int) -> tuple[tuple[Step, ...], tup
     return forward(rows, cols, there), backward(rows, cols, back)
 
 
-def blocks(
-    problem: Problem, order: Sequence[Step], q_owners: Sequence[int], kv_owners: Sequence[int]
-) -> list[list[Block]]:
+def blocks(problem: Problem, order: Sequence[Step], q_owners: Sequence[int], kv_owners: Sequence[int]) -> list[Tasks]:
     """Return the blocks of each step that the mask leaves something of.
 
     Where the first or the last message has none to hide behind, the own block is shared out to both.
@@ -38,12 +36,13 @@ def blocks(
     q_owners, kv_owners : of the chunk in each slot; slot 0 is the rank's own
     """
     own = q_owners[0]
-    table = []
+    table: list[Tasks] = []
     for step in order:
-        needed = [(i, j) for i, j in step.blocks if problem.needed[q_owners[j], kv_owners[i]]]
-        table.append([(i, j, slice(None), problem.q_positions[q_owners[j]]) for i, j in needed])
+        blocks = [(i, j, problem.block(q_owners[j], kv_owners[i])) for i, j in step.blocks]
+        table.append([(i, j, block) for i, j, block in blocks if block])
     if problem.needed[own, own] and len(order) > 1 and not (table[0] and table[-1]):
-        table = [[block for block in some if block[:2] != (0, 0)] for some in table]
-        for some, (part, positions) in zip((table[0], table[-1]), problem.halves(own), strict=True):
-            some += [(0, 0, part, positions)] if len(positions) else []
+        table = [[task for task in tasks if task[:2] != (0, 0)] for tasks in table]
+        for tasks, rows in zip((table[0], table[-1]), problem.halves(own), strict=True):
+            block = problem.block(own, own, rows)
+            tasks += [(0, 0, block)] if block else []
     return table

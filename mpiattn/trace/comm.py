@@ -14,10 +14,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..messages import message
+from ..kernels.contract import Kernel
+from ..messages import connection, message
 from ..messages.message import Communicator
 from .buffers import arriving, nbytes, pieces
 from .events import Event, Trace, label
+from .kernel import TracedKernel
 from .request import TracedRequest
 from .window import TracedWindow
 
@@ -55,6 +57,26 @@ class TracedComm:
     def _derived(self, comm: Communicator) -> TracedComm:
         own = self.ranks[self.comm.Get_rank()]
         return TracedComm(comm, self.trace, comm.allgather(own))
+
+    # What is handed to an algorithm that is built on it
+
+    def private(self) -> TracedComm:
+        """Return the same record around the private duplicate; see `connection.private`."""
+        inner = connection.private(self.comm)
+        return self if inner is self.comm else TracedComm(inner, self.trace, self.ranks)
+
+    def abandon(self, memory: object) -> None:
+        """Leave the private duplicate to itself; see `connection.abandon`."""
+        connection.abandon(self.comm, memory)
+
+    def kernel(self, kernel: Kernel | None) -> Kernel:
+        """Return the kernel, recorded; see `connection.kernel_on`."""
+        return TracedKernel(connection.kernel_on(self.comm, kernel), self.trace)
+
+    def on_device(self, xp: Any, mode: str) -> tuple[TracedComm, Any]:
+        """Return the same record around what carries device memory, which sees each message once."""
+        inner, channel = connection.on_device(self.comm, xp, mode)
+        return TracedComm(inner, self.trace, self.ranks), channel
 
     # Topology
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..commands.trace.report import flows
 from ..errors import WriteError
+from ..machines.writing import write_text
 from ..messages.message import Communicator
-from ..writing import write_text
 from .clocks import gather
 from .events import Event, Trace
 

@@ -1,39 +1,37 @@
-"""A kernel that keeps a record of each block of compute, and passes all else on."""
+"""A kernel that keeps a record of each block of compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
+from ..kernels.contract import Kernel
 from ..messages import message
+from ..problems.block import Block
 from .events import Event, Trace
 
 
 class TracedKernel:
-    """A kernel that records each block it computes, and passes all else on."""
+    """A kernel that records each block it computes; what it does with sums is the kernel's own."""
 
-    def __init__(self, kernel: Any, trace: Trace) -> None:
-        self.kernel, self.trace = kernel, trace
+    def __init__(self, kernel: Kernel, trace: Trace) -> None:
+        self.kernel, self.trace, self.name = kernel, trace, kernel.name
+        self.drop, self.remember, self.begin = kernel.drop, kernel.remember, kernel.begin
+        self.settle, self.complete = kernel.settle, kernel.complete
 
-    def forward(self, *arguments: Any) -> None:
-        """As `NumpyKernel.forward`; the positions of queries and keys are arguments 3 and 4."""
-        self._block("forward", arguments, 3)
+    def forward(self, q: Any, k: Any, v: Any, *, block: Block, **arrays: Any) -> None:
+        """Compute a block forward, and record it."""
+        self._record("forward", self.kernel.forward, q, k, v, block, arrays)
 
-    def backward(self, *arguments: Any) -> None:
-        """As `NumpyKernel.backward`; the positions of queries and keys are arguments 6 and 7."""
-        self._block("backward", arguments, 6)
+    def backward(self, q: Any, k: Any, v: Any, *, block: Block, **arrays: Any) -> None:
+        """Compute a block backward, and record it."""
+        self._record("backward", self.kernel.backward, q, k, v, block, arrays)
 
-    def _block(self, name: str, arguments: Sequence[Any], positions: int) -> None:
-        first, second = (int(p[0]) if len(p) else -1 for p in arguments[positions : positions + 2])
+    def _record(
+        self, name: str, compute: Callable[..., None], q: Any, k: Any, v: Any, block: Block, arrays: dict[str, Any]
+    ) -> None:
+        first, second = (int(positions[0]) if len(positions) else -1 for positions in (block.queries, block.keys))
         event = Event("compute", name, -1, 0, message.clock(), block=(first, second))
         self.trace.events.append(event)
-        getattr(self.kernel, name)(*arguments)
+        compute(q, k, v, block=block, **arrays)
         event.end = message.clock()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernel, name)
-
-
-def watch(attention: Any) -> None:
-    """Record the blocks of an algorithm that was built on a `TracedComm`, beside its messages."""
-    attention.kernel = TracedKernel(attention.kernel, attention.comm.trace)

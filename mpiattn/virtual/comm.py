@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels.contract import Kernel
 from .clock import Rank
 from .collectives import Collectives
 from .group import Group
+from .kernel import ClockedKernel, VirtualKernel
 from .messages import Lane, Request
 
 NOBODY = -1
@@ -26,6 +28,16 @@ class VirtualComm(Collectives):
         self.children = 0
         self.outgoing: dict[int, Lane] = {}
         self.incoming: dict[int, Lane] = {}
+
+    # What is handed to an algorithm that is built on it
+
+    def private(self) -> VirtualComm:
+        """Return a communicator of the same ranks with messages of its own; see `connection.private`."""
+        return self._child("private", range(self.Get_size()))
+
+    def kernel(self, kernel: Kernel | None) -> Kernel:
+        """Return what moves the clock, and computes where there is anything to compute; see `connection.kernel_on`."""
+        return VirtualKernel() if kernel is None else ClockedKernel(kernel, VirtualKernel())
 
     # Messages
 

@@ -18,7 +18,7 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from ..errors import WriteError
-from ..writing import write_text
+from ..machines.writing import write_text
 from .graph import stuck
 from .host import Host
 from .network import call

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from mpiattn.arrays.softmax import accumulator
+from mpiattn.arrays import accumulator
 
 Array = Any
 

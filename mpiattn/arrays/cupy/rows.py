@@ -6,14 +6,15 @@ import functools
 from typing import Any
 
 import cupy
-import numpy as np
 
-from mpiattn.arrays.softmax import accumulator
-from mpiattn.problems.mask import Positions
+from mpiattn.arrays import accumulator
+from mpiattn.arrays.places import Places
 
 from .passes import Place, RowPass
 
 Array = Any
+
+QUEUED = True
 
 # To prepare a pass takes longer than to queue it.
 _prepared = functools.lru_cache(maxsize=2**12)(RowPass)
@@ -28,64 +29,51 @@ def merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> None:
     _rows("merge", out.dtype, other_out.dtype, out, lse, other_out, other_lse)
 
 
-def accumulate(total: Array, part: Array) -> None:
-    """Add a part, which may be of a narrower dtype, to a sum of rows."""
-    _rows("accumulate", total.dtype, part.dtype, total, part)
+def on_host(array: Array) -> Any:
+    """Return a copy in the host's memory."""
+    return array.get()
+
+
+def add(total: Array, share: Array) -> None:
+    """Add a share, which may be of a narrower dtype, to a sum of rows."""
+    if share.dtype == total.dtype:
+        total += share
+    else:
+        _rows("accumulate", total.dtype, share.dtype, total, share)
 
 
 def copy(place: Array, array: Array) -> None:
-    """Copy numbers; rows of four axes many at a time, which CuPy's own copy does not do with two bytes."""
-    rows = place.ndim == 4 and place.dtype == array.dtype and place.shape == array.shape and place.size
-    if rows and all(each.strides[3] == each.itemsize for each in (place, array)):
+    """Copy numbers, rounded where the place is of a narrower dtype."""
+    alike = array.shape == place.shape and array.dtype == place.dtype
+    if alike and place.flags.c_contiguous and array.flags.c_contiguous:
+        # Four times as fast as CuPy's own copy of numbers of two bytes.
+        place.data.copy_from_device_async(array.data, place.nbytes)
+    elif array.dtype.itemsize > place.dtype.itemsize:
+        _rows("cast", array.dtype, place.dtype, place, array)
+    elif alike and place.ndim == 4 and place.size and all(each.strides[3] == each.itemsize for each in (place, array)):
         _rows("copy", accumulator(place.dtype), place.dtype, place, array)
     else:
         place[...] = array
 
 
-def take(array: Array, positions: Positions) -> Array:
-    """Return array[:, :, positions]."""
-    result = cupy.empty((*array.shape[:2], len(positions), *array.shape[3:]), array.dtype)
-    for there, here in _runs(positions):
+def take(array: Array, places: Places) -> Array:
+    """Return array[:, :, places]."""
+    result = cupy.empty((*array.shape[:2], len(places), *array.shape[3:]), array.dtype)
+    for there, here in places.runs:
         copy(result[:, :, here], array[:, :, there])
     return result
 
 
-def put(array: Array, positions: Positions, part: Array) -> None:
-    """Set array[:, :, positions] to a part."""
-    for there, here in _runs(positions):
+def put(array: Array, places: Places, part: Array) -> None:
+    """Set array[:, :, places] to a part."""
+    for there, here in places.runs:
         copy(array[:, :, there], part[:, :, here])
 
 
-Runs = list[tuple[slice, slice]]
-KEPT_RUNS = 256  # each with all its positions
-
-_cut: dict[int, tuple[Positions, Runs]] = {}
-"""Runs of positions, by their identity: to look at all of them takes longer than to copy what is there."""
-
-
-def _runs(positions: Positions) -> Runs:
-    """Cut positions into runs with even steps; return where each lies among all, and which of the given ones it has."""
-    if id(positions) not in _cut:
-        if len(_cut) == KEPT_RUNS:
-            _cut.clear()
-        result, begin = [], 0
-        while begin < len(positions):
-            steps = np.diff(positions[begin:])
-            count = 1 if not len(steps) else 1 + int(np.argmin(np.append(steps == steps[0], False)))
-            first, step = int(positions[begin]), int(steps[0]) if len(steps) else 1
-            result.append((slice(first, first + (count - 1) * step + 1, step), slice(begin, begin + count)))
-            begin += count
-        _cut[id(positions)] = positions, result
-    return _cut[id(positions)][1]
-
-
-def cast(total: Array, dtype: Any, result: Array | None = None) -> Array:
-    """Round a sum of rows to a dtype."""
-    if total.dtype == dtype:
-        return total.copy()
-    if result is None:
-        result = cupy.empty(total.shape, dtype)
-    _rows("cast", total.dtype, dtype, result, total)
+def cast(array: Array, dtype: Any) -> Array:
+    """Return a sum of rows, rounded to a dtype."""
+    result = cupy.empty(array.shape, dtype)
+    copy(result, array)
     return result
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ... import arrays, writing
+from ... import arrays
 from ...algorithms.spelling import spell
 from ...errors import InputError
+from ...machines import writing
 from ...messages.device.probe import takes_device_memory
 from ...messages.message import Communicator
 from ...planner.units import counts

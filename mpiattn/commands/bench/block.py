@@ -11,32 +11,38 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ...arrays import Array
-from ...arrays.softmax import LSE, accumulator, delta
+from ...arrays import Array, accumulator
+from ...arrays.softmax import LSE, delta
 from ...kernels.numpy.kernel import NumpyKernel
 from ...kernels.numpy.tiles import plan
+from ...problems.block import Block
 from ...problems.mask import Mask
 
 Timed = dict[str, Callable[[], object]]
 
 
+def whole(q: Array, mask: Mask) -> Block:
+    """Return the block of all queries against as many keys."""
+    positions = np.arange(q.shape[2])
+    return Block(mask, positions, positions)
+
+
 def runs(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> Iterator[Callable[[], object]]:
     """Yield the kernel's forward and backward, each with accumulators of its own, set back at every run."""
-    numpy_kernel, dtype = NumpyKernel(mask), accumulator(q.dtype)
-    positions = np.arange(q.shape[2])
+    kernel, block, dtype = NumpyKernel(), whole(q, mask), accumulator(q.dtype)
     out, lse = np.empty(d_out.shape, dtype), np.empty(q.shape[:3], LSE)
     d_q, d_k, d_v = np.empty(q.shape, dtype), np.empty(k.shape, dtype), np.empty(v.shape, dtype)
 
     def forward() -> None:
         out[...], lse[...] = 0, -np.inf
-        numpy_kernel.forward(q, k, v, positions, positions, out, lse)
+        kernel.forward(q, k, v, block=block, out=out, lse=lse)
 
     forward()
-    row_delta = delta(d_out, out)
+    row_sums = delta(d_out, out)
 
     def backward() -> None:
         d_q[...], d_k[...], d_v[...] = 0, 0, 0
-        numpy_kernel.backward(q, k, v, d_out, lse, row_delta, positions, positions, d_q, d_k, d_v)
+        kernel.backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_sums, d_q=d_q, d_k=d_k, d_v=d_v)
 
     yield forward
     yield backward
@@ -44,14 +50,14 @@ def runs(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> Iterator[Cal
 
 def products(q: Array, k: Array, v: Array, d_out: Array, mask: Mask, name: str) -> Callable[[], object]:
     """Return the matrix products that the kernel can't do without, of the same tiles, and nothing else."""
-    positions = np.arange(q.shape[2])
+    block = whole(q, mask)
     q, k, v, d_out = (x[0].astype(accumulator(x.dtype)) for x in (q, k, v, d_out))
     rows_of_tiles = [
         (
             [[np.ascontiguousarray(x[h, rows].T) for x in (q, d_out)] for h in range(len(q))],
             [(tile, slice(rows.start + tile.queries.start, rows.start + tile.queries.stop)) for tile in tiles],
         )
-        for rows, tiles in plan(mask, positions, positions)
+        for rows, tiles in plan(block)
     ]
     sizes = {(t.keys.stop - t.keys.start, t.queries.stop - t.queries.start) for _, ts in rows_of_tiles for t, _ in ts}
     scores = {size: [np.empty(size, q.dtype) for _ in range(2)] for size in sizes}
@@ -137,17 +143,17 @@ def interleave(timed: dict[str, Timed], rounds: int, done: Callable[[], object])
 
 def peak_bytes(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> list[int]:
     """Return the most memory that forward and backward take beyond their inputs, results included."""
-    positions, dtype = np.arange(q.shape[2]), accumulator(q.dtype)
+    block, dtype = whole(q, mask), accumulator(q.dtype)
     peaks = []
     tracemalloc.start()
     out, lse = np.zeros(d_out.shape, dtype), np.full(q.shape[:3], -np.inf, LSE)
-    NumpyKernel(mask).forward(q, k, v, positions, positions, out, lse)
+    NumpyKernel().forward(q, k, v, block=block, out=out, lse=lse)
     peaks.append(tracemalloc.get_traced_memory()[1])
-    row_delta = delta(d_out, out)
+    row_sums = delta(d_out, out)
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    gradients = np.zeros(q.shape, dtype), np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
-    NumpyKernel(mask).backward(q, k, v, d_out, lse, row_delta, positions, positions, *gradients)
+    d_q, d_k, d_v = (np.zeros(array.shape, dtype) for array in (q, k, v))
+    NumpyKernel().backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_sums, d_q=d_q, d_k=d_k, d_v=d_v)
     peaks.append(tracemalloc.get_traced_memory()[1] - before)
     tracemalloc.stop()
     return peaks

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ... import arrays
 from ...algorithms import ALGORITHMS, Attention
-from ...arrays.softmax import LSE, accumulator
+from ...arrays import accumulator
+from ...arrays.operations import cast
+from ...arrays.softmax import LSE
 from ...messages.message import Communicator
+from ...problems.block import Block
 from ...problems.mask import Full, Mask
 from ...problems.pairs import pairs
 from ..timing import timed
@@ -66,7 +68,7 @@ class Setting:
         shape = (1, heads, tokens, self.head_dim)
         if self.xp is np:
             return np.random.default_rng(0).standard_normal(shape).astype(self.dtype)
-        return arrays.cast(self.xp.random.standard_normal(shape, dtype=np.float32), self.dtype)
+        return cast(self.xp.random.standard_normal(shape, dtype=np.float32), self.dtype)
 
     @property
     def operations(self) -> float:
@@ -117,20 +119,20 @@ def one_call(setting: Setting) -> Contender:
             for heads in (setting.heads, setting.kv_heads, setting.kv_heads, setting.heads)
         )
         attention.agree_forward(q, k, v)
-        kernel: Any = attention.kernel
+        kernel = attention.kernel
     wide, xp = accumulator(setting.dtype), setting.xp
-    where = np.arange(tokens), np.arange(tokens)
+    block = Block(Full(), np.arange(tokens), np.arange(tokens))
     out, lse = xp.zeros(q.shape, wide), xp.full(q.shape[:3], -math.inf, LSE)
-    row_delta = xp.zeros(q.shape[:3], wide)
-    totals = [xp.zeros(array.shape, wide) for array in (q, k, v)]
+    delta = xp.zeros(q.shape[:3], wide)
+    d_q, d_k, d_v = (xp.zeros(array.shape, wide) for array in (q, k, v))
     final = xp.full(q.shape[:3], math.log(tokens), LSE)
 
     def forward() -> None:
-        kernel.forward(q, k, v, *where, out, lse)
+        kernel.forward(q, k, v, block=block, out=out, lse=lse)
 
     def both() -> None:
         forward()
-        kernel.backward(q, k, v, d_out, final, row_delta, *where, *totals)
+        kernel.backward(q, k, v, block=block, d_out=d_out, lse=final, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v)
 
     pieces = setting.comm.Get_size() * 4.0 * tokens**2 * setting.heads * setting.head_dim
     run = {"forward": forward, "forward+backward": both}

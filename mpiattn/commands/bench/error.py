@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ... import writing
 from ...algorithms.spelling import spell
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ...planner.units import count
 from .. import charts, chosen

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ... import writing
 from ...arrays import FLOATS
 from ...arrays import dtype as dtype_of
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ...planner.units import counts
 from ...problems.mask import Causal, Full, Mask

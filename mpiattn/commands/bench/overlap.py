@@ -9,8 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ... import writing
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ..env.environment import environment
 from ..root import on_root

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...algorithms import Attention
-from ...messages.message import Communicator
+from ...algorithms import Attention, HybridAttention
 
 
 class Nothing:
@@ -24,7 +23,7 @@ class Nothing:
 class Quiet:
     """A communicator that moves nothing but what ranks agree on."""
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Any) -> None:
         self.comm = comm
 
     def __getattr__(self, name: str) -> Any:
@@ -41,11 +40,22 @@ class Quiet:
 
     Alltoallv = Allgatherv
 
+    def Create_cart(self, *arguments: Any, **named: Any) -> Quiet:
+        """Make a communicator that moves nothing either."""
+        return Quiet(self.comm.Create_cart(*arguments, **named))
+
+    def Sub(self, *arguments: Any) -> Quiet:
+        """Make a communicator that moves nothing either."""
+        return Quiet(self.comm.Sub(*arguments))
+
+    def Split(self, *arguments: Any) -> Quiet:
+        """Make a communicator that moves nothing either."""
+        return Quiet(self.comm.Split(*arguments))
+
 
 def silence(attention: Attention) -> None:
     """Leave out the messages of an algorithm from now on."""
-    for name, value in list(vars(attention).items()):
-        if isinstance(value, Attention):
-            silence(value)
-        elif hasattr(value, "Isend"):
-            setattr(attention, name, Quiet(value))
+    attention.comm = Quiet(attention.comm)
+    attention.connect(attention.comm)
+    if isinstance(attention, HybridAttention):
+        silence(attention.inner)

@@ -13,6 +13,7 @@ from ...arrays.softmax import LSE
 from ...kernels.numpy.kernel import NumpyKernel
 from ...messages.message import Communicator, Tag, Testall, Waitall
 from ...messages.parcel import Parcel
+from ...problems.block import Block
 from ...problems.mask import Full
 
 HEADS, HEAD_DIM = 8, 128
@@ -32,13 +33,13 @@ class RingStep:
             array[...] = rng.standard_normal(array.shape, np.float32)
         self.arriving.fill(0, 0)
         self.keys = np.arange(tokens)
-        self.kernel = NumpyKernel(Full())
+        self.kernel = NumpyKernel()
         self.ask(1)
 
     def ask(self, queries: int) -> None:
         """Set the number of queries, and with it the time of compute."""
         self.q = np.random.default_rng(0).standard_normal((1, HEADS, queries, HEAD_DIM), np.float32)
-        self.queries = np.arange(queries)
+        self.block = Block(Full(), np.arange(queries), self.keys)
 
     def post(self) -> list[Any]:
         """Post the receive, then the send."""
@@ -49,7 +50,7 @@ class RingStep:
         """Attend to a block."""
         out, lse = np.zeros_like(self.q), np.full(self.q.shape[:3], -np.inf, LSE)
         k, v = self.near.arrays
-        self.kernel.forward(self.q, k, v, self.queries, self.keys, out, lse, progress)
+        self.kernel.forward(self.q, k, v, block=self.block, out=out, lse=lse, progress=progress)
 
     def time(self, communicates: bool, computes: bool, pokes: bool) -> tuple[float, float]:
         """Return the seconds of one step, and of its wait, on this rank."""
@@ -77,7 +78,7 @@ def measure(step: RingStep, ratio: float, rounds: int) -> list[dict[str, Any]]:
     step.ask(64)
     for _ in range(3):  # time isn't quite proportional to queries
         seconds = _slowest(comm, [step.time(*ways["compute"])[0] for _ in range(5)])
-        step.ask(max(round(len(step.queries) * ratio * communication / seconds), 1))
+        step.ask(max(round(len(step.block.queries) * ratio * communication / seconds), 1))
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -95,7 +96,7 @@ def measure(step: RingStep, ratio: float, rounds: int) -> list[dict[str, Any]]:
             {
                 "ratio": ratio,
                 "progress": name == "testall",
-                "queries": len(step.queries),
+                "queries": len(step.block.queries),
                 "overall": overall,
                 "compute": compute,
                 "communication": communication,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ... import kernels
-from ...arrays import cast
-from ...arrays.softmax import LSE, accumulator
+from ...arrays import accumulator
+from ...arrays.operations import cast
+from ...arrays.softmax import LSE
 from ...machines.machine import operations
 from ...messages.message import Communicator
 from ...problems.mask import Full
@@ -34,25 +35,26 @@ def rates(
         q, k, v, d_out = np.random.default_rng(0).standard_normal((4, *shape)).astype(dtype)
     else:
         q, k, v, d_out = (cast(xp.random.standard_normal(shape, dtype=np.float32), dtype) for _ in range(4))
-    where, wide = np.arange(tokens), accumulator(dtype)
+    wide = accumulator(dtype)
     problem = Problem(1, 1, heads, heads, head_dim, head_dim, tokens, tokens, dtype, "contiguous", Full())
-    block = kernels.choose(xp.__name__, problem, Full(), None, name)
+    kernel, block = kernels.choose(xp.__name__, problem, name=name), problem.block(0, 0)
+    assert block is not None
     out, lse = xp.zeros(shape, wide), xp.full(shape[:3], -np.inf, LSE)
     d_q, d_k, d_v = (xp.zeros(shape, wide) for _ in "qkv")
 
     def forward() -> None:
         if xp is not np:
-            block.begin(out, lse)  # what follows waits there: adding it up is not part of the block's time
-        block.forward(q, k, v, where, where, out, lse)
+            kernel.begin(out, lse)  # what follows waits there: adding it up is not part of the block's time
+        kernel.forward(q, k, v, block=block, out=out, lse=lse)
 
     def backward() -> None:
         if xp is not np:
             for total in (d_q, d_k, d_v):
-                block.begin(total)
-        block.backward(q, k, v, d_out, final, row_delta, where, where, d_q, d_k, d_v)
+                kernel.begin(total)
+        kernel.backward(q, k, v, block=block, d_out=d_out, lse=final, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v)
 
     seconds = median(comm, rounds, forward, xp)
-    row_delta, final = xp.zeros(shape[:3], wide), lse if xp is np else xp.full(shape[:3], np.log(tokens), LSE)
+    delta, final = xp.zeros(shape[:3], wide), lse if xp is np else xp.full(shape[:3], np.log(tokens), LSE)
     seconds_backward = median(comm, rounds, backward, xp)
     queueing = 0.0
     if xp is not np:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ... import arrays, machines, writing
+from ... import arrays, machines
 from ...errors import InputError
+from ...machines import writing
 from ...machines.machine import Machine, Rates
 from ...messages.device.channel import Channel
 from ...messages.device.comm import DeviceComm

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import add, cast, take
-from ...arrays.softmax import accumulator
+from ...arrays import accumulator
+from ...arrays.operations import cast, of
+from ...arrays.places import Places
 from ...messages.message import Communicator
 from ...messages.parcel import Parcel
 from .rounds import median
@@ -28,14 +29,18 @@ def launches(comm: Communicator, dtype: Any, head_dim: int, rounds: int, xp: Any
     """Return the seconds that it takes to start a pass over arrays: the mean of a gather, a copy, a sum, a rounding."""
     shape = 1, 1, 8, head_dim
     part, total = cast(xp.ones(shape, np.float32), dtype), xp.ones(shape, accumulator(dtype))
-    where, parcel = np.array([0, 1, 6, 7]), Parcel([(shape, dtype)], xp.empty(part.nbytes, np.uint8))
+    places, parcel, on = (
+        Places(np.array([0, 1, 6, 7])),
+        Parcel([(shape, dtype)], xp.empty(part.nbytes, np.uint8)),
+        of(xp),
+    )
 
     def passes() -> None:
         for _ in range(SOME):
-            take(part, where)
+            on.take(part, places)
             parcel.pack(part)
-            add(total, part)
-            cast(total, dtype)
+            on.add(total, part)
+            on.cast(total, dtype)
 
     return median(comm, rounds, passes, xp) / (4 * SOME)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import writing
 from ...algorithms import ALGORITHMS
 from ...arrays import Array
 from ...conformance import oracle
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ...problems import mask
 from ...problems.layout import LAYOUTS
@@ -26,7 +26,6 @@ from ...problems.mask import Positions
 from ...trace.comm import TracedComm
 from ...trace.events import Trace
 from ...trace.file import write
-from ...trace.kernel import watch
 from .. import charts, chosen, gpu, inputs
 from ..chosen import AUTO
 from ..env.environment import environment
@@ -63,9 +62,6 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     with ExitStack() as stack:
         trials, left_out = build(args, comm, stack, given[0] if given else None)
         kept = Trace()
-        if args.trace:
-            for trial in trials:
-                watch(trial.attention)
         right = patiently(comm, lambda: expected(*given, args) if given else None)
         progress = bar(comm, total=len(trials) * (1 + args.iterations), unit="run")
         for number, trial in itertools.product(range(1 + args.iterations), trials):

@@ -14,7 +14,8 @@ import numpy as np
 from ...algorithms import Attention
 from ...algorithms.shares import gather
 from ...algorithms.spelling import spell
-from ...arrays import Array, on_host
+from ...arrays import Array
+from ...arrays.operations import on_host
 from ...conformance import oracle
 from ...costs.peak import peak
 from ...messages.message import clock

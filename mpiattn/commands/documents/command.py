@@ -23,8 +23,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ... import machines, writing
+from ... import machines
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ...planner.units import count
 from .. import charts

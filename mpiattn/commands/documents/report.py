@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ... import writing
+from ...machines import writing
 from .. import charts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ... import writing
+from ...machines import writing
 from ...messages.message import Communicator
 from ..root import on_root
 from .environment import environment

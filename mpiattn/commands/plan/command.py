@@ -15,7 +15,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ... import machines, writing
+from ... import machines
+from ...machines import writing
 from ...machines.machine import Machine
 from ...planner.candidates import tile
 from ...planner.search import plan

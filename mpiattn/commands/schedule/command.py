@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ... import writing
 from ...errors import InputError
+from ...machines import writing
 from ...problems import grid
 from ...schedule.search import backward, forward
 from ...schedule.steps import HopTimes, Step, makespan, relative

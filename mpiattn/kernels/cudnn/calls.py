@@ -20,6 +20,8 @@ from .waiting import WaitingSums
 Array = Any
 Call = Callable[..., None]
 
+FORWARD = 5  # arrays of a call forward: q, k, v, out, lse
+
 
 class Calls:
     """Prepares calls of cuDNN, each with the pass that adds to the sums what comes out, or of the plain kernel."""
@@ -85,17 +87,22 @@ class Calls:
 
         return call
 
-    def by_plain_kernel(self, piece: Piece, count: int) -> Call:
-        """Return what computes a piece with the plain kernel."""
-        compute: Any
-        inputs, end, compute = (3, 5, self.plain.forward) if count == 5 else (6, 9, self.plain.backward)
+    def by_plain_kernel(self, piece: Piece, *arrays: Array) -> Call:
+        """Return what computes a piece with the plain kernel, forward or backward as these arrays are."""
 
-        def call(*arrays: Array) -> None:
+        def forward(*arrays: Array) -> None:
             self.sums.write(*arrays)  # the plain kernel adds at once
-            views = _part(piece, arrays)
-            compute(*views[:inputs], piece.q_positions, piece.k_positions, *views[inputs:end])
+            q, k, v, out, lse = _part(piece, arrays)
+            self.plain.forward(q, k, v, block=piece.block, out=out, lse=lse)
 
-        return call
+        def backward(*arrays: Array) -> None:
+            self.sums.write(*arrays)
+            q, k, v, d_out, lse, delta, d_q, d_k, d_v, *_ = _part(piece, arrays)
+            self.plain.backward(
+                q, k, v, block=piece.block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
+            )
+
+        return forward if len(arrays) == FORWARD else backward
 
     def _plan(self, piece: Piece, q: Array, *places: Place) -> Plan | None:
         scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
@@ -104,7 +111,7 @@ class Calls:
 
 def _part(piece: Piece, arrays: Sequence[Array]) -> list[Array]:
     """Return a piece of a block's arrays: forward q, k, v, out, lse; backward q, k, v, ..., d_q, d_k, d_v."""
-    of_keys = (1, 2) if len(arrays) == 5 else (1, 2, 7, 8)
+    of_keys = (1, 2) if len(arrays) == FORWARD else (1, 2, 7, 8)
     return [array[:, :, piece.keys if i in of_keys else piece.queries] for i, array in enumerate(arrays)]
 
 

@@ -7,13 +7,15 @@ can't do goes to the plain CuPy kernel, piece by piece.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout
-from mpiattn.problems.mask import Mask, Positions
 
+from ..contract import Progress, rows_of
 from ..cupy.bounds import BoundsOf
-from ..cupy.kernel import CupyKernel, Progress
+from ..cupy.kernel import CupyKernel
 from .calls import Call, Calls
 from .pieces import Piece, pieces
 from .waiting import WaitingSums, first_token
@@ -24,7 +26,7 @@ ALIGNMENT = 16  # bytes
 
 
 class CudnnKernel(WaitingSums):
-    """Attention of one rank's block by cuDNN. Parameters, arrays and results: as `NumpyKernel`'s.
+    """Attention of one rank's block by cuDNN; parameters as `NumpyKernel`'s.
 
     Work is queued on the current stream; nothing waits for the device. Partial results are rounded to the
     inputs' dtype before they are merged or added up in float32; those of sums that were begun (see `sums.py`)
@@ -34,87 +36,66 @@ class CudnnKernel(WaitingSums):
 
     name = "cudnn"
 
-    def __init__(self, mask: Mask, scale: float | None, dtype: Any) -> None:
-        super().__init__(dtype)
-        self.plain = CupyKernel(mask, scale)
+    def __init__(self, scale: float | None, dtype: Any, rounds: bool = True) -> None:
+        super().__init__(dtype, rounds)
+        self.plain = CupyKernel(scale)
         self.calls = Calls(scale, self, self.plain)
-        self.prepared: dict[tuple[Any, ...], tuple[Positions, Positions, list[int], list[Call]]] = {}
+        self.prepared: dict[tuple[Any, ...], tuple[list[int], list[Call]]] = {}
         self.remembered: tuple[Array, Array] | None = None
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
         assert dropout is None
 
-    def remember(self, row_delta: Array, out: Array) -> None:
-        """Keep the output: backward, cuDNN takes it instead of row_delta."""
-        self.remembered = row_delta, out
+    def remember(self, delta: Array, out: Array) -> None:
+        """Keep the output: backward, cuDNN takes it instead of delta."""
+        self.remembered = delta, out
 
     def forward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        out: Array,
-        lse: Array,
-        progress: Progress | None = None,
+        self, q: Array, k: Array, v: Array, *, block: Block, out: Array, lse: Array, progress: Progress | None = None
     ) -> None:
-        """Merge the attention of q to this block's keys into (out, lse), in place: see `NumpyKernel.forward`."""
-        self._run(self.calls.forward, q_positions, k_positions, [q, k, v], [out, lse])
+        """Merge the attention of the block's queries to its keys into (out, lse), in place; see `contract.Kernel`."""
+        q, out, lse = rows_of(block, q, out, lse)
+        self._run(self.calls.forward, block, [q, k, v, out, lse])
         if progress:
             progress()
 
     def backward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        d_out: Array,
-        lse: Array,
-        delta: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        d_q: Array,
-        d_k: Array,
-        d_v: Array,
-        progress: Progress | None = None,
-    ) -> None:
-        """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
-        others = [lse, delta, d_q, d_k, d_v]
+        self, q: Array, k: Array, v: Array, *, block: Block, d_out: Array, lse: Array, delta: Array, d_q: Array,
+        d_k: Array, d_v: Array, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
+        q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
+        arrays = [q, k, v, d_out, lse, delta, d_q, d_k, d_v]
         if self.remembered is not None:
-            row_delta, out = self.remembered
-            first = first_token(row_delta, delta)
-            if first is not None and delta.shape[:2] == row_delta.shape[:2]:
-                others.append(out[:, :, first : first + delta.shape[2]])
-        self._run(self.calls.backward, q_positions, k_positions, [q, k, v, d_out], others)
+            whole, out = self.remembered
+            first = first_token(whole, delta)
+            if first is not None and delta.shape[:2] == whole.shape[:2]:
+                arrays.append(out[:, :, first : first + delta.shape[2]])
+        self._run(self.calls.backward, block, arrays)
         if progress:
             progress()
 
-    def _run(
-        self, prepare: Any, q_positions: Positions, k_positions: Positions, halves: list[Array], others: list[Array]
-    ) -> None:
-        """Queue the calls of a block; what depends on shapes and positions only is prepared once."""
-        arrays = [*halves, *others]
+    def _run(self, prepare: Callable[..., Call | None], block: Block, arrays: list[Array]) -> None:
+        """Queue the calls of a block; what depends on the block and on shapes only is prepared once."""
         shapes = [(array.shape, array.strides, array.data.ptr % ALIGNMENT) for array in arrays]
-        key = (prepare, id(q_positions), id(k_positions), arrays[0].dtype, *shapes)
+        key = (prepare, block, arrays[0].dtype, *shapes)
         known = self.prepared.get(key)
-        unreadable = [i for i, array in enumerate(arrays) if not _readable(array)] if known is None else known[2]
+        unreadable = [i for i, array in enumerate(arrays) if not _readable(array)] if known is None else known[0]
         for i in unreadable:
             arrays[i] = arrays[i].copy(order="C")
         if known is None:
             if len(self.prepared) >= BoundsOf.KEPT:
                 self.prepared.clear()
-            bounds = self.plain.bounds(q_positions, k_positions)
-            parts = pieces(bounds.start, bounds.stop, q_positions, k_positions)
+            bounds = self.plain.bounds(block)
+            parts = pieces(bounds.start, bounds.stop, block)
             if parts is None:
-                whole = slice(0, len(q_positions)), slice(0, len(k_positions))
-                calls = [self.calls.by_plain_kernel(Piece(*whole, False, None, q_positions, k_positions), len(arrays))]
+                whole = Piece.whole(block)
+                calls = [self.calls.by_plain_kernel(whole, *arrays)]
             else:
-                calls = [prepare(piece, *arrays) or self.calls.by_plain_kernel(piece, len(arrays)) for piece in parts]
-            # With the positions, so that their numbers in the key are not given to other arrays.
-            known = self.prepared[key] = q_positions, k_positions, unreadable, calls
-        for call in known[3]:
+                calls = [prepare(piece, *arrays) or self.calls.by_plain_kernel(piece, *arrays) for piece in parts]
+            known = self.prepared[key] = unreadable, calls
+        for call in known[1]:
             call(*arrays)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.problems.mask import Positions
+from mpiattn.problems.block import Block
 
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
 SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: cuDNN is faster at squares
@@ -27,21 +27,24 @@ class Piece(NamedTuple):
     left : int, optional
         Each query's run begins one key later than the one before's. Where `causal` too, runs have this many
         keys; else it is 1, and the first query sees the first key.
-    q_positions, k_positions : int64
-        Global positions of the queries and keys.
+    block : Block
+        This rectangle alone, for the plain kernel.
     """
 
     queries: slice
     keys: slice
     causal: bool
     left: int | None
-    q_positions: Positions
-    k_positions: Positions
+    block: Block
+
+    @classmethod
+    def whole(cls, block: Block) -> Piece:
+        """Return a block as one piece, which only the plain kernel can do."""
+        queries, keys = slice(0, len(block.queries)), slice(0, len(block.keys))
+        return cls(queries, keys, False, None, _part(block, queries, keys))
 
 
-def pieces(
-    start: NDArray[np.int32], stop: NDArray[np.int32], q_positions: Positions, k_positions: Positions
-) -> list[Piece] | None:
+def pieces(start: NDArray[np.int32], stop: NDArray[np.int32], block: Block) -> list[Piece] | None:
     """Cut a block into pieces that cuDNN can do, or return None where they would be too many.
 
     Parameters
@@ -68,10 +71,15 @@ def pieces(
             before = keys.stop - keys.start - (queries.stop - queries.start)  # keys that the first query sees
             if more and left is None and before >= SQUARE:
                 seen = slice(keys.start, keys.start + before)
-                result.append(Piece(queries, seen, False, None, q_positions[queries], k_positions[seen]))
+                result.append(Piece(queries, seen, False, None, _part(block, queries, seen)))
                 keys = slice(seen.stop, keys.stop)
-            result.append(Piece(queries, keys, more, left, q_positions[queries], k_positions[keys]))
+            result.append(Piece(queries, keys, more, left, _part(block, queries, keys)))
             if len(result) > MOST_PIECES:
                 return None
         first = last + 1
     return result
+
+
+def _part(block: Block, queries: slice, keys: slice) -> Block:
+    """Return some of a block's queries against some of its keys; the arrays given with it are of these alone."""
+    return Block(block.mask, block.queries[queries], block.keys[keys])

@@ -46,10 +46,18 @@ def first_token(total: Array, array: Array) -> int | None:
 
 
 class WaitingSums(Sums):
-    """Sums of shares of a narrower dtype, that of the inputs; those of a sum that was begun wait."""
+    """Sums of shares of a narrower dtype, that of the inputs; those of a sum that was begun wait.
 
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
+    Parameters
+    ----------
+    dtype : numpy dtype
+        Of the shares.
+    rounds : bool
+        Whether complete sums may be rounded to it: nothing is added to them elsewhere.
+    """
+
+    def __init__(self, dtype: Any, rounds: bool = True) -> None:
+        self.dtype, self.rounds = dtype, rounds
         self.waiting: dict[int, Waiting] = {}
 
     def begin(self, *sums: Array) -> None:

@@ -1,4 +1,4 @@
-"""Which keys each query of a block sees, kept on the device for all calls with the same positions."""
+"""Which keys each query of a block sees, kept on the device for all calls with the same block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.problems.mask import Mask, Positions
+from mpiattn.problems.block import Block
 
 Array = Any
 
@@ -16,31 +16,26 @@ Array = Any
 class Bounds(NamedTuple):
     """The run of keys [start, stop) that each query of a block sees, as indices; on the host and on the device."""
 
-    positions: tuple[Positions, Positions]
     start: NDArray[np.int32]
     stop: NDArray[np.int32]
     on_device: tuple[Array, Array, Array, Array]
-    """start, stop and the positions."""
+    """start, stop, and the positions of queries and keys."""
 
 
 class BoundsOf:
-    """The bounds of a mask in blocks; those of the last ones are kept."""
+    """The bounds of blocks; those of the last ones are kept."""
 
     KEPT = 1024
 
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
-        self.kept: dict[tuple[int, int], Bounds] = {}
+    def __init__(self) -> None:
+        self.kept: dict[Block, Bounds] = {}
 
-    def __call__(self, q_positions: Positions, k_positions: Positions) -> Bounds:
-        """Return the bounds of queries and keys at these positions."""
-        key = id(q_positions), id(k_positions)  # `Bounds` holds both, so neither number is given to another array
-        if key not in self.kept:
+    def __call__(self, block: Block) -> Bounds:
+        """Return the bounds of a block."""
+        if block not in self.kept:
             if len(self.kept) == self.KEPT:
                 self.kept.clear()
-            lo, hi = self.mask.bounds(q_positions)
-            start, stop = (np.searchsorted(k_positions, bound).astype(np.int32) for bound in (lo, hi))
-            both = q_positions, k_positions
-            start_there, stop_there, queries, keys = map(cupy.asarray, (start, stop, *both))
-            self.kept[key] = Bounds(both, start, stop, (start_there, stop_there, queries, keys))
-        return self.kept[key]
+            start, stop = (bound.astype(np.int32) for bound in block.runs)
+            on_device = cupy.asarray(start), cupy.asarray(stop), cupy.asarray(block.queries), cupy.asarray(block.keys)
+            self.kept[block] = Bounds(start, stop, on_device)
+        return self.kept[block]

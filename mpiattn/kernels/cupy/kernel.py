@@ -7,39 +7,38 @@ used by products with the values, the gradients and the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
 
+from mpiattn.arrays import accumulator
 from mpiattn.arrays.cupy.passes import THREADS, compiled
 from mpiattn.arrays.cupy.rows import merge
-from mpiattn.arrays.softmax import accumulator
+from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout
-from mpiattn.problems.mask import Mask, Positions
 
+from ..contract import Progress, rows_of
 from ..sums import Sums
 from .bounds import Bounds, BoundsOf
 from .products import product
 from .tiles import Tile, tiles
 
 Array = Any
-Progress = Callable[[], object]
 
 
 class CupyKernel(Sums):
-    """Attention of one rank's block on a GPU. Parameters, arrays and results: as `NumpyKernel`'s.
+    """Attention of one rank's block on a GPU; parameters as `NumpyKernel`'s.
 
     Work is queued on the current stream; nothing waits for the device.
     """
 
     name = "cupy"
 
-    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, softcap: float | None = None) -> None:
         self.scale = scale
         self.softcap = softcap
-        self.bounds = BoundsOf(mask)
+        self.bounds = BoundsOf()
         self.dropout: Dropout | None = None
         self.first_head = 0
 
@@ -48,19 +47,12 @@ class CupyKernel(Sums):
         self.dropout, self.first_head = dropout, first_head
 
     def forward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        out: Array,
-        lse: Array,
-        progress: Progress | None = None,
+        self, q: Array, k: Array, v: Array, *, block: Block, out: Array, lse: Array, progress: Progress | None = None
     ) -> None:
-        """Merge the attention of q to this block's keys into (out, lse), in place: see `NumpyKernel.forward`."""
+        """Merge the attention of the block's queries to its keys into (out, lse), in place; see `contract.Kernel`."""
+        q, out, lse = rows_of(block, q, out, lse)
         group = q.shape[1] // k.shape[1]
-        bounds = self.bounds(q_positions, k_positions)
+        bounds = self.bounds(block)
         for tile in tiles(bounds, k.shape[1], group, accumulator(q.dtype).itemsize):
             heads = slice(tile.heads.start * group, tile.heads.stop * group)
             for b in range(q.shape[0]):
@@ -77,23 +69,13 @@ class CupyKernel(Sums):
                 progress()
 
     def backward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        d_out: Array,
-        lse: Array,
-        delta: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        d_q: Array,
-        d_k: Array,
-        d_v: Array,
-        progress: Progress | None = None,
-    ) -> None:
-        """Add this block's share of the gradients to d_q, d_k and d_v, in place: see `NumpyKernel.backward`."""
+        self, q: Array, k: Array, v: Array, *, block: Block, d_out: Array, lse: Array, delta: Array, d_q: Array,
+        d_k: Array, d_v: Array, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
+        q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
         group = q.shape[1] // k.shape[1]
-        bounds, scale = self.bounds(q_positions, k_positions), self._scale(q)
+        bounds, scale = self.bounds(block), self._scale(q)
         for tile in tiles(bounds, k.shape[1], group, accumulator(q.dtype).itemsize):
             heads = slice(tile.heads.start * group, tile.heads.stop * group)
             for b in range(q.shape[0]):

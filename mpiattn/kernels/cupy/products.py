@@ -9,7 +9,7 @@ import numpy as np
 from cupy.cuda.device import get_cublas_handle
 from cupy_backends.cuda.libs import cublas
 
-from mpiattn.arrays.softmax import accumulator
+from mpiattn.arrays import accumulator
 
 Array = Any
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.arrays.softmax import accumulator, merge
+from mpiattn.arrays import accumulator
+from mpiattn.arrays.softmax import merge
+from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout
-from mpiattn.problems.mask import Mask, Positions
+from mpiattn.problems.mask import Positions
 
+from ..contract import Progress, rows_of
 from ..sums import Sums
 from . import slices
 from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
@@ -20,7 +22,6 @@ from .tiles import plan
 from .work import Work
 
 Array = NDArray[Any]
-Progress = Callable[[], object]
 
 
 class NumpyKernel(Sums):
@@ -28,13 +29,12 @@ class NumpyKernel(Sums):
 
     Arrays are (batch, heads, tokens, head_dim) of float64, float32, float16 or bfloat16, contiguous or
     not. k and v may have fewer heads: query head h uses head h // (heads / kv_heads). What is computed
-    and accumulated is `softmax.accumulator(dtype)`, float32 or float64; see `scores` for large scores. As in a textbook's 0 * NaN, a NaN in v
-    reaches all rows of its tile, not only those that see it; one in q or k reaches the rows that see it.
+    and accumulated is `arrays.accumulator(dtype)`, float32 or float64; see `scores` for large scores. As in a
+    textbook's 0 * NaN, a NaN in v reaches all rows of its tile, not only those that see it; one in q or k reaches the
+    rows that see it.
 
     Parameters
     ----------
-    mask : Mask
-        Evaluated on the global positions given with each block.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) if not given.
     softcap : float, optional
@@ -43,8 +43,7 @@ class NumpyKernel(Sums):
 
     name = "numpy"
 
-    def __init__(self, mask: Mask, scale: float | None = None, softcap: float | None = None) -> None:
-        self.mask = mask
+    def __init__(self, scale: float | None = None, softcap: float | None = None) -> None:
         self.scale = scale
         self.softcap = softcap
         self.dropout: Dropout | None = None
@@ -56,34 +55,15 @@ class NumpyKernel(Sums):
         self.dropout, self.first_head = dropout, first_head
 
     def forward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        out: Array,
-        lse: Array,
-        progress: Progress | None = None,
+        self, q: Array, k: Array, v: Array, *, block: Block, out: Array, lse: Array, progress: Progress | None = None
     ) -> None:
-        """Merge the attention of q to this block's keys into (out, lse), in place.
+        """Merge the attention of the block's queries to its keys into (out, lse), in place; see `contract.Kernel`.
 
-        Parameters
-        ----------
-        q : (batch, heads, q_tokens, head_dim)
-        k : (batch, kv_heads, k_tokens, head_dim)
-        v : (batch, kv_heads, k_tokens, v_head_dim)
-        q_positions, k_positions : int64, (q_tokens,) and (k_tokens,)
-            Global positions, ascending.
-        out : float32 or float64, (batch, heads, q_tokens, v_head_dim)
-            Normalised output so far; zeros at the start.
-        lse : as wide or wider, (batch, heads, q_tokens)
-            Natural logarithm of the sum of exponentials so far; -inf at the start. See `softmax.LSE`.
-        progress : callable, optional
-            Called before each tile, so that an MPI library can move messages.
+        `progress` is called before each tile.
         """
+        q, out, lse = rows_of(block, q, out, lse)
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = plan(self.mask, q_positions, k_positions)
+        rows_of_tiles = plan(block)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -110,7 +90,7 @@ class NumpyKernel(Sums):
                             sums += self.work.product("part", values[tile.keys].T, score)
                         else:
                             sums[-1] += score.sum(axis=0)
-                            score *= self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            score *= self._kept(b, h, block.queries[rows][tile.queries], block.keys[tile.keys], dtype)
                             sums[:-1] += self.work.product("part", values[tile.keys, :-1].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
@@ -119,35 +99,13 @@ class NumpyKernel(Sums):
                     merge(out[b, h, rows], lse[b, h, rows], total[:-1].T, part_lse)
 
     def backward(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        d_out: Array,
-        lse: Array,
-        delta: Array,
-        q_positions: Positions,
-        k_positions: Positions,
-        d_q: Array,
-        d_k: Array,
-        d_v: Array,
-        progress: Progress | None = None,
-    ) -> None:
-        """Add this block's share of the gradients to d_q, d_k and d_v, in place.
-
-        Parameters
-        ----------
-        q, k, v, q_positions, k_positions, progress
-            As in `forward`.
-        d_out : (batch, heads, q_tokens, v_head_dim)
-            Gradient with respect to the output.
-        lse, delta : float32 or float64, (batch, heads, q_tokens)
-            Of the whole rows, all keys: the final lse, and rowsum(d_out * out).
-        d_q, d_k, d_v : float32 or float64, shapes of q, k, v
-            Gradients so far; zeros at the start.
-        """
+        self, q: Array, k: Array, v: Array, *, block: Block, d_out: Array, lse: Array, delta: Array, d_q: Array,
+        d_k: Array, d_v: Array, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
+        q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = plan(self.mask, q_positions, k_positions)
+        rows_of_tiles = plan(block)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -181,7 +139,7 @@ class NumpyKernel(Sums):
                             d_score = self.work.product("d_score", values[tile.keys], d_seeing)
                             d_score *= weight
                         else:
-                            kept = self._kept(b, h, q_positions[rows][tile.queries], k_positions[tile.keys], dtype)
+                            kept = self._kept(b, h, block.queries[rows][tile.queries], block.keys[tile.keys], dtype)
                             d_score = self.work.product("d_score", values[tile.keys, :-1], d_seeing[:-1])
                             d_score *= kept
                             d_score += d_seeing[-1]

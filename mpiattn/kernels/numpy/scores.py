@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.arrays.softmax import accumulator
+from mpiattn.arrays import accumulator
 
 from . import slices
 

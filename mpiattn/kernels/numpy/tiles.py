@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiattn.problems.mask import Mask, Positions
+from mpiattn.problems.block import Block
 
 QUERIES, KEYS = 384, 512  # a tile: its scores (768 kB in float32) stay in the second-level cache
 SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked
@@ -22,21 +22,20 @@ class Tile(NamedTuple):
     visible: NDArray[np.bool_] | None  # (keys, queries); None: every query sees every key
 
 
-def plan(mask: Mask, q_positions: Positions, k_positions: Positions) -> list[tuple[slice, list[Tile]]]:
+def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
     """Return the rows of tiles that the mask leaves of a block: slices of queries, each with its tiles.
 
     A query sees the keys of indices [start, stop). The keys that a whole row sees make large tiles
     without a mask; those before and after, that some of its queries see, make narrow ones.
     """
-    lo, hi = mask.bounds(q_positions)
-    start, stop = np.searchsorted(k_positions, lo), np.searchsorted(k_positions, hi)
+    start, stop = block.runs
     # Rows end where the runs jump: between the two parts of a zigzag chunk, between documents.
     jump = np.maximum(np.diff(start), np.diff(stop))
     usual = np.median(jump) if len(jump) else 0
     cuts = np.flatnonzero(jump > usual + SIDE) + 1
     patterns: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # most masks look alike: the diagonal's
     result = []
-    for begin, end in pairwise([0, *map(int, cuts), len(q_positions)]):
+    for begin, end in pairwise([0, *map(int, cuts), len(block.queries)]):
         for rows in _cut(begin, end, QUERIES):
             first, last = start[rows], stop[rows]
             some = first < last

@@ -35,7 +35,9 @@ class Channel:
     """
 
     def __init__(self, comm: Communicator, xp: Any, mode: str = "auto") -> None:
-        self.xp = xp
+        self.xp, self.mode = xp, mode
+        self.opened: list[Uses] = []
+        """Buffers on which work is queued since the last event was recorded."""
         self.on_device = mode == "device" or (mode == "auto" and takes_device_memory(comm, xp))
         self.under_way: list[Transfer] = []
         self.out, self.back = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
@@ -51,11 +53,11 @@ class Channel:
     def ready(self, buf: Any) -> Any:
         """Return an event that passes when the device has done with a buffer what was queued so far."""
         event = None
-        if Uses.opened or not isinstance(buf, Tracked):
+        if self.opened or not isinstance(buf, Tracked):
             event = self.mark()
-        for uses in Uses.opened:
+        for uses in self.opened:
             uses.event = event
-        Uses.opened.clear()
+        self.opened.clear()
         return buf.uses.event if isinstance(buf, Tracked) else event
 
     def slot(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..message import Communicator, Memory, Testall, constant
+from ..message import Memory, Testall, constant
 from ..parcel import Tracked
 from . import pinned, staging
 from .channel import Channel, Transfer
@@ -29,13 +29,40 @@ class DeviceComm:
     are made of messages: MPI libraries differ in which ones they do there, and how fast.
     """
 
-    def __init__(self, comm: Communicator, channel: Channel) -> None:
+    def __init__(self, comm: Any, channel: Channel) -> None:
         self.comm, self.channel = comm, channel
         self.counts: dict[tuple[str, int, int], int] = defaultdict(int)
         self.names = [] if channel.on_device else comm.allgather(pinned.name())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
+
+    def private(self) -> DeviceComm:
+        """Return this communicator: what it carries for is private."""
+        return self
+
+    # Communicators made from this one carry device memory, too.
+
+    def Create_cart(self, dims: Sequence[int], periods: Sequence[bool], reorder: bool = False) -> DeviceComm:
+        """Make a Cartesian communicator."""
+        return self._derived(self.comm.Create_cart(dims, periods, reorder))
+
+    def Sub(self, remain_dims: Sequence[bool]) -> DeviceComm:
+        """Make the communicator of a row or a column of a grid."""
+        return self._derived(self.comm.Sub(remain_dims))
+
+    def Split(self, color: int = 0, key: int = 0) -> DeviceComm:
+        """Make a communicator of the ranks that give one color, in the order of their keys."""
+        return self._derived(self.comm.Split(color, key))
+
+    def _derived(self, comm: Any) -> DeviceComm:
+        """Return the carrier of a communicator: one, as it numbers its messages."""
+        carriers = comm.kept.carriers
+        if self.channel.mode not in carriers:
+            carriers[self.channel.mode] = DeviceComm(comm, self.channel)
+        return carriers[self.channel.mode]  # type: ignore[no-any-return]
+
+    # Messages
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Transfer:
         """Start to send a buffer, once the device has filled it."""
@@ -106,6 +133,14 @@ class DeviceComm:
         transfers = [self.Irecv(received[other], other, TAGS - 1) for other in others if received[other].size]
         transfers += [self.Isend(sent[other], other, TAGS - 1) for other in others if sent[other].size]
         return Transfer(self.channel, _completed(transfers))
+
+
+def carrier(comm: Any, xp: Any, mode: str) -> tuple[DeviceComm, Channel]:
+    """Return what carries device memory over a private communicator, and its channel; kept with it once made."""
+    carriers = comm.kept.carriers
+    if mode not in carriers:
+        carriers[mode] = DeviceComm(comm, Channel(comm, xp, mode))
+    return carriers[mode], carriers[mode].channel
 
 
 def _array(buf: Any) -> Array:

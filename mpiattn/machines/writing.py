@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError, WriteError
+from ..errors import InputError, WriteError
 
 PROBE = b"\0" * 4096
 """What is written to find out whether the disk has room: more than its smallest unit."""

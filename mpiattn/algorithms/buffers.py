@@ -1,0 +1,105 @@
+"""The memory that an algorithm computes in, sends from and receives into: parcels, by name, for one problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import Array, Spec
+from ..arrays.operations import of
+from ..arrays.softmax import LSE
+from ..messages.parcel import Parcel, Uses, nbytes
+from ..problems.problem import Problem
+
+
+class Buffers:
+    """Parcels by name: asked for again, a name has the memory that it had, until the problem changes."""
+
+    def __init__(self) -> None:
+        self.xp: ModuleType = np
+        self.problem: Problem | None = None
+        self.opened: list[Uses] = []
+        self.held: dict[str, list[NDArray[np.uint8]]] = {}
+        self.uses: dict[str, list[Uses | None]] = {}
+        self.made: dict[tuple[object, ...], Parcel] = {}
+
+    def renew(self, problem: Problem | None, xp: ModuleType, opened: list[Uses] | None = None) -> None:
+        """Give back all memory, and have it for another problem of arrays of that namespace from now on.
+
+        `opened` is that of the channel of messages between GPUs, where there is one.
+        """
+        self.problem, self.xp = problem, xp
+        self.opened = [] if opened is None else opened
+        for parcel in self.made.values():
+            parcel.release()  # an algorithm may still hold it
+        for kept in (self.held, self.uses, self.made):
+            kept.clear()
+
+    def parcels(self, name: str, specs: Sequence[Sequence[Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
+        """Return a parcel for each list of specs.
+
+        Parameters
+        ----------
+        name : str
+        specs : for each parcel, shapes and dtypes
+        buffers : int
+            Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own.
+        anew : bool
+            The algorithm asks for `parcel.arrays` again before each call of the kernel. On GPUs, which do later what
+            is queued, a message of the parcel then waits only for what was queued on the parcel's own buffer, and one
+            buffer more lets messages run ahead of the queue.
+        """
+        tracked = anew and of(self.xp).QUEUED
+        count = min(buffers + (tracked and buffers > 0), len(specs)) or len(specs)
+        if name not in self.held:
+            sizes = [max(nbytes(group) for group in _different(specs[start::count])) for start in range(count)]
+            self.held[name] = [self.xp.empty(size, np.uint8) for size in sizes]
+            self.uses[name] = [Uses(self.opened) if tracked else None for _ in range(count)]
+        # Most chunks are of one shape: their parcels in one buffer are one.
+        result: list[Parcel] = []
+        for step, group in enumerate(specs):
+            if step >= count and result[step - count].specs == group:
+                result.append(result[step - count])
+                continue
+            key = name, step % count, *group
+            if key not in self.made:
+                self.made[key] = Parcel(group, self.held[name][step % count], self.uses[name][step % count])
+            result.append(self.made[key])
+        return result
+
+    def sums(self, name: str, specs: Sequence[list[Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
+        """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""
+        sums, travelling = self.parcels(name, specs, buffers, anew), self.travelling(specs)
+        if travelling != list(specs):
+            for own, rounded in zip(sums, self.parcels(f"rounded {name}", travelling, buffers, anew), strict=True):
+                own.sent_as = rounded
+        return sums
+
+    def arriving(self, name: str, specs: Sequence[list[Spec]]) -> list[Parcel]:
+        """Return parcels for sums that arrive, one a step in one buffer.
+
+        Number 0 is the rank's own sum, which comes home; it has a buffer to itself, as it may arrive together with the
+        last of the others.
+        """
+        specs = self.travelling(specs)
+        return self.parcels(f"home {name}", specs[:1]) + self.parcels(f"arriving {name}", specs, buffers=1)[1:]
+
+    def travelling(self, specs: Sequence[list[Spec]]) -> list[list[Spec]]:
+        """Return partial sums as they travel; see `Problem.sent`."""
+        assert self.problem is not None
+        return [self.problem.sent(sums) for sums in specs]
+
+    def state(self, q: Array) -> tuple[Array, Array]:
+        """Return new (out, lse) of queries that have attended to nothing: zeros and -inf."""
+        assert self.problem is not None
+        out = self.xp.zeros((*q.shape[:3], self.problem.v_head_dim), self.problem.wide)
+        return out, self.xp.full(q.shape[:3], -math.inf, LSE)
+
+
+def _different(specs: Sequence[Sequence[Spec]]) -> list[Sequence[Spec]]:
+    """Leave out what equals the one before it."""
+    return [group for number, group in enumerate(specs) if not number or group != specs[number - 1]]

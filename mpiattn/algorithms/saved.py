@@ -1,0 +1,75 @@
+"""What `backward` needs of `forward`, and whether it is still what `forward` left."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array
+from ..errors import InputError
+from ..problems.dropout import Dropout
+from ..problems.problem import Problem
+from .agreement import Agreement, described, show
+from .given import drawn
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
+
+    `out` and `lse` belong to the queries that `forward` was given; `lse` is the natural logarithm of the sum of
+    exponentials of each query's scores, its sink included, float64, (batch, heads, tokens), -inf where there are none.
+    q, k, v are what this rank computed with: its tokens, or where heads are exchanged, its heads.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
+    problem: Problem
+    sinks: Array | None = None
+    dropout: Dropout | None = None
+    by: tuple[object, ...] = ()
+    """Of the attention that gives it: `Attention.identity`."""
+    print: int = 0
+    """Fingerprint of q, k, v and out."""
+
+
+def fingerprint(*arrays: Any) -> int:
+    """Return a number that differs where the arrays do; 0 of arrays that aren't in the memory of the host.
+
+    A sum of 64-bit words, as fast as memory: it is to notice that an array was used for something else meanwhile.
+    """
+    total = 0
+    for number, array in enumerate(arrays):
+        if type(array) is np.ndarray and array.size:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            whole = data.size // 8 * 8
+            words = int(np.add.reduce(data[:whole].view(np.uint64))) + zlib.crc32(data[whole:].tobytes())
+            total += (2 * number + 1) * words
+    return total % 2**63
+
+
+def check_saved(agreement: Agreement, d_out: Any, saved: Any, identity: tuple[object, ...]) -> None:
+    """Raise InputError on every rank where, on one, d_out does not fit what was saved, or that is not `forward`'s."""
+    own = isinstance(saved, Saved) and saved.by == identity
+    saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
+    intact = not own or saved.print == fingerprint(saved.q, saved.k, saved.v, saved.out)
+    numbers = own, zlib.crc32(repr(saves).encode())
+    table = agreement.describe(saved.out if own else None, d_out, numbers=[*numbers, intact])
+    specs = described(table[:, :-1].tobytes(), len(table), 2)
+    if not own:
+        raise InputError("saved is not what forward of this algorithm returns with the same options")
+    for rank, (out, gradient) in enumerate(specs):
+        if gradient != out:
+            raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")
+    for rank, whole in enumerate(table[:, -1]):
+        if not whole:
+            raise InputError(
+                f"q, k, v or out were changed on rank {rank} between forward and backward, which reads them again: "
+                "give forward copies, or change copies"
+            )

@@ -1,0 +1,63 @@
+"""What an algorithm asks of the communicator that it is built on: MPI's, a traced one, or a virtual one.
+
+Those that stand in for MPI's answer by methods of the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+from .device.comm import carrier
+
+
+def private(comm: Any) -> Any:
+    """Return the duplicate of a communicator on which this package's messages never meet the caller's.
+
+    MPI's is made once and kept with the communicator, see `private`; those that stand in for MPI's have a method that
+    does this, `private()`. What is private already stays as it is.
+
+    Raises
+    ------
+    InputError
+        Where that is no communicator, has been freed, or connects two groups of ranks.
+    """
+    if hasattr(comm, "private"):
+        return comm.private()
+    if comm is None:
+        raise InputError("comm is None: give an MPI communicator, such as MPI.COMM_WORLD")
+    from mpi4py import MPI
+
+    if not isinstance(comm, MPI.Comm):
+        raise InputError(f"comm is no MPI communicator but {type(comm).__name__}: give one, such as MPI.COMM_WORLD")
+    if comm == MPI.COMM_NULL:
+        raise InputError("comm has been freed, or is none on this rank: give a communicator that all callers are in")
+    if not isinstance(comm, MPI.Intracomm):
+        raise InputError("comm connects two groups of ranks: give an intracommunicator, such as comm.Merge()")
+    from .private import duplicate
+
+    return duplicate(comm)
+
+
+def abandon(comm: Any, memory: object) -> None:
+    """Leave a private communicator to itself, and memory that messages under way on it may still read and write."""
+    if hasattr(comm, "abandon"):
+        comm.abandon(memory)
+
+
+def kernel_on(comm: Any, kernel: Any) -> Any:
+    """Return the kernel as a communicator wants it: a traced one records it, a virtual one lets it move the clock.
+
+    Those that do so have a method `kernel(kernel)`; on any other the kernel stays as it is.
+    """
+    return comm.kernel(kernel) if hasattr(comm, "kernel") else kernel
+
+
+def on_device(comm: Any, xp: Any, mode: str) -> tuple[Any, Any]:
+    """Return a communicator that carries device memory over a private one, and its channel; see `device`.
+
+    All ranks call it together; what is found out and made is kept with the private communicator.
+    """
+    if hasattr(comm, "on_device"):
+        return comm.on_device(xp, mode)  # type: ignore[no-any-return]
+    return carrier(comm, xp, mode)
