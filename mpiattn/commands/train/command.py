@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ... import writing
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
+from ...machines import writing
 from ...messages.message import Communicator
 from ...models import checkpoint
 from ...models.plan import Plan
