@@ -41,6 +41,8 @@ from .problems.dropout import Dropout
 from .problems.mask import Causal, Documents, Full, Mask, SlidingWindow
 from .watch.session import watch
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ALGORITHMS",
     "AllGatherAttention",

@@ -10,7 +10,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from .. import machines, virtual
+from .. import __version__, machines, virtual
 from ..errors import InputError, WriteError
 from . import chosen, ending, run, watching
 from . import conformance as conformance
@@ -19,9 +19,11 @@ from .calibrate import command as calibrate
 from .compare import command as compare
 from .documents import command as documents
 from .env import command as env
+from .env.warnings import first_of_host, launcher_warnings
 from .generate import command as generate
 from .plan import command as planner
 from .schedule import command as schedule
+from .terminal import Help
 from .trace import command as trace
 from .train import command as train
 
@@ -69,12 +71,12 @@ def parser() -> argparse.ArgumentParser:
         prog="mpiattn",
         description="Exact distributed attention over MPI, forward and backward.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
+    top.add_argument("--version", action="version", version=f"mpiattn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, needs_mpi, summary) in COMMANDS.items():
-        raw = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=Help)
         module.add_arguments(command)
         if needs_mpi is not False and module is not bench:  # whose benchmarks have it each
             watching.add_argument(command)
@@ -142,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     comm = world()
     first = comm is None or comm.Get_rank() == 0
     ending.wait_for_first_rank(first)
+    for sentence in launcher_warnings(os.environ, 1 if comm is None else comm.Get_size()):
+        if first_of_host(os.environ):
+            print(f"warning: {sentence}", file=sys.stderr, flush=True)
     try:
         args = parse(argv, comm)
         status = args if isinstance(args, int) else run_command(args, comm)

@@ -47,7 +47,7 @@ class Inputs:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose an input."""
-    group = parser.add_argument_group("input (by default, real queries, keys and values that come with mpiattn)")
+    group = parser.add_argument_group("input (by default the real one that comes with mpiattn)")
     group.add_argument("--qkv", metavar="FILE", type=Path, help=".npz or .safetensors with q, k, v and maybe d_out")
     group.add_argument("--names", type=names, metavar="Q,K,V", help="of the arrays in the file, as in query,key,value")
     group.add_argument(

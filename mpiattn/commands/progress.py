@@ -1,30 +1,42 @@
-"""A progress bar on rank 0, where a person watches."""
+"""Progress on rank 0: a bar where a person watches, else a line for each thing that is begun."""
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from ..messages.message import Communicator
+from . import terminal
 
 
-def bar(comm: Communicator, total: int, unit: str) -> Any:
-    """Return tqdm's bar on rank 0 of a job on a terminal, one that shows nothing elsewhere."""
-    return tqdm(total=total, unit=unit, leave=False, disable=comm.Get_rank() != 0 or not on_terminal())
+def bar(comm: Communicator | None, total: int | None, unit: str) -> Any:
+    """Return tqdm's bar on rank 0 of a job on a terminal, `Lines` of one without, and nothing that shows elsewhere."""
+    first = comm is None or comm.Get_rank() == 0
+    if first and terminal.terminal(2) is None:
+        return Lines(total, unit)
+    return tqdm(total=total, unit=unit, leave=False, disable=not first)
 
 
-def on_terminal() -> bool:
-    """Say whether a person watches: mpiexec stands between a rank and the terminal, so ask the processes above."""
-    process = "self"
-    for _ in range(5):
-        try:
-            if os.readlink(f"/proc/{process}/fd/2").startswith(("/dev/pts/", "/dev/tty")):
-                return True
-            with open(f"/proc/{process}/stat") as file:
-                process = file.read().rpartition(")")[2].split()[1]
-        except OSError:
-            break
-    return sys.stderr.isatty()
+class Lines:
+    """The interface of tqdm's bar, as lines for a log: one for each text that is new, written at once."""
+
+    def __init__(self, total: int | None, unit: str) -> None:
+        self.total, self.unit = total, unit
+        self.done = 0
+        self.said: set[str] = set()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Say what is begun, unless it was said before."""
+        if text not in self.said:
+            self.said.add(text)
+            of = f" of {self.total}" if self.total else ""
+            print(f"{self.unit} {self.done + 1}{of}: {text}", file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        """Count one as done."""
+        self.done += 1
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to remove."""

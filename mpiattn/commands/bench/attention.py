@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from ... import arrays
 from ...algorithms.spelling import spell
@@ -25,7 +24,7 @@ from ...planner.units import counts
 from ...problems import mask
 from ...problems.mask import Causal
 from ...problems.problem import PARTIALS
-from .. import chosen, gpu
+from .. import chosen, gpu, terminal
 from ..env.environment import environment
 from ..root import on_root
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
@@ -155,7 +154,9 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
         for name in PASSES
         for text in (f"{name}\nms", "TFLOP/s\nper rank", "of without\nmessages", "x torch\nparallel")
     ]
-    return tabulate(rows, headers=["", *heads], disable_numparse=True, colalign=("left", *["right"] * len(heads)))
+    drop = ("x torch\nparallel", "forward\nms")
+    align = ("left", *["right"] * len(heads))
+    return terminal.table(rows, ["", *heads], drop, disable_numparse=True, colalign=align)
 
 
 def _ratio(others: list[float], own: list[float]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...messages.message import Communicator
 from .. import watching
+from ..terminal import Help
 from . import attention, error, kernel, overlap
 
 BENCHMARKS: dict[str, tuple[Any, str]] = {
@@ -22,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a parser for each benchmark."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, (module, summary) in BENCHMARKS.items():
-        raw = argparse.RawDescriptionHelpFormatter
         texts = {"help": summary, "description": module.DESCRIPTION, "epilog": module.EXAMPLES}
-        benchmark = benchmarks.add_parser(name, **texts, formatter_class=raw)
+        benchmark = benchmarks.add_parser(name, **texts, formatter_class=Help)
         module.add_arguments(benchmark)
         watching.add_argument(benchmark)
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from ...algorithms.spelling import spell
 from ...errors import InputError
 from ...machines import writing
 from ...messages.message import Communicator
 from ...planner.units import count
-from .. import charts, chosen
+from .. import charts, chosen, terminal
 from ..compare.trial import RESULTS
 from ..env.environment import environment
 from ..progress import bar
@@ -153,7 +152,8 @@ def print_results(results: Sequence[dict[str, Any]], args: argparse.Namespace) -
         "rms\nratio",
         "largest\nratio",
     ]
-    print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
+    drop = [f"rms {name}" for name in reversed(RESULTS)]
+    print(terminal.table(rows, headers, drop, disable_numparse=True, stralign="right"))
     print(f"{args.tokens} tokens, causal. Ratio: the largest of the four results', to that on one rank.")
     ranks = max(result["ranks"] for result in results if not result.get("virtual"))
     print(f"Made by: mpiexec -n {ranks} mpiattn {' '.join(sys.argv[1:])}")

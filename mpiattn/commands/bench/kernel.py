@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from ...arrays import FLOATS
 from ...arrays import dtype as dtype_of
@@ -22,6 +21,7 @@ from ...machines import writing
 from ...messages.message import Communicator
 from ...planner.units import counts
 from ...problems.mask import Causal, Full, Mask
+from .. import terminal
 from ..env.environment import environment
 from ..progress import bar
 from ..root import on_root, patiently
@@ -160,7 +160,8 @@ def print_results(results: list[dict[str, Any]]) -> None:
         rows.append([*row, f"{result['peak_bytes'] / 1e6:.1f}", f"missed: {', '.join(missed)}" if missed else "met"])
     columns = [name for other in others for name in (f"{other}\nms", f"of\n{other}")]
     headers = ["head_dim", "tokens", "pass", "kernel\nms", *columns, "peak\nMB", "targets"]
-    print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
+    drop = [f"{other}\nms" for other in others]
+    print(terminal.table(rows, headers, drop, disable_numparse=True, stralign="right"))
     for name, targets in TARGETS.items():
         wanted = " and ".join(f"{least:.2f} of {other}" for other, least in targets.items() if other in others)
         print(

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         right = patiently(comm, lambda: expected(*given, args) if given else None)
         progress = bar(comm, total=len(trials) * (1 + args.iterations), unit="run")
         for number, trial in itertools.product(range(1 + args.iterations), trials):
-            progress.set_postfix_str(f"{trial.title} {trial.grid} {trial.attention.layout}", refresh=False)
+            progress.set_postfix_str(f"{trial.name} {trial.attention.layout}", refresh=False)
             if number == 0:
                 trial.share(given[0] if given else None, args, xp)
                 trial.check(given[1] if given else None, right)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from ...conformance import oracle
-from ...messages.message import Communicator
+from ...messages.message import Communicator, virtual_time
 from ...problems.mask import Positions
+from .. import terminal
 from ..charts import COLOURS, save
 from ..inputs import Inputs
 from .trial import PASSES, RESULTS, Trial
@@ -27,6 +27,7 @@ def report(trial: Trial, comm: Communicator, mask: str) -> dict[str, Any]:
     tolerance = oracle.TOLERANCES[trial.attention.problem.dtype.name] if trial.attention.problem else 0
     result: dict[str, Any] = {
         "algorithm": trial.title,
+        "name": trial.name,
         "grid": trial.grid,
         "layout": trial.attention.layout,
         "mask": mask,
@@ -36,16 +37,51 @@ def report(trial: Trial, comm: Communicator, mask: str) -> dict[str, Any]:
         result[f"{name}_wait_seconds"] = [statistics.median(rank[name]) for rank in waits]
         result[f"{name}_messages_received"] = [rank[name][0] for rank in received]
         result[f"{name}_bytes_received"] = [rank[name][1] for rank in received]
-    result["peak_bytes"], result["formula_peak_bytes"] = list(peaks), list(formulas)
+    measured = virtual_time() is None  # virtual ranks share the memory of one process
+    result["peak_bytes"], result["formula_peak_bytes"] = list(peaks) if measured else None, list(formulas)
     result |= {f"error_{name}": error for name, error in zip(RESULTS, errors, strict=True)}
     result["ok"] = all(error <= tolerance for error in errors)
     return result
 
 
-HEADERS = (
-    "algorithm", "grid", "layout", "forward\nms", "backward\nms", "waiting\nms", "messages\nreceived", "MB\nreceived",
-    "peak\nMB", "formula\nMB", "error\nout", "error\ndQ", "error\ndK", "error\ndV", "",
-)  # fmt: skip
+HEADERS = {
+    "name": "algorithm",
+    "layout": "layout",
+    "forward": "forward\nms",
+    "backward": "backward\nms",
+    "waiting": "waiting\nms",
+    "messages": "messages\nreceived",
+    "megabytes": "MB\nreceived",
+    "peak": "peak\nMB",
+    "formula": "formula\nMB",
+    "error": "error",
+    "verdict": "",
+}
+"""Of the columns, which `row` fills."""
+
+DROP = tuple(HEADERS[name] for name in ("formula", "peak", "messages", "waiting"))
+
+
+def row(result: dict[str, Any]) -> dict[str, str]:
+    """Return what the table shows of one result."""
+    pairs = {
+        key: [max(result[f"{name}_{key}"]) for name in PASSES]
+        for key in ("wait_seconds", "messages_received", "bytes_received")
+    }
+    errors = {name: result[f"error_{name}"] for name in RESULTS}
+    worst = max(errors, key=lambda name: (np.isnan(errors[name]), errors[name]))
+    return {
+        "name": result["name"],
+        "layout": result["layout"],
+        **{name: f"{1e3 * result[f'{name}_seconds']:.1f}" for name in PASSES},
+        "waiting": "+".join(f"{1e3 * value:.1f}" for value in pairs["wait_seconds"]),
+        "messages": "+".join(str(value) for value in pairs["messages_received"]),
+        "megabytes": "+".join(f"{value / 1e6:.2f}" for value in pairs["bytes_received"]),
+        "peak": f"{max(result['peak_bytes']) / 1e6:.1f}" if result["peak_bytes"] else "",
+        "formula": f"{max(result['formula_peak_bytes']) / 1e6:.1f}",
+        "error": f"{errors[worst]:.1e}",
+        "verdict": "ok" if result["ok"] else f"WRONG {worst}",
+    }
 
 
 def print_results(
@@ -53,33 +89,32 @@ def print_results(
 ) -> None:
     """Print the table."""
     shapes = ", ".join(f"{name} {tuple(getattr(given, name).shape)}" for name in "qkv")
-    print(f"{given.name}: {shapes}, {given.q.dtype.name}, mask {args.mask}")
-    rows = []
-    for result in results:
-        pairs = {
-            key: [max(result[f"{name}_{key}"]) for name in PASSES]
-            for key in ("wait_seconds", "messages_received", "bytes_received")
-        }
-        rows.append(
-            [
-                *(result[key] for key in ("algorithm", "grid", "layout")),
-                *(f"{1e3 * result[f'{name}_seconds']:.1f}" for name in PASSES),
-                " + ".join(f"{1e3 * value:.1f}" for value in pairs["wait_seconds"]),
-                " + ".join(str(value) for value in pairs["messages_received"]),
-                " + ".join(f"{value / 1e6:.2f}" for value in pairs["bytes_received"]),
-                *(f"{max(result[key]) / 1e6:.1f}" for key in ("peak_bytes", "formula_peak_bytes")),
-                *(f"{result[f'error_{name}']:.1e}" for name in RESULTS),
-                "ok" if result["ok"] else "WRONG",
-            ]
-        )
-    print(tabulate(rows, HEADERS, disable_numparse=True, stralign="right"))
+    layouts = list(dict.fromkeys(result["layout"] for result in results))
+    layout = f", layout {layouts[0]}" if len(layouts) == 1 else ""
+    print(terminal.fold(f"{given.name}: {shapes}, {given.q.dtype.name}, mask {args.mask}{layout}", terminal.width()))
+    ranks = len(results[0]["formula_peak_bytes"])
+    simulated = getattr(args, "virtual", None) is not None
+    if simulated:
+        print(f"{ranks} virtual ranks of one host of the machine {args.machine}: all times are simulated.")
+    shown = [row(result) for result in results]
+    left = {"layout"} if layout else set()
+    left |= {"peak"} if simulated else set()
+    columns = [name for name in HEADERS if name not in left]
+    cells = [[cell[name] for name in columns] for cell in shown]
+    headers = [HEADERS[name] for name in columns]
+    align = ["left", *["right"] * (len(columns) - 2), "left"]
+    print(terminal.table(cells, headers, DROP, disable_numparse=True, colalign=align))
     checked = "all queries" if queries is None else f"{len(queries)} of {given.q.shape[2]} queries, chosen by seed"
-    print(
-        f"Times: median of {args.iterations} rounds, slowest rank. Waiting, messages, MB: forward + backward, the rank "
-        "with the most.\nPeak: memory beside the input, likewise; by formula, without the kernel's tiles.\n"
-        f"Errors: relative to the largest value, against float64; {checked}; "
-        f"at most {oracle.TOLERANCES[given.q.dtype.name]:.0e} is ok."
-    )
+    rounds = "slowest rank" if simulated else f"median of {args.iterations} rounds, slowest rank"
+    memory = "Peak: memory beside the input, likewise; formula: the same, computed, without the kernel's tiles."
+    if simulated:
+        memory = "Formula: memory beside the input, without the kernel's tiles; virtual ranks share one process."
+    for note in (
+        f"Times: {rounds}. Waiting, messages, MB: forward+backward, the rank with the most. {memory}",
+        "Error: of out, dQ, dK and dV the largest, relative to the largest value, against float64; "
+        f"{checked}; at most {oracle.TOLERANCES[given.q.dtype.name]:.0e} is ok.",
+    ):
+        print(terminal.fold(note, terminal.width()))
     for name in ("q", "k", "v", "d_out"):
         if count := int(np.isnan(getattr(given, name).astype(np.float32)).sum()):
             print(f"The input has {count} NaN in {name}: what depends on them is NaN, and nothing is verified.")
@@ -89,7 +124,7 @@ def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
     """Draw time and bytes of each trial as two rows of bars."""
     from matplotlib.figure import Figure
 
-    names = [f"{result['algorithm']} {result['grid']}  {result['layout']}" for result in results]
+    names = [f"{result['name']}  {result['layout']}" for result in results]
     places = np.arange(len(results))
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(results)), layout="constrained")
     times, bytes_received = figure.subplots(1, 2, sharey=True)
@@ -110,6 +145,6 @@ def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:
     times.set_yticks(places, names)
     times.invert_yaxis()
     times.legend(frameon=False)
-    ranks = len(results[0]["peak_bytes"])
+    ranks = len(results[0]["formula_peak_bytes"])
     figure.suptitle(f"{given.name}: {ranks} ranks, {given.q.shape[2]} tokens, mask {results[0]['mask']}")
     save(figure, path)

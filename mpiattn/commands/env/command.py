@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from ...machines import writing
 from ...messages.message import Communicator
+from .. import terminal
 from ..root import on_root
 from .environment import environment
 from .groups import group, ranges
@@ -50,6 +51,7 @@ def text(info: Mapping[str, Any]) -> str:
     shown = [{**one, "cores": ranges(one["cores"]), "devices": ", ".join(one["devices"])} for one in info["ranks"]]
     columns = [name for name in COLUMNS if any(one[name] != "" for one in shown)]
     rows = [[ranges(numbers), *key] for key, numbers in group(shown, columns)]
-    table = tabulate(rows, ["ranks", *(COLUMNS[name] for name in columns)], disable_numparse=True, missingval="-")
+    headers = ["ranks", *(COLUMNS[name] for name in columns)]
+    table = terminal.table(rows, headers, ["CPU", "BLAS", "GPUs"], disable_numparse=True, missingval="-")
     warnings = "\n".join(f"warning: {sentence}" for sentence in info["warnings"])
     return "\n\n".join(filter(None, [tabulate(software, tablefmt="plain", disable_numparse=True), table, warnings]))

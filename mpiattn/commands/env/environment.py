@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from ... import kernels
+from ... import __version__, kernels
 from ...arrays import gpus
 from ...messages.message import Communicator
 from .warnings import SOFTWARE, core_warnings, launcher_warnings, mixture_warnings
@@ -43,7 +43,7 @@ def environment(comm: Communicator) -> dict[str, Any]:
 
 def _software() -> dict[str, str]:
     return {
-        "mpiattn": _own_version(),
+        "mpiattn": __version__,
         "numpy": np.__version__,
         "mpi4py": version("mpi4py") if find_spec("mpi4py") else "none",
         "python": platform.python_version(),
@@ -70,13 +70,6 @@ def _library() -> dict[str, str]:
         "mpi_standard": ".".join(map(str, MPI.Get_version())),
         "thread_level": levels[MPI.Query_thread()],
     }
-
-
-def _own_version() -> str:
-    try:
-        return version("mpiattn")
-    except PackageNotFoundError:
-        return "not installed, run from its source"
 
 
 def _rank(rank: int) -> dict[str, Any]:

@@ -10,13 +10,34 @@ from .groups import group, ranges
 SOFTWARE = ("mpiattn", "numpy", "mpi4py", "python", "mpi", "mpi_standard", "thread_level", "platform", "gpu_kernel")
 """What should be the same on all ranks."""
 
+SIZES = {
+    "PMI_SIZE": "MPICH, Intel MPI or another with Hydra",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH",
+    "SLURM_STEP_NUM_TASKS": "srun's",
+}
+"""Where launchers say how many processes they have started, and whose they are."""
+
+LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+"""Where they number the processes of a host."""
+
 
 def launcher_warnings(environ: Mapping[str, str], size: int) -> list[str]:
     """Warn when the launcher started more ranks than MPI knows of: each would do all the work alone."""
-    started = max(int(environ.get(name, "1")) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    told = {name: int(environ[name]) for name in SIZES if environ.get(name, "").isdecimal()}
+    started = max(told.values(), default=1)
     if size == 1 < started:
-        return [f"{started} processes were started, and each is alone: mpiexec is of another MPI library than mpi4py's"]
+        name = max(told, key=lambda name: told[name])
+        return [
+            f"{started} processes were started, and each is alone: mpiexec is of another MPI library ({SIZES[name]}) "
+            "than mpi4py's, which `mpiattn env` shows; start with the mpiexec of that one"
+        ]
     return []
+
+
+def first_of_host(environ: Mapping[str, str]) -> bool:
+    """Say whether this is the first of the processes that a launcher has started on this host."""
+    return next((environ[name] for name in LOCAL_RANKS if name in environ), "0") == "0"
 
 
 def mixture_warnings(ranks: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,9 +12,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-from tqdm import tqdm
-
 from ... import machines
 from ...machines import writing
 from ...machines.machine import Machine
@@ -26,6 +23,8 @@ from ...problems import layout, mask
 from ...problems.mask import Causal
 from ...problems.problem import PARTIALS
 from .. import charts
+from ..progress import bar
+from ..terminal import table
 from .curve import tile_curve
 
 
@@ -80,13 +79,14 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
         charts.check(args.curve)
     writing.check(args.json)
     names = args.algorithms.split(",") if args.algorithms else None
-    with tqdm(unit="candidate", leave=False, disable=None) as bar:
+    shown = bar(None, total=None, unit="candidate")
 
-        def progress(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
+    def progress(name: str) -> None:
+        shown.set_postfix_str(name, refresh=False)
+        shown.update()
 
-        result = plan(task, machine, args.ranks, args.memory, names, args.quick, progress)
+    result = plan(task, machine, args.ranks, args.memory, names, args.quick, progress)
+    shown.close()
     rows = [
         (
             outcome.candidate.name,
@@ -103,7 +103,8 @@ def main(args: argparse.Namespace, comm: Any = None) -> int:
     headers = ("algorithm", "in a node", "tile, tokens", "forward", "backward", "waiting", "received", "memory")
     print(f"{task.tokens} tokens, {task.heads} heads ({task.kv_heads} for K/V) of {task.head_dim}, {task.dtype}, "
           f"mask {task.mask}, on {args.ranks} ranks of {machine.name}")  # fmt: skip
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 5))
+    drop = ("in a node", "tile, tokens", "waiting", "memory")
+    print(table(rows, headers, drop, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 5))
     print(f"\n{result.best.candidate.title}", *result.explain(), sep="\n  ")
     if args.json:
         document = {

@@ -19,6 +19,7 @@ from ...problems import grid
 from ...schedule.search import backward, forward
 from ...schedule.steps import HopTimes, Step, makespan, relative
 from .. import charts
+from ..terminal import width
 from .figure import draw
 
 
@@ -86,4 +87,4 @@ def text(steps: Sequence[Step]) -> str:
         message = f"{step.message.value} {step.hop}" if step.message else ""
         table.append((number, message, " ".join(f"{i},{j}" for i, j in step.blocks)))
     headers = ("step", "message, slot", "blocks (KV slot,Q slot)")
-    return tabulate(table, headers=headers, maxcolwidths=[None, None, 72])
+    return tabulate(table, headers=headers, maxcolwidths=[None, None, max(width() - 28, 20)])

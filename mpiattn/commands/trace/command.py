@@ -7,7 +7,6 @@ chrome://tracing show too.
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from tabulate import tabulate
@@ -15,6 +14,7 @@ from tabulate import tabulate
 from ...errors import InputError
 from ...trace.file import read
 from .. import charts
+from ..terminal import width
 from .figure import draw_trace
 from .report import matrix, phases, summary, timeline
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         [f"{source}", *(f"{value / divisor:.4g}" if value else "" for value in row)]
         for source, row in enumerate(bytes_sent)
     ]
-    print(timeline(traces, args.width or shutil.get_terminal_size().columns), end="\n\n")
+    print(timeline(traces, args.width or width()), end="\n\n")
     print(summary(traces), end="\n\n")
     print(f"{unit} from rank (row) to rank (column), {bytes_sent.sum() / divisor:.4g} in all")
     print(tabulate(table, headers=["", *map(str, range(len(traces)))], disable_numparse=True, stralign="right"))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tabulate import tabulate
 
 from ...trace.events import Event, Trace
+from .. import terminal
 
 
 def flows(traces: Sequence[Trace]) -> list[tuple[int, Event, int, Event]]:
@@ -59,6 +59,10 @@ def phases(traces: Sequence[Trace]) -> list[tuple[str, list[Trace]]]:
     return result
 
 
+DROP = ("agreement ms", "most ms", "times", "compute ms")
+"""Columns of the summary that a narrow terminal can do without."""
+
+
 def summary(traces: Sequence[Trace]) -> str:
     """Return a table: for each phase the time, and what the ranks did in it.
 
@@ -93,7 +97,7 @@ def summary(traces: Sequence[Trace]) -> str:
         "messages",
         "MB",
     )
-    table = tabulate(rows, headers=headers, floatfmt=".2f", stralign="right")
+    table = terminal.table(rows, headers, DROP, floatfmt=".2f", stralign="right")
     if unseen := sum(trace.unseen() for trace in traces):
         table += f"\n{unseen} messages were completed by calls that are not traced, such as MPI.Request.Waitall."
     return table
