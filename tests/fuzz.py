@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpiattn.arrays import FLOATS
-from mpiattn.commands.conformance import add_arguments, find, reproducer
+from mpiattn.commands.conformance.command import add_arguments, reproducer
+from mpiattn.commands.conformance.players import find
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
 from mpiattn.conformance.user_masks import MASKS as USER_MASKS
@@ -81,13 +82,13 @@ class Fuzz:
 
     def run(self, number: int, case: Case) -> None:
         """Check a case of one of the implementations on all ranks; raise AssertionError on all if it is wrong."""
-        name, factory, traffic = self.found[number]
+        name, player = self.found[number]
         alone = reproducer(self.comm, name, case)
         timer = threading.Timer(SECONDS, self.end, [f"still running after {SECONDS} s: {alone}"])
         timer.daemon = True
         timer.start()
         try:
-            check(factory, self.comm, case, traffic)
+            check(player, self.comm, case)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{alone}") from None
         except BaseException:

@@ -12,7 +12,7 @@ from mpiattn import Causal, DecodeAttention, SlidingWindow
 from mpiattn.arrays import Array
 from mpiattn.conformance import oracle
 from mpiattn.conformance.case import Case, problem
-from mpiattn.conformance.check import compare
+from mpiattn.conformance.differences import compare
 from mpiattn.costs import COSTS
 from mpiattn.problems.mask import parse
 from mpiattn.trace.comm import TracedComm

@@ -17,7 +17,8 @@ from mpiattn import ALGORITHMS, RingAttention
 from mpiattn.arrays import accumulator, softmax
 from mpiattn.conformance import oracle
 from mpiattn.conformance.case import Case, fast
-from mpiattn.conformance.check import Refused, check
+from mpiattn.conformance.check import check
+from mpiattn.conformance.player import Refused
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.problems import layout as layouts
 from mpiattn.problems.block import Block

@@ -21,7 +21,8 @@ from mpiattn.arrays.operations import on_host
 from mpiattn.arrays.softmax import LSE, delta, merge
 from mpiattn.commands import cli
 from mpiattn.conformance.case import Case, fast, problem
-from mpiattn.conformance.check import check, compare
+from mpiattn.conformance.check import check
+from mpiattn.conformance.differences import compare
 from mpiattn.costs import COSTS
 from mpiattn.errors import InputError
 from mpiattn.messages.device.channel import Channel

@@ -17,7 +17,8 @@ import pytest
 from mpiattn import machines, virtual
 from mpiattn.algorithms import ALGORITHMS
 from mpiattn.conformance.case import Case, fast, problem
-from mpiattn.conformance.check import Refused, check
+from mpiattn.conformance.check import check
+from mpiattn.conformance.player import Refused
 from mpiattn.costs import COSTS
 from mpiattn.machines.machine import Link, Machine, Rates
 from mpiattn.messages.message import Tag, Testall, Waitall

@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_limits
 from .. import __version__, machines, virtual
 from ..errors import InputError, WriteError
 from . import chosen, ending, run, watching
-from . import conformance as conformance
 from .bench import command as bench
 from .calibrate import command as calibrate
 from .compare import command as compare
+from .conformance import command as conformance
 from .documents import command as documents
 from .env import command as env
 from .env.warnings import first_of_host, launcher_warnings

@@ -60,6 +60,9 @@ ARRIVING: dict[str, Sizes] = {
 }
 """Collectives whose buffers say how many bytes come from each rank; with an I before them they are not blocking."""
 
+COLLECTIVES = frozenset([*ARRIVING, *(f"I{name.lower()}" for name in ARRIVING)])
+"""Names that the traffic of collectives has in a trace."""
+
 AGREEMENTS = ("Allgather", "Bcast", "allgather", "bcast", "gather")
 """Collectives by which the ranks agree, where `Trace.agreements` says so; the last three are of objects."""
 

@@ -1,0 +1,1 @@
+"""`mpiattn conformance`: an implementation of attention, also a foreign one, against the oracle and the formulas."""
