@@ -43,6 +43,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 from ...algorithms import ALGORITHMS
 from ...algorithms.spelling import spell
@@ -152,8 +153,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check every case of every implementation; print what is wrong on rank 0."""
     chosen_cases = cases(args)
+    watched_comm: Any = comm
     if args.module and hasattr(comm, "recorder"):
-        comm = comm.comm  # an ordinary program is given a communicator of MPI, and no watched one; see --patience
+        comm = watched_comm.comm  # an ordinary program is given a communicator of MPI, and no watched one; see --patience
     xp = gpu.namespace(args, comm)
     work = list(itertools.product(find(args, comm), chosen_cases))
     wrong: list[str] = []
