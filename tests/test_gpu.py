@@ -7,6 +7,7 @@ On one GPU or several, with as many ranks as there are, or more::
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from functools import partial
@@ -20,10 +21,12 @@ from mpiattn.arrays import accumulator
 from mpiattn.arrays.operations import on_host
 from mpiattn.arrays.softmax import LSE, delta, merge
 from mpiattn.commands import cli
+from mpiattn.commands.compare.held import on_gpu
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check
 from mpiattn.conformance.differences import compare
 from mpiattn.costs import COSTS
+from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
@@ -34,6 +37,7 @@ from mpiattn.problems import layout
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import parse
 from mpiattn.problems.problem import Problem
+from mpiattn.trace.comm import TracedComm
 
 pytestmark = pytest.mark.gpu
 
@@ -273,3 +277,33 @@ def test_messages_beyond_2_gib(comm: Any, xp: Any, messages: str) -> None:
     sent[-1] = 77
     Waitall([around.Irecv(got, other, Tag.KV), around.Isend(sent, other, Tag.KV)])
     assert bool((sent == got).all())
+
+
+@pytest.mark.mpi(max_size=4)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "shared_ring"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpus_hold_the_bytes_of_the_formula(comm: Any, xp: Any, name: str, dtype: str) -> None:
+    """What an algorithm takes of CuPy's pool at most, the kernel's workspace apart; and nothing after its end."""
+    case = Case(
+        layout="zigzag", mask="causal", tokens=256, heads=4, kv_heads=2, head_dim=64, v_head_dim=64, dtype=dtype
+    )
+    for arguments in ALGORITHMS[name].variants(comm.Get_size()):
+        traced = TracedComm(comm)
+        with ALGORITHMS[name](traced, **case.options, **arguments) as attention:
+            wholes = {key: np.broadcast_to(np.empty(1), shape) for key, shape in case.shapes.items()}
+            q, k, v, d_out = (
+                xp.ones(
+                    whole[attention.owned(key, case.shapes)(whole.shape, comm.Get_rank())].shape,
+                    dtype=arrays.dtype(dtype),
+                )
+                for key, whole in wholes.items()
+            )
+            with on_gpu(traced.trace) as counted:
+                out, saved = attention.forward(q, k, v)
+                gradients = attention.backward(d_out, saved)
+            formula = peak(name, saved.problem, comm.Get_rank(), queued=True, **arguments)
+        del out, saved, gradients, traced
+        assert counted.most[0] == max(formula.forward, formula.backward), arguments
+        before = xp.get_default_memory_pool().used_bytes()
+        gc.collect()
+        assert xp.get_default_memory_pool().used_bytes() == before, "only a collection of garbage gave memory back"

@@ -52,7 +52,10 @@ class RingAttention(Attention):
         self.source, self.dest = self.ring.Shift(0, 1)
 
     def plan(self, problem: Problem) -> None:
-        """Say for each hop whose K/V are here, how far they travel, and which block is computed with them."""
+        """Say for each hop whose K/V are here, how far they travel, and which block is computed with them.
+
+        Two buffers of K/V take turns: one is computed with while the other receives. On GPUs there is a third.
+        """
         self.owners = [(self.rank - hop) % self.size for hop in range(self.size)]
         ways = travels(problem.needed.T)
         self.ways = [ways[owner] for owner in self.owners]

@@ -46,5 +46,8 @@ FORMULAS: dict[str, Any] = {
 COSTS: dict[str, Callable[..., Costs]] = {name: module.costs for name, module in FORMULAS.items()}
 """What a rank receives, by the algorithm's name."""
 
+AHEAD = ("ring", "hybrid")
+"""Algorithms that have a buffer more for what travels where work is queued, on GPUs; see `algorithms.buffers`."""
+
 PASSES: dict[str, Callable[..., tuple[Pass, Pass]]] = {name: module.memory for name, module in FORMULAS.items()}
 """What a rank holds beside its results, forward and backward, by the algorithm's name."""

@@ -20,12 +20,12 @@ def costs(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) -
     return Costs(group.forward + inner.forward, group.backward + inner.backward)
 
 
-def memory(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) -> tuple[Pass, Pass]:
-    """What is exchanged in the group, and a ring or a mesh of the ranks with the same heads."""
+def memory(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1, ahead: int = 0) -> tuple[Pass, Pass]:
+    """What is exchanged in the group, and a ring or a mesh of the ranks with the same heads; `ahead`: see `ring`."""
     chunks, number = _chunks(problem, rank, ulysses, rows * cols), rank // ulysses
     inner = Pass(), Pass()
     if chunks.heads:
-        inner = ring.memory(chunks, number) if cols == 1 else mesh.memory(chunks, number, rows, cols)
+        inner = ring.memory(chunks, number, ahead) if cols == 1 else mesh.memory(chunks, number, rows, cols)
     return exchange.memory(problem, rank, _group(rank, ulysses), inner)
 
 

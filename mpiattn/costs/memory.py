@@ -3,7 +3,7 @@
 It counts the bytes of all arrays but those that the caller gives (q, k, v, d_out): messages' buffers, sums,
 temporaries, and the results. Buffers are kept until the problem changes, so backward comes on top of what the
 forward before it has left. What isn't counted: the tiles of the kernel, positions, and what the MPI library holds.
-This is so on CPUs; on GPUs there is a buffer more where kernels are queued.
+On GPUs, where work is queued, a ring has a buffer more of K/V and one of dK/dV (`ahead`).
 
 With n ranks, equal lengths, one dtype, float32, and g query heads per K/V head, in units of a rank's Q (and without
 the rows of lse and delta):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..messages.parcel import nbytes
 from ..problems.problem import Problem
-from . import PASSES
+from . import AHEAD, PASSES
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,13 @@ class Peak:
     backward: int
 
 
-def peak(name: str, problem: Problem, rank: int, **arguments: int | str) -> Peak:
-    """Return the most that a rank holds in an algorithm, by its name and its own arguments."""
+def peak(name: str, problem: Problem, rank: int, queued: bool = False, **arguments: int | str) -> Peak:
+    """Return the most that a rank holds in an algorithm, by its name and its own arguments.
+
+    `queued` says whether work on the arrays is queued, as on GPUs. The kernel's workspace is not counted.
+    """
+    if queued and name in AHEAD:
+        arguments["ahead"] = 1
     if problem.spread_heads:
         heads, kv_heads = problem.spread_heads[rank]
         problem = replace(problem, heads=heads, kv_heads=kv_heads)

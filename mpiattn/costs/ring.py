@@ -16,12 +16,15 @@ def costs(problem: Problem, rank: int) -> Costs:
     return Costs(kv, kv + collect(ways, rank, owners, sent(problem, problem.d_kv)))
 
 
-def memory(problem: Problem, rank: int) -> tuple[Pass, Pass]:
-    """Two buffers of K/V; backward two of dK/dV, the own ones, and two for those that arrive."""
+def memory(problem: Problem, rank: int, ahead: int = 0) -> tuple[Pass, Pass]:
+    """Two buffers of K/V; backward two of dK/dV, the own ones, and two for those that arrive.
+
+    `ahead` is the number of further buffers of K/V and of dK/dV with which messages run ahead of a GPU's queue.
+    """
     owners = around(range(problem.ranks), rank)
     d_kv = [problem.d_kv(owner) for owner in owners]
-    kept = nbytes(problem.d_q(rank)) + nbytes(d_kv[0]) + sums(problem, d_kv, 2) + arriving(problem, d_kv)
+    kept = nbytes(problem.d_q(rank)) + nbytes(d_kv[0]) + sums(problem, d_kv, 2 + ahead) + arriving(problem, d_kv)
     return (
-        Pass(turns([problem.kv(owner) for owner in owners], 2), total(running(problem, rank))),
+        Pass(turns([problem.kv(owner) for owner in owners], 2 + ahead), total(running(problem, rank))),
         Pass(kept),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from ...algorithms import Attention
 from ...algorithms.shares import gather
 from ...algorithms.spelling import spell
 from ...arrays import Array
-from ...arrays.operations import on_host
+from ...arrays.operations import of, on_host
 from ...conformance import oracle
 from ...costs.peak import peak
 from ...messages.message import clock
@@ -25,6 +24,7 @@ from ...trace.events import Trace
 from .. import gpu, inputs
 from ..chosen import AUTO
 from ..inputs import Inputs
+from .held import held
 
 PASSES = ("forward", "backward")
 
@@ -74,20 +74,16 @@ class Trial:
     def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
         comm, trace, (*qkv, d_out) = self.comm.comm, self.comm.trace, self.inputs
-        tracemalloc.start()
-        out, saved = self.attention.forward(*qkv, **self.features)
-        self.received["forward"] = trace.received()
-        trace.clear()
-        gradients = self.attention.backward(d_out, saved)
-        self.received["backward"] = trace.received()
-        trace.clear()
-        self.peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        if self.xp is not np:
-            pool = self.xp.get_default_memory_pool()
-            self.peak = pool.total_bytes()
-            pool.free_all_blocks()
-        most = peak(self.algorithm, saved.problem, comm.Get_rank(), **self.arguments)
+        with held(self.xp, trace) as most_held:
+            out, saved = self.attention.forward(*qkv, **self.features)
+            self.received["forward"] = trace.received()
+            trace.clear()
+            gradients = self.attention.backward(d_out, saved)
+            self.received["backward"] = trace.received()
+            trace.clear()
+        self.peak = most_held.bytes
+        queued = of(self.xp).QUEUED
+        most = peak(self.algorithm, saved.problem, comm.Get_rank(), queued, **self.arguments)
         self.formula = max(most.forward, most.backward)
         for name, array, reference in zip(RESULTS, (out, *gradients), right or itertools.repeat(None), strict=False):
             name = name.removeprefix("d_")

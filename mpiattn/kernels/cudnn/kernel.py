@@ -25,7 +25,7 @@ Array = Any
 ALIGNMENT = 16  # bytes
 
 
-class CudnnKernel(WaitingSums):
+class CudnnKernel:
     """Attention of one rank's block by cuDNN; parameters as `NumpyKernel`'s.
 
     Work is queued on the current stream; nothing waits for the device. Partial results are rounded to the
@@ -37,9 +37,9 @@ class CudnnKernel(WaitingSums):
     name = "cudnn"
 
     def __init__(self, scale: float | None, dtype: Any, rounds: bool = True) -> None:
-        super().__init__(dtype, rounds)
-        self.plain = CupyKernel(scale)
-        self.calls = Calls(scale, self, self.plain)
+        self.sums, self.plain = WaitingSums(dtype, rounds), CupyKernel(scale)
+        self.begin, self.settle, self.complete = self.sums.begin, self.sums.settle, self.sums.complete
+        self.calls = Calls(scale, self.sums, self.plain)
         self.prepared: dict[tuple[Any, ...], tuple[list[int], list[Call]]] = {}
         self.remembered: tuple[Array, Array] | None = None
 
