@@ -84,7 +84,7 @@ def test_the_table_in_units_of_q(n: int, g: int) -> None:
         ("hybrid", 0, {"ulysses": u, "rows": 1, "cols": m}, (2 * m + 8 + 7 / g, 5 * m + 16 + 20 / g)),
     ]
     for name, rank, arguments, formula in table:
-        held = peak(name, problem, rank, **arguments)
+        held = peak(name, problem, rank, False, **arguments)
         share = heads * tokens * dim * 4
         assert (held.forward / share, held.backward / share) == pytest.approx(formula, rel=1e-3), (name, arguments)
 
