@@ -155,7 +155,9 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     chosen_cases = cases(args)
     watched_comm: Any = comm
     if args.module and hasattr(comm, "recorder"):
-        comm = watched_comm.comm  # an ordinary program is given a communicator of MPI, and no watched one; see --patience
+        comm = (
+            watched_comm.comm
+        )  # an ordinary program is given a communicator of MPI, and no watched one; see --patience
     xp = gpu.namespace(args, comm)
     work = list(itertools.product(find(args, comm), chosen_cases))
     wrong: list[str] = []
