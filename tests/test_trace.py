@@ -307,4 +307,4 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert report.timeline([Trace(), Trace()], 80)
     assert report.summary([Trace(), Trace()])
-    draw_trace([Trace(), Trace()], tmp_path / "empty.png")
+    draw_trace([[Trace(), Trace()]], tmp_path / "empty.png", [""])

@@ -16,6 +16,7 @@ from ..machines import writing
 from ..messages.message import Communicator
 from ..problems import mask
 from ..problems.layout import LAYOUTS
+from ..trace import owners
 from ..trace.comm import TracedComm
 from ..trace.file import write
 from . import chosen, files, gpu, inputs
@@ -85,6 +86,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             where, copies = attention.owned(like, shapes), like in attention.copied
             whole[name] = gather(on_host(array), comm, where, shape=shape, copies=copies)
     if args.trace:
+        owners.name_blocks(traced.trace, saved.problem)
         write(traced, traced.trace, args.trace)
     gathered = {name: array for name, array in whole.items() if array is not None}
     on_root(comm, lambda: files.write(args.output, gathered, args.axes or files.AXES[0]))

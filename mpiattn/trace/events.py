@@ -28,6 +28,10 @@ class Event:
         traced call does, as `MPI.Request.Waitall`.
     block : (int, int), optional
         First global position of a block's queries and of its keys.
+    sizes : (int, int), optional
+        How many queries and keys the block has.
+    owners : (int, int), optional
+        The ranks whose queries and whose keys they are.
     """
 
     kind: str
@@ -37,6 +41,12 @@ class Event:
     start: float
     end: float = float("nan")
     block: tuple[int, int] | None = None
+    sizes: tuple[int, int] | None = None
+    owners: tuple[int, int] | None = None
+
+
+Flow = tuple[int, Event, int, Event]
+"""Source, send, dest and receive of a message."""
 
 
 @dataclass

@@ -76,7 +76,8 @@ def document(traces: Sequence[Trace]) -> dict[str, Any]:
                 else:
                     track, lanes = FIRST_LANE + lanes, lanes + 1
                 heapq.heappush(busy, (end, track))
-            arguments: dict[str, Any] = {"peer": event.peer, "bytes": event.nbytes, "block": event.block}
+            arguments: dict[str, Any] = {"peer": event.peer, "bytes": event.nbytes}
+            arguments |= {"block": event.block, "owners": event.owners}
             if event.end != event.end:
                 arguments["end"] = "unseen"
             entry = {
@@ -124,7 +125,8 @@ def read(file: str | Path) -> list[Trace]:
                 block = tuple(more["block"]) if "block" in more else None
                 peer, nbytes = more.get("peer", -1), more.get("bytes", 0)
                 end = math.nan if "end" in more else start + entry["dur"] / 1e6
-                event = Event(entry["cat"], more["name"], peer, nbytes, start, end, block)
+                owners = tuple(more["owners"]) if "owners" in more else None
+                event = Event(entry["cat"], more["name"], peer, nbytes, start, end, block, owners=owners)
                 traces[entry["pid"]].events.append(event)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file} is no trace that mpiattn wrote: {type(error).__name__}: {error}") from None

@@ -32,6 +32,7 @@ class TracedKernel:
     ) -> None:
         first, second = (int(positions[0]) if len(positions) else -1 for positions in (block.queries, block.keys))
         event = Event("compute", name, -1, 0, message.clock(), block=(first, second))
+        event.sizes = len(block.queries), len(block.keys)
         self.trace.events.append(event)
         compute(q, k, v, block=block, **arrays)
         event.end = message.clock()

@@ -19,6 +19,7 @@ from ...conformance import oracle
 from ...costs.peak import peak
 from ...messages.message import clock
 from ...problems.mask import Positions
+from ...trace import owners
 from ...trace.comm import TracedComm
 from ...trace.events import Trace
 from .. import gpu, inputs
@@ -99,7 +100,7 @@ class Trial:
         for name in PASSES:
             self.comm.comm.Barrier()
             start = clock()
-            with trace.phase(f"{self.title} {self.grid} {self.attention.layout} {name}"):
+            with trace.phase(f"{self.name} {self.attention.layout} {name}"):
                 if saved is None:
                     _, saved = self.attention.forward(*qkv, **self.features)
                 else:
@@ -108,5 +109,7 @@ class Trial:
             self.seconds[name].append(clock() - start)
             self.waits[name].append(trace.waited())
             if kept is not None:
+                assert saved is not None
+                owners.name_blocks(trace, saved.problem)
                 kept.events += trace.events
             trace.clear()

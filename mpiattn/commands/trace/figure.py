@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...messages.message import Tag
+from ...trace import owners
 from ...trace.events import Event, Trace
 from .. import charts
 from .report import flows
@@ -25,25 +26,28 @@ MESSAGES = {
 OTHER = "black"
 WIDTH = 13.0  # inches
 MOST_ARROWS = 400  # beyond them lines without heads
+MOST_NAMES = 100  # beyond them arrows without names
+SHORT = {Tag.D_Q.name: "dQ", Tag.D_KV.name: "dKV"}
 HALF = 0.32  # of the height of a rank's bar
 
 
-def draw_trace(traces: Sequence[Trace], path: str | Path, title: str = "") -> None:
-    """Draw the timeline of all ranks: blocks of compute, waits, and an arrow for each message.
+def draw_trace(traces: Sequence[Sequence[Trace]], path: str | Path, titles: Sequence[str]) -> None:
+    """Draw timelines of all ranks, one below the other: blocks of compute, waits, and an arrow for each message.
 
     Parameters
     ----------
-    traces : sequence of Trace
-        Of all ranks, on one clock.
+    traces : sequence of sequences of Trace
+        For each timeline those of all ranks, on one clock.
     path : path
         The suffix says the format: png, svg, pdf.
-    title : str, optional
+    titles : sequence of str
     """
     from matplotlib.figure import Figure
 
-    height = 1.6 + max(0.75, 4.5 / len(traces)) * len(traces)
-    figure = Figure(figsize=(WIDTH, min(height, 14.0)), layout="constrained")
-    draw_timeline(figure.subplots(), traces, title)
+    height = 1.6 + max(0.75, 4.5 / len(traces[0])) * len(traces[0])
+    figure = Figure(figsize=(WIDTH, min(height * len(traces), 14.0)), layout="constrained")
+    for axes, one, title in zip(figure.subplots(len(traces), squeeze=False)[:, 0], traces, titles, strict=True):
+        draw_timeline(axes, one, title)
     charts.save(figure, path)
 
 
@@ -62,7 +66,9 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
         "wait": {"facecolor": "white", "edgecolor": WAIT, "hatch": "////", "linewidth": 0.0},
         "agree": {"facecolor": AGREE, "linewidth": 0.0},
     }
-    labels = {"compute": "compute (first query, first key)", "wait": "waiting", "agree": "agreeing on the input"}
+    named = any(event.owners for event in events)
+    block = "whose queries Q and keys KV" if named else "first query, first key"
+    labels = {"compute": f"compute: {block}", "wait": "waiting", "agree": "agreeing on the input"}
     for kind, style in styles.items():
         label = labels[kind]
         for rank, trace in enumerate(traces):
@@ -83,8 +89,9 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
 
 
 def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> None:
-    """An arrow from the call that posted a send to the call that found its receive complete."""
+    """An arrow from the call that posted a send to the call that found its receive complete, named by its owner."""
     arrows = [flow for flow in flows(traces) if flow[3].end == flow[3].end]  # seen to arrive
+    named = owners.of_messages(traces, arrows)
     drawn: set[tuple[float, int, int]] = set()
     for source, sent, dest, arrived in arrows:
         down = 1 if dest > source else -1
@@ -98,17 +105,23 @@ def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> 
         style = "-|>" if len(arrows) <= MOST_ARROWS else "-"
         line = {"arrowstyle": style, "color": colour, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9}
         axes.annotate("", tip, tail, arrowprops=line)
+        if id(sent) in named and len(arrows) <= MOST_NAMES:
+            # Two thirds of the way: nearer to the middle the names of a ring's arrows would meet.
+            at, rank = (start + (end - start) * 2 / 3 for start, end in zip(tail, tip, strict=True))
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+            name = f"{SHORT.get(sent.name, sent.name)}{named[id(sent)]}"
+            axes.text(at, rank, name, color=colour, fontsize=8, weight="bold", ha="center", va="center", bbox=box)
     for name in dict.fromkeys(sent.name for _, sent, _, _ in arrows):
         axes.plot([], [], color=MESSAGES.get(name, OTHER), label=f"message {name}")
 
 
 def _labels(axes: Axes, traces: Sequence[Trace], x: Any, duration: float) -> None:
-    """Name the blocks, where there is room: first position of the queries, then of the keys."""
+    """Name the blocks, where there is room: the owners of queries and keys, or the first position of both."""
     for rank, trace in enumerate(traces):
         for event in trace.events:
             if event.block and event.end - event.start > 0.05 * duration:
-                text = "q {}\nkv {}".format(*event.block)
-                axes.text(x((event.start + event.end) / 2), rank, text, ha="center", va="center", fontsize=7)
+                text = "Q{}\nKV{}".format(*event.owners) if event.owners else "q {}\nkv {}".format(*event.block)
+                axes.text(x((event.start + event.end) / 2), rank, text, ha="center", va="center", fontsize=8)
 
 
 def _phases(axes: Axes, trace: Trace, x: Any) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...trace.events import Event, Trace
+from ...trace.events import Event, Flow, Trace
 from .. import terminal
 
 
-def flows(traces: Sequence[Trace]) -> list[tuple[int, Event, int, Event]]:
+def flows(traces: Sequence[Trace]) -> list[Flow]:
     """Return (source, send, dest, receive) of each message: those of one tag arrive in the order of their sends."""
     sends: dict[tuple[int, int, str], list[Event]] = defaultdict(list)
     for source, trace in enumerate(traces):
