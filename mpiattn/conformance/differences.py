@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from ..problems.mask import Positions
 from . import oracle
+from .case import Case
 
 MOST = 3
 """Runs of wrong tokens that are told; the rest is counted."""
@@ -84,3 +85,18 @@ def runs(numbers: Any) -> str:
     parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     texts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts]
     return ", ".join(texts[:MOST]) + (f" and {len(texts) - MOST} more" if len(texts) > MOST else "")
+
+
+def cancelling(case: Case, given: dict[str, Array]) -> dict[str, float]:
+    """Return an eighth of the largest that the terms can be whose differences make a gradient.
+
+    An error is relative to no less: where the terms cancel, as they do for a query that sees one key, their
+    rounding is left, half an eps of `out` that `delta` is made of, which an eighth keeps below the tolerances.
+    """
+    q, k, v, d_out = (
+        np.linalg.norm(given[name].astype(np.float64), axis=-1).max(initial=0) for name in (*"qkv", "out")
+    )
+    factor = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
+    d_p = d_out * v / (1 - case.dropout) / 8
+    # What an error of lse does to probabilities depends on its size, not on that of lse.
+    return {"lse": 1.0, "d_q": d_p * factor * k, "d_k": d_p * factor * q, "d_sinks": d_p}

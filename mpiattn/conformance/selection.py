@@ -18,12 +18,16 @@ def select(cases: Sequence[Case], values: Mapping[str, Sequence[Any]]) -> list[C
     ----------
     cases : sequence of Case
     values : for some names of Case's, what they are to be
-        V's head_dim is that of Q and K where this is given.
+        V's head_dim is that of Q and K where this is given, and the keys are as many as the tokens.
     """
     chosen: dict[Case, None] = {}
     for case, combination in itertools.product(cases, itertools.product(*values.values())):
         wanted = dict(zip(values, combination, strict=True))
-        changed = replace(case, **wanted, **({"v_head_dim": wanted["head_dim"]} if "head_dim" in wanted else {}))
+        if "head_dim" in wanted:
+            wanted["v_head_dim"] = wanted["head_dim"]
+        if "tokens" in wanted:
+            wanted["kv_tokens"] = None
+        changed = replace(case, **wanted)
         if poses_a_problem(changed):
             chosen[changed] = None
     return list(chosen)

@@ -17,7 +17,7 @@ from ..messages.message import Communicator
 from ..problems.layout import positions
 from ..problems.problem import Problem
 from .case import Case, problem
-from .differences import compare
+from .differences import cancelling, compare
 from .explain import Explainer
 from .player import Count, Player, Received
 from .user_masks import parse
@@ -149,18 +149,3 @@ def with_copies(comm: Communicator, gradient: Array, place: shares.Where, shape:
         whole[here] = gradient
     total = np.sum(comm.allgather(whole), axis=0)[here].astype(gradient.dtype)
     return total if fits else gradient
-
-
-def cancelling(case: Case, given: dict[str, Array]) -> dict[str, float]:
-    """Return an eighth of the largest that the terms can be whose differences make a gradient.
-
-    An error is relative to no less: where the terms cancel, as they do for a query that sees one key, their
-    rounding is left, half an eps of `out` that `delta` is made of, which an eighth keeps below the tolerances.
-    """
-    q, k, v, d_out = (
-        np.linalg.norm(given[name].astype(np.float64), axis=-1).max(initial=0) for name in (*"qkv", "out")
-    )
-    factor = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
-    d_p = d_out * v / (1 - case.dropout) / 8
-    # What an error of lse does to probabilities depends on its size, not on that of lse.
-    return {"lse": 1.0, "d_q": d_p * factor * k, "d_k": d_p * factor * q, "d_sinks": d_p}
