@@ -29,6 +29,8 @@ from mpiattn.problems.layout import LAYOUTS
 ROUND = 50  # cases from one seed; the next round takes the next seed
 SECONDS = 120  # after which a case is taken to hang
 SCALES = [0.0, 1e-3, 0.7, -1.0]
+LARGE = [1e4, 1e6, -1e7]
+"""Neither in float64, whose rounding of such scores exceeds its tolerance, nor in float16, which gradients overflow."""
 BEYOND = [2**31, 2**63 - 1, 2**63, 10**30]  # tokens of a window: they overflow where a sum of bounds does
 
 
@@ -46,7 +48,6 @@ def cases(draw: st.DrawFn, decodes: bool) -> Case:
         "head_dim": draw(st.integers(1, 20)),
         "v_head_dim": draw(st.integers(1, 20)),
         "dtype": draw(st.sampled_from([dtype.name for dtype in FLOATS])),
-        "scale": draw(st.none() | st.sampled_from(SCALES)),
         "softcap": draw(st.none() | st.floats(0.1, 100)),
         "partials": draw(st.sampled_from(["wide", "narrow"])),
         "dropout": draw(st.just(0.0) | st.floats(0.01, 0.95)),
@@ -54,6 +55,8 @@ def cases(draw: st.DrawFn, decodes: bool) -> Case:
         "scalars": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32)),
     }
+    scales = SCALES + (LARGE if values["dtype"] in ("float32", "bfloat16") else [])
+    values["scale"] = draw(st.none() | st.sampled_from(scales))
     if values["dtype"] == "float64" and values["scale"] is None and values["head_dim"] > 1:
         values["peak"] = draw(st.sampled_from([0, 0, 1e2, 1e3]))
     reach = st.integers(0, 90) | st.integers(0, 90) | st.sampled_from(BEYOND)
