@@ -65,20 +65,22 @@ def to_tensor(array: Array) -> Tensor:
     return tensor.view(torch.bfloat16) if brain else tensor
 
 
-@contextlib.contextmanager
-def queue_of(tensor: Any) -> Any:
-    """Let CuPy queue its work where torch queues its own: on a tensor's device, on its current stream there.
+def queue_of(tensor: Any) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which CuPy queues its work where torch does: on a tensor's device, its current stream there.
 
-    Torch calls `backward` in a thread of its own, where CuPy's current device and stream are others.
+    Torch calls `backward` in a thread of its own, where CuPy's current device and stream may be others.
     """
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cuda":
-        yield
-        return
+        return contextlib.nullcontext()
     import cupy
 
-    stream = torch.cuda.current_stream(tensor.device)
-    with cupy.cuda.Device(tensor.device.index), external(cupy, stream):
-        yield
+    device, stream = tensor.device.index, torch.cuda.current_stream(tensor.device)
+    if cupy.cuda.runtime.getDevice() == device and cupy.cuda.get_current_stream().ptr == stream.cuda_stream:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(cupy.cuda.Device(device))
+    stack.enter_context(external(cupy, stream))
+    return stack
 
 
 def external(cupy: Any, stream: Any) -> Any:

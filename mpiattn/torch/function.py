@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algorithms import Attention
+from ..algorithms import Attention, Saved
 from ..arrays.softmax import delta, sink_gradient
 from ..problems.dropout import Dropout
 from .arrays import queue_of, to_array, to_tensor
@@ -45,7 +44,14 @@ def attention(
     mpiattn.InputError
         On every rank, where the tensors of one do not fit.
     """
-    result: Tensor = AttentionFunction.apply(attention, dropout, q, k, v, sinks)
+    return within(None, attention, q, k, v, sinks, dropout)
+
+
+def within(
+    batch: object, attention: Attention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, dropout: Dropout | None
+) -> Tensor:
+    """Return what `attention` does; of a batch that the ranks have agreed on, each thing is asked once."""
+    result: Tensor = AttentionFunction.apply(attention, batch, dropout, q, k, v, sinks)
     return result
 
 
@@ -54,12 +60,14 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, attention: Attention, dropout: Dropout | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-    ) -> Tensor:
+        ctx: Any, attention: Attention, batch: object, dropout: Dropout | None, q: Tensor, k: Tensor, v: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Attend, and leave with torch what backward needs: it may keep it, offload it, or compute it anew."""
         with queue_of(q):
             arrays = [to_array(tensor) for tensor in (q, k, v)]
             given = {} if sinks is None else {"sinks": to_array(sinks)}
+            attention.agreement.trust(batch)
             out, saved = attention.forward(*arrays, **given, dropout=dropout)
             result = to_tensor(out)
             # Where the algorithm computed with the arrays it was given, torch keeps the tensors themselves, and so
@@ -67,22 +75,23 @@ class AttentionFunction(torch.autograd.Function):
             tensors = zip((saved.q, saved.k, saved.v), arrays, (q, k, v), strict=True)
             kept = [tensor if own is array else to_tensor(own) for own, array, tensor in tensors]
             ctx.save_for_backward(*kept, result, to_tensor(saved.lse), sinks)
-        ctx.attention = attention
+        ctx.attention, ctx.batch = attention, batch
         # Without its arrays: they are torch's, which frees them, or gives others of the same numbers.
-        nothing: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", "lse", "sinks"))
-        ctx.saved = replace(saved, **nothing)
+        ctx.rest = saved.problem, saved.dropout, saved.by, saved.print
         return result
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v and the sinks."""
         *kept, lse, given = ctx.saved_tensors  # asked for once: checkpointing computes them anew at this moment
+        problem, dropout, by, fingerprint = ctx.rest
         with queue_of(d_out):
             q, k, v, out, lse, d_array = map(to_array, (*kept, lse, d_out))
             sinks = None if given is None else to_array(given)
-            saved = replace(ctx.saved, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks)
+            ctx.attention.agreement.trust(ctx.batch)
+            saved = Saved(q, k, v, out, lse, problem, sinks, dropout, by, fingerprint)
             gradients = ctx.attention.backward(d_array, saved)
             d_sinks = None
-            if sinks is not None and ctx.needs_input_grad[5]:
+            if sinks is not None and ctx.needs_input_grad[6]:
                 d_sinks = to_tensor(sink_gradient(sinks, lse, delta(d_array, out))).to(given.dtype)
-            return None, None, *map(to_tensor, gradients), d_sinks
+            return None, None, None, *map(to_tensor, gradients), d_sinks

@@ -16,7 +16,7 @@ from ..problems.dropout import Dropout
 from ..problems.mask import Causal, Documents, Mask, SlidingWindow
 from .batch import IGNORED, Batch, fingerprint, laid_out
 from .checks import check, check_model, check_tensors, windows_alone
-from .function import attention
+from .function import within
 from .hugging_face import NAME
 from .weights import broadcast, refuse, sum_gradients
 
@@ -220,7 +220,7 @@ class Call:
         drop = Dropout(dropout, self.seed + layer) if dropout else None
         built = self.sharded.attention(self.mask(window), scale, softcap)
         q, k, v = (tensor[:, :, : len(self.mine)] for tensor in (q, k, v))
-        out = attention(built, q, k, v, sinks=sinks, dropout=drop)
+        out = within(self.batch, built, q, k, v, sinks, drop)
         return out if len(self.mine) else torch.nn.functional.pad(out, (0, 0, 0, 1))
 
 

@@ -219,6 +219,46 @@ def test_another_mask_than_a_causal_one_is_refused(comm: MPI.Intracomm) -> None:
         sharded(tokens(1, 13))
 
 
+def test_layers_of_a_batch_agree_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpiattn.algorithms.agreement import Agreement
+
+    asked = []
+    describe, ids = Agreement.describe, tokens(1, 23)
+
+    def counted(self: Agreement, *values: Any, **numbers: Any) -> Any:
+        before = len(self.told)
+        result = describe(self, *values, **numbers)
+        asked.append(len(self.told) > before or self.batch is None)
+        return result
+
+    monkeypatch.setattr(Agreement, "describe", counted)
+    with mpiattn.torch.shard(tiny("llama"), comm) as sharded:
+        for _ in range(2):
+            asked.clear()
+            trained(sharded, ids, ids)
+            assert asked == [True, False, True, False]  # two layers, forward and backward
+    with mpiattn.RingAttention(comm, mask=mpiattn.Causal()) as attention:
+        mine = torch.as_tensor(attention.positions(23))
+        q = torch.ones(1, 2, len(mine), 4)
+        asked.clear()
+        for _ in range(2):
+            mpiattn.torch.attention(attention, q, q, q)
+        assert asked == [True, True]  # a bare call always agrees
+
+
+def test_two_batches_whose_gradients_come_together(comm: MPI.Intracomm) -> None:
+    # Rank 0 has as many tokens of the one as of the other, the last rank has not.
+    model = tiny("llama")
+    pair = [tokens(1, comm.Get_size() * 4), tokens(1, comm.Get_size() * 4 + 1)]
+    expected = [in_one_process(model, list(ids), list(ids)) for ids in pair]
+    with mpiattn.torch.shard(model, comm, layout="contiguous") as sharded:
+        losses: list[Any] = [sharded(ids, ids).loss for ids in pair]
+        (losses[0] + losses[1]).backward()
+        sharded.sum_gradients()
+    total = [a + b for a, b in zip(expected[0][1], expected[1][1], strict=True)]
+    assert worst(gradients(model), total) < TOLERANCE
+
+
 def test_a_model_that_is_not_sharded_says_so(comm: MPI.Intracomm) -> None:
     model = hf.LlamaForCausalLM._from_config(hf.LlamaConfig(**SIZES), attn_implementation="mpiattn")
     with pytest.raises(mpiattn.InputError, match="is called through"):
