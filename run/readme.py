@@ -3,7 +3,8 @@
 In a block with <!-- transcript: NAME --> before it, each line that begins with $ is a command, and what it prints
 follows. A block with <!-- file: NAME --> before it is a file that the commands of its page find beside them. They run
 in a temporary folder, with the caller's environment: PATH must lead to an mpiexec and to a Python with mpiattn.
-Commands that install something are left as they are.
+Commands that install something are left as they are, and so are blocks with <!-- commands: NAME -->, which are for
+run/first_hour.sh alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"<!-- (transcript|file): (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- (transcript|commands|file): (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # with its continuation lines
 INSTALLS = re.compile(r"(pip|git|cd|bash|apt|sudo|module|source|python3? -m venv)\b|\. ")
 SECONDS = 120
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("pages", nargs="*", type=Path, help="README.md and docs/*.md if not given")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a command now prints "
                         "something else, but for numbers, widths and the order of lines")  # fmt: skip
-    parser.add_argument("--print", metavar="NAME", help="print the commands of a transcript, or a file, and exit")
+    parser.add_argument("--print", metavar="NAME", help="print the commands of a block, or a file, and exit")
     arguments = parser.parse_args()
     pages = arguments.pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if arguments.print:
