@@ -86,7 +86,7 @@ developer() {
 cluster() {
     local mpi
     venv=$work/cluster
-    if ! command -v mpiexec.openmpi mpiexec.mpich >/dev/null; then
+    if ! command -v mpiexec.openmpi >/dev/null || ! command -v mpiexec.mpich >/dev/null; then
         if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
             [[ ${CI-} != true ]] || die "needs root on Debian, for openmpi-bin and mpich"
             echo "left out: needs mpiexec.openmpi and mpiexec.mpich, as Debian's packages openmpi-bin and mpich have them"
