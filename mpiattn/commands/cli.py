@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import os
 import sys
 from collections.abc import Sequence
@@ -134,6 +135,9 @@ def run_command(args: argparse.Namespace, comm: Any) -> int:
         return virtual.command(module.main, args)
     if comm is None and needs_mpi:
         print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
+        if library := ctypes.util.find_library("mpich"):
+            reason = f"mpi4py's wheel looks for Debian's {library} under the name libmpi.so.12: docs/launch.md says how"
+            print(f"mpiattn: {reason} it finds it", file=sys.stderr)
         return 1
     with threadpool_limits(blas_threads(args.command), "blas"), watching.watching(args, comm) as watched:
         return int(module.main(args, watched))
