@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.numpy import save_file
 
 from ..arrays import FLOATS, Array
 from ..machines import writing
+from . import npz
 
 NAMES = ("q", "k", "v", "d_out")
 
@@ -72,8 +75,8 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Any]]]:
     with contextlib.ExitStack() as stack:
         try:
             if path.suffix == ".npz":
-                archive = stack.enter_context(np.load(path, allow_pickle=False))
-                known, load = list(archive.files), archive.__getitem__
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                known, load = npz.names(archive), partial(npz.load, archive)
             else:
                 tensors = stack.enter_context(safe_open(path, framework="numpy"))
                 known, load = list(tensors.keys()), tensors.get_tensor

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..errors import WriteError
 from ..machines.writing import write_text
 from ..messages.message import Communicator
 from .clocks import gather
+from .entry import event_of, ranks_of
 from .events import Event, Trace
 
 COMPUTE, FIRST_LANE = 0, 1  # tracks of a rank: blocks, waits and phases; messages
@@ -118,16 +118,12 @@ def read(file: str | Path) -> list[Trace]:
     """Return the traces of all ranks from a file that `write` wrote, or raise ValueError."""
     try:
         content = json.loads(Path(file).read_text())
-        traces = [Trace() for _ in range(content["otherData"]["ranks"])]
+        ranks = ranks_of(content)
+        traces = [Trace() for _ in range(ranks)]
         for entry in content["traceEvents"]:
             if entry["ph"] == "X":
-                more, start = entry["args"], entry["ts"] / 1e6
-                block = tuple(more["block"]) if "block" in more else None
-                peer, nbytes = more.get("peer", -1), more.get("bytes", 0)
-                end = math.nan if "end" in more else start + entry["dur"] / 1e6
-                owners = tuple(more["owners"]) if "owners" in more else None
-                event = Event(entry["cat"], more["name"], peer, nbytes, start, end, block, owners=owners)
-                traces[entry["pid"]].events.append(event)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+                rank, event = event_of(entry, ranks)
+                traces[rank].events.append(event)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no trace that mpiattn wrote: {type(error).__name__}: {error}") from None
     return traces
