@@ -35,9 +35,9 @@ from safetensors.numpy import save_file
 from mpiattn import machines
 from mpiattn.commands.files import read
 from mpiattn.commands.trace import command as trace
+from mpiattn.machines.writing import write_json
 from mpiattn.trace.events import Event, Trace
 from mpiattn.trace.file import document
-from mpiattn.writing import write_json
 
 SECONDS = 10
 MEMORY = 2**29  # bytes beside what the process has before

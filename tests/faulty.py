@@ -85,7 +85,7 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     with (
         mpiattn.watch(comm, seconds=args.seconds, file=args.file) as watched,
-        mpiattn.RingAttention(watched, layout="contiguous") as attention,
+        mpiattn.RingAttention(comm, layout="contiguous") as attention,
     ):
         saved: Any = None
         mine = len(attention.positions(args.tokens))

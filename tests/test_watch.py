@@ -28,7 +28,8 @@ CAUSES = {
     "stop": r"cause: rank 2 \(.*, process \d+\) is stopped: kill -CONT \d+",
     "exception": r"cause: rank 2 .* raised an exception: ArithmeticError: something went wrong on this rank alone",
     "loop": r"cause: rank \d waits for .* rank 2; rank 2 .* makes no step .*(.*\n)*.*in loop: (while True|pass)",
-    "order": r"cause: rank [01] .* calls Allgather, rank 2 .* calls Barrier, as no. \d+ of the collectives on comm",
+    "order": r"in a circle: .*rank [01] waits for Allgather no. \d+ with rank 2.*rank 2 waits for Barrier|"
+    r"in a circle: rank 2 waits for Barrier no. \d+ with rank \d, rank \d waits for Allgather no. \d+ with rank 2",
     "receive": r"rank 2 waits for D_O no. 1 from rank 0",
 }
 
@@ -129,6 +130,13 @@ def test_a_collective_that_not_all_come_to() -> None:
     )
     assert "Barrier no. 4 on comm, to which rank 2 has not come" in text
     assert "rank 0 waits for Barrier no. 4 with rank 2; rank 2" in text
+
+
+def test_different_collectives_are_found() -> None:
+    barrier, bcast = (Wait("collective", name, "comm#0", -1, 4, 0) for name in ("Barrier", "bcast"))
+    ranks = [waiting(rank, barrier, called={"comm#0": (4, "Barrier")}) for rank in (0, 1)]
+    text = named([*ranks, waiting(2, bcast, called={"comm#0": (4, "bcast")})])
+    assert re.search("rank 0 .* calls Barrier, rank 2 .* calls bcast, as no. 4 of the collectives on comm", text)
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..kernels.contract import Kernel
 from ..messages.connection import abandon, kernel_on, on_device, private
 from ..messages.device.channel import Channel, check_mode
 from ..messages.message import Communicator
+from ..messages.observer import named
 from ..messages.reduction import all_reduce
 from ..problems import layout as layouts
 from ..problems.dropout import Dropout
@@ -149,7 +150,7 @@ class Attention:
             With `saved.lse`: float64, (batch, heads, tokens).
         """
         problem = self.agree_forward(q, k, v, **given)
-        with self.running():
+        with self.running("forward"):
             return self.finish(q, k, v, *self.attend(problem, q, k, v))
 
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
@@ -163,7 +164,7 @@ class Attention:
             From `forward`.
         """
         problem = self.agree_backward(d_out, saved)
-        with self.running():
+        with self.running("backward"):
             row_delta = delta(d_out, saved.out)
             self.kernel.remember(row_delta, saved.out)
             d_q, d_k, d_v = self.gradients(problem, saved.q, saved.k, saved.v, d_out, saved.lse, row_delta)
@@ -182,7 +183,7 @@ class Attention:
         problem = self.agree_backward(d_out, saved)
         if saved.sinks is None:
             raise InputError("there are no sinks in what was saved: give some to forward")
-        with self.running():
+        with self.running("sink_gradient"):
             total = sink_gradient(saved.sinks, saved.lse, delta(d_out, saved.out))
             if problem.q_spread:
                 all_reduce(self.comm, total)
@@ -339,13 +340,13 @@ class Attention:
     # Its end
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run a pass, whatever the caller's floating-point settings; if it raises, end for good.
+    def running(self, name: str) -> Iterator[None]:
+        """Run a pass of that name, whatever the caller's floating-point settings; if it raises, end for good.
 
         There may be messages under way then, so no later algorithm may use the same communicators.
         """
         try:
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), named(f"{type(self).__name__} {name}"):
                 yield
         except BaseException as error:
             self.ended = f"a pass of this attention ended in {type(error).__name__}: {error}; build another one"

@@ -68,7 +68,7 @@ class UlyssesAttention(Attention):
     def forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> tuple[Array, Saved]:
         """Exchange tokens for heads, attend, exchange back. Shapes, dtypes, errors: see `Attention.forward`."""
         problem = self.agree_forward(q, k, v, **given)
-        with self.running():
+        with self.running("forward"):
             leaving: Contents = [(q[:, heads], k[:, kv_heads], v[:, kv_heads]) for heads, kv_heads in self.heads]
             arrived = self.to_heads(Tag.QKV, Problem.qkv, leaving)
             q, k, v = (
@@ -94,7 +94,7 @@ class UlyssesAttention(Attention):
     def backward(self, d_out: Array, saved: Saved) -> tuple[Array, Array, Array]:
         """Exchange as forward, with gradients. Shapes, dtypes, errors: see `Attention.backward`."""
         problem = self.agree_backward(d_out, saved)
-        with self.running():
+        with self.running("backward"):
             rows = saved.lse, row_sums(d_out, saved.out), d_out
             arrived = self.to_heads(
                 Tag.D_O, Problem.d_out, [[row[:, heads] for row in rows] for heads, _ in self.heads]

@@ -1,5 +1,7 @@
 """What goes over a communicator.
 
+- `connection`: what an algorithm asks of the communicator that it is built on; `private`: its duplicate
+- `observer`: the watch that is active, if one is; see `watch`
 - `message`: the methods asked of a communicator, tags, waiting
 - `parcel`: several arrays in one message
 - `reduction`: sums over the ranks by plain messages

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..errors import InputError
 from .device.comm import carrier
+from .observer import watched
 
 
 def private(comm: Any) -> Any:
     """Return the duplicate of a communicator on which this package's messages never meet the caller's.
 
     MPI's is made once and kept with the communicator, see `private`; those that stand in for MPI's have a method that
-    does this, `private()`. What is private already stays as it is.
+    does this, `private()`. What is private already stays as it is. Inside of `mpiattn.watch` it is watched.
 
     Raises
     ------
@@ -36,7 +37,7 @@ def private(comm: Any) -> Any:
         raise InputError("comm connects two groups of ranks: give an intracommunicator, such as comm.Merge()")
     from .private import duplicate
 
-    return duplicate(comm)
+    return watched(duplicate(comm))
 
 
 def abandon(comm: Any, memory: object) -> None:

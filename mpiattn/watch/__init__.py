@@ -4,8 +4,10 @@ In the ranks:
 
 - `session`: `mpiattn.watch` itself
 - `comm`: a communicator that leaves a record of each message and wait
+- `request`: its requests
 - `record`: these records, in a file that outlives the rank
-- `active`: where attentions ask whether they are watched
+
+Attentions and their passes make themselves known in `messages.observer`.
 
 In a process beside the ranks of each host, which loads no MPI:
 

@@ -1,51 +1,22 @@
 """A communicator that leaves a record of each message, wait and collective, and passes all else on.
 
-An algorithm runs on it unchanged. Its requests are MPI's own, with a number: to test them costs nothing more.
+An algorithm runs on it unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any
 
 from mpi4py import MPI
 
-from ..messages import message
+from ..messages import connection, message
 from .record import Kind, Recorder
+from .request import numbered
 
-SEND, RECEIVE, WAIT, DONE = Kind.SEND, Kind.RECEIVE, Kind.WAIT, Kind.DONE
-LOW = 2**64 - 1  # posts of a wait that a record has room for
-TAGS = 2**8
-
-
-class WatchedRequest(MPI.Request):
-    """A request whose waits are recorded."""
-
-    __slots__ = ("post",)
-
-    recorder: ClassVar[Recorder]
-    """Of the watch that is active."""
-
-    post: int
-    """Number of the message, of all that this rank posts."""
-
-    @classmethod
-    def Waitall(cls, requests: Sequence[Any], *statuses: Any) -> Literal[True]:
-        """Wait for all."""
-        recorder = cls.recorder
-        posts = [request.post for request in requests]
-        first, bits = min(posts), 0
-        for post in posts:
-            bits |= 1 << post - first
-        recorder.step = step = recorder.step + 1
-        recorder.write(WAIT, 0, 0, step, 0, first, bits & LOW)
-        MPI.Request.Waitall(requests, *statuses)
-        recorder.write(DONE, 0, 0, 0, 0, 0, 0)
-        return True
-
-    def Wait(self, *status: Any) -> Any:
-        """Wait for this one."""
-        return self.Waitall([self], *([each] for each in status))
+SEND, RECEIVE, DONE = Kind.SEND, Kind.RECEIVE, Kind.DONE
+NAMED = 32  # tags below have names
+PEER = 2**32  # tags are smaller
 
 
 class WatchedWindow:
@@ -108,50 +79,47 @@ class WatchedComm:
 
     # Messages
 
-    def Isend(self, buf: Any, dest: int, tag: int = 0) -> WatchedRequest:
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer."""
         return self._posted(SEND, self.comm.Isend(buf, dest, tag), buf, dest, tag)
 
-    def Irecv(self, buf: Any, source: int, tag: int = 0) -> WatchedRequest:
+    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Any:
         """Start to receive into a buffer."""
         return self._posted(RECEIVE, self.comm.Irecv(buf, source, tag), buf, source, tag)
 
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
         """Send a buffer."""
-        WatchedRequest.Waitall([self.Isend(buf, dest, tag)])
+        message.Waitall([self.Isend(buf, dest, tag)])
 
     def Recv(self, buf: Any, source: int, tag: int = 0) -> None:
         """Receive into a buffer."""
-        WatchedRequest.Waitall([self.Irecv(buf, source, tag)])
+        message.Waitall([self.Irecv(buf, source, tag)])
 
-    def _posted(self, kind: int, request: Any, buf: Any, peer: int, tag: int) -> WatchedRequest:
+    def _posted(self, kind: int, request: Any, buf: Any, peer: int, tag: int) -> Any:
         recorder, counts = self.recorder, self.counts
-        key = (peer * TAGS + tag) * 2 + kind
+        key = (peer * PEER + tag) * 2 + kind
         counts[key] = number = counts.get(key, 0) + 1
         recorder.posts = post = recorder.posts + 1
         nbytes = (buf[0] if type(buf) is list else buf).nbytes
-        recorder.write(kind, tag, self.number, self.ranks[peer], number, post, nbytes)
-        watched = WatchedRequest(request)
-        watched.post = post
-        return watched
+        name = tag if 0 <= tag < NAMED else recorder.name(f"tag {tag}")
+        recorder.write(kind, name, self.number, self.ranks[peer] if peer >= 0 else -1, number, post, nbytes)
+        return numbered(request, recorder, post)
 
     # Collectives
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> WatchedRequest:
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
         """Start to give every rank the pieces of all."""
         return self._started("Iallgatherv", self.comm.Iallgatherv(sendbuf, recvbuf))
 
-    def Ibarrier(self) -> WatchedRequest:
+    def Ibarrier(self) -> Any:
         """Start to wait for all ranks."""
         return self._started("Ibarrier", self.comm.Ibarrier())
 
-    def _started(self, name: str, request: Any) -> WatchedRequest:
+    def _started(self, name: str, request: Any) -> Any:
         recorder = self.recorder
         recorder.posts = post = recorder.posts + 1
         recorder.write(Kind.START, recorder.name(name), self.number, -1, self._collective(), post, 0)
-        watched = WatchedRequest(request)
-        watched.post = post
-        return watched
+        return numbered(request, recorder, post)
 
     def blocking(self, name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Call a collective that waits for other ranks."""
@@ -184,6 +152,18 @@ class WatchedComm:
     Split = _deriving("Split")
     Split_type = _deriving("Split_type")
     Sub = _deriving("Sub")
+
+    def private(self) -> Any:
+        """Return the private duplicate, watched; see `connection.private`."""
+        inner = connection.private(self.comm)
+        if inner is self.comm or isinstance(inner, WatchedComm):
+            return self if inner is self.comm else inner
+        return WatchedComm(inner, self.recorder, self.ranks, f"{self.path}.private")
+
+    def on_device(self, xp: Any, mode: str) -> tuple[WatchedComm, Any]:
+        """Return what carries device memory, watched: each message once, by its own name."""
+        inner, channel = connection.on_device(self.comm, xp, mode)
+        return WatchedComm(inner, self.recorder, self.ranks, self.path), channel
 
     def derived(self, comm: Any, how: str) -> WatchedComm:
         """Return a communicator of some of these ranks, watched."""

@@ -35,12 +35,12 @@ def edges(ranks: Mapping[int, Doing]) -> list[Edge]:
     found = []
     for rank, doing in ranks.items():
         for wait in doing.waits if doing.waiting else []:
-            if wait.kind != "collective":
+            if wait.kind != "collective" and wait.peer >= 0:
                 other = ranks.get(wait.peer)
                 key = posted_key(OTHER_HALF[wait.kind], wait.comm, rank, wait.name)
                 there = other is not None and other.posted.get(key, 0) >= wait.number
                 found.append(Edge(rank, wait.peer, wait, "under way" if there else "missing"))
-            else:
+            elif wait.kind == "collective":
                 _, members = doing.comms.get(wait.comm, ("", ()))
                 for member in members:
                     if member != rank and member in ranks and (why := _met(ranks[member], wait)):

@@ -18,7 +18,6 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from ..errors import WriteError
-from ..machines.writing import write_text
 from .graph import stuck
 from .host import Host
 from .network import call
@@ -155,7 +154,9 @@ def raised(doing: Doing) -> bool:
 
 def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: str) -> None:
     """Write the last steps of all ranks to a file, and the report with them."""
-    from ..trace.file import document  # with NumPy, which a monitor needs here only
+    # All that needs NumPy, which a monitor loads here only.
+    from ..machines.writing import write_text
+    from ..trace.file import document
     from .timeline import traces
 
     whole = document(traces(ranks, offsets))

@@ -72,9 +72,10 @@ def message(wait: Wait) -> str:
     """Return a message or a collective by name."""
     if wait.kind == "collective":
         return f"{wait.name} no. {wait.number} on {wait.over}"
+    rank = f"rank {wait.peer}" if wait.peer >= 0 else "any rank"
     if wait.kind == "receive":
-        return f"{wait.name} no. {wait.number} ({wait.nbytes} bytes) from rank {wait.peer}"
-    return f"its {wait.name} no. {wait.number} ({wait.nbytes} bytes) to leave for rank {wait.peer}"
+        return f"{wait.name} no. {wait.number} ({wait.nbytes} bytes) from {rank}"
+    return f"its {wait.name} no. {wait.number} ({wait.nbytes} bytes) to leave for {rank}"
 
 
 def readable(dump: str) -> str:

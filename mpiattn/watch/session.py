@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..messages import observer
 from ..messages.message import Tag, constant
-from . import active
 from .record import Kind, Recorder, State
 
 BOOT = """\
@@ -74,11 +74,11 @@ class watch:
         self.plain, self.seconds, self.file = comm, float(seconds), str(Path(file).absolute())
 
     def __enter__(self) -> Any:
-        from .comm import WatchedComm, WatchedRequest
+        from .comm import WatchedComm
 
         comm = self.plain
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
-        folder, wrong = None, "it is watched already" if active.observer is not None else ""
+        folder, wrong = None, "it is watched already" if observer.observer is not None else ""
         if host.rank == 0 and not wrong:
             folder, wrong = attempt(lambda: tempfile.mkdtemp(prefix="mpiattn-watch-", dir=memory_folder()))
         folder = host.bcast(folder)
@@ -86,9 +86,8 @@ class watch:
             _, wrong = attempt(lambda: self.record(Path(folder)))
         self.start(comm, host, folder, wrong)
         host.Free()
-        WatchedRequest.recorder = self.recorder
         self.comm = WatchedComm(comm, self.recorder, tuple(range(comm.size)), "comm")
-        active.set_observer(self)
+        observer.set_observer(self)
         return self.comm
 
     def record(self, folder: Path) -> None:
@@ -129,13 +128,13 @@ class watch:
                 raise InputError(f"rank {rank} can't be watched: {reason}")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: Any) -> None:
-        active.set_observer(None)
+        observer.set_observer(None)
         text = "".join(traceback.format_exception_only(error)).strip() if error else ""
         self.recorder.state(State.RAISED if error else State.LEFT, text)
         faulthandler.unregister(self.dump)
         self.stack.close()
 
-    # For `active`
+    # For `messages.observer`
 
     def watched(self, comm: Any) -> Any:
         """Return a communicator that is watched, in the place of a plain one."""

@@ -1,4 +1,7 @@
-"""The watch that is active in this process, if one is: attentions and their passes ask for it here."""
+"""The watch that is active in this process, if one is: attentions and their passes are made known to it here.
+
+See `watch`.
+"""
 
 from __future__ import annotations
 
