@@ -22,9 +22,11 @@ from mpi4py import MPI
 
 import mpiattn
 from mpiattn.arrays import FLOATS
-from mpiattn.commands.conformance import add_arguments, find, reproducer
+from mpiattn.commands.conformance.command import add_arguments, reproducer
+from mpiattn.commands.conformance.players import find
 from mpiattn.conformance.case import Case
-from mpiattn.conformance.check import Refused, check
+from mpiattn.conformance.check import check
+from mpiattn.conformance.player import Refused
 from mpiattn.problems.layout import LAYOUTS
 
 STUCK = 300.0  # seconds in a case without a step: the watch ends the job
@@ -37,17 +39,18 @@ MORE_MEMORY = 64 * 2**20  # bytes of a rank that are no growth: the allocator's
 
 @dataclass
 class Held:
-    """What a rank holds: bytes of memory, open files, and communicators, counted from some number on."""
+    """What a rank holds: bytes of memory, open files, and communicators, counted from some number on, 0 not counted."""
 
     memory: int
     files: int
     communicators: int
 
     @classmethod
-    def of(cls, comm: MPI.Intracomm) -> Held:
-        """Return what this rank holds now; collective."""
+    def of(cls, comm: MPI.Intracomm, count: bool) -> Held:
+        """Return what this rank holds now; collective where communicators are counted, which takes seconds."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return cls(pages * resource.getpagesize(), len(os.listdir("/proc/self/fd")), communicators(comm))
+        files = len(os.listdir("/proc/self/fd"))
+        return cls(pages * resource.getpagesize(), files, communicators(comm) if count else 0)
 
     def growth(self, first: Held) -> list[str]:
         """Return what has grown since."""
@@ -103,31 +106,28 @@ class Soak:
         self.first: Held | None = None
         self.grown: list[str] = []
 
-    def look(self, what: str, warm: bool) -> None:
+    def look(self, what: str, warm: bool, last: bool = False) -> None:
         """Print what the ranks hold; from when it is warm on, see whether it has grown."""
         gc.collect()
-        held = Held.of(self.comm)
+        held = Held.of(self.comm, count=last or (warm and self.first is None))
         if warm and self.first is None:
             self.first = held
         self.grown = held.growth(self.first) if self.first else []
         ranks = self.comm.gather((held, self.grown))
         for rank, (each, grown) in enumerate(ranks or ()):
             if rank == 0:
-                memory, files = f"{each.memory / 2**20:.0f} MiB", f"{each.files} open files"
-                seconds = time.monotonic() - self.begun
-                print(
-                    f"{seconds:6.0f} s  {what}; rank 0: {memory}, {files}, communicator {each.communicators}",
-                    flush=True,
-                )
+                holds = f"{each.memory / 2**20:.0f} MiB, {each.files} open files"
+                holds += f", communicators {each.communicators}" if each.communicators else ""
+                print(f"{time.monotonic() - self.begun:6.0f} s  {what}; rank 0: {holds}", flush=True)
             if grown:
                 print(f"rank {rank} has grown since it was warm: {', '.join(grown)}", flush=True)
 
     def one(self) -> bool:
         """Check a case; return whether it was one that the algorithm takes."""
-        name, factory, traffic = self.rng.choice(self.found)
+        name, player = self.rng.choice(self.found)
         case = drawn(self.rng, name.startswith("decode"))
         try:
-            check(factory, self.comm, case, traffic)
+            check(player, self.comm, case)
         except Refused:
             return False
         except AssertionError as error:
@@ -147,20 +147,21 @@ class Soak:
             if self.comm.bcast(time.monotonic() > shown + 60 * minutes / 20):
                 shown = time.monotonic()
                 self.look(f"{checked} cases right, {refused} refused", self.comm.bcast(shown > warm))
-        self.look(f"{checked} cases right, {refused} refused: the end", True)
+        self.look(f"{checked} cases right, {refused} refused: the end", True, last=True)
 
     def builds(self, count: int) -> None:
         """Build that many attentions inside `with`, and as many without, which nobody frees; use some of each."""
         for number in range(2 * count):
-            name, factory, _ = self.rng.choice(self.found)
-            with contextlib.nullcontext(factory(self.comm)) if number % 2 else factory(self.comm) as attention:
+            name, player = self.rng.choice(self.found)
+            attention = player.factory(self.comm)
+            with contextlib.nullcontext() if number % 2 else attention:
                 if number % 100 < 2 and not name.startswith(("decode", "tensor_parallel")):
                     mine = len(attention.positions(32))
                     out, _ = attention.forward(*(np.ones((1, self.comm.size, mine, 4), np.float32) for _ in "qkv"))
                     assert np.allclose(out, 1)
             if (number + 1) % max(2 * count // 20, 1) == 0:
                 self.look(f"{number + 1} builds", number > WARM * count)
-        self.look(f"{count} builds inside with, {count} without: the end", True)
+        self.look(f"{count} builds inside with, {count} without: the end", True, last=True)
 
 
 def main() -> int:
