@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_large_scores as large
 
 from mpiattn import ALGORITHMS, RingAttention, arrays, kernels
 from mpiattn.arrays import accumulator
@@ -120,6 +121,30 @@ def test_kernel(name: str, case: Case) -> None:
     for label, result in results.items():
         wrong += compare(label, on_host(result), right[label], right[label], case.dtype)
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", large.BOUND)
+@pytest.mark.parametrize("scale", [1.0, 1e4, -1e6, 1e8, 1e13, 1e20])
+def test_large_scores(scale: float, dtype: str) -> None:
+    """Forward in one block, backward in parts of other shapes; see test_large_scores.py."""
+    import cupy
+
+    given = [array.astype(arrays.dtype(dtype)) for array in large.inputs(70)]
+    given[0][:, :, :9] = 0
+    if abs(scale) < 1e10:  # beyond, lse does not know how many scores are the same
+        given[1][:, :, ::3] = given[1][:, :, :1]
+    q, k, v, d_out = map(cupy.asarray, given)
+    wide, positions = accumulator(q.dtype), np.arange(70)
+    kernel = kernels.choose("cupy", posed(Case(tokens=70, heads=4, kv_heads=4, dtype=dtype), 1), scale, "cupy")
+    out, lse = cupy.zeros(q.shape, wide), cupy.full(q.shape[:3], -math.inf, LSE)
+    kernel.forward(q, k, v, block=Block(Causal(), positions, positions), out=out, lse=lse)
+    row_delta = delta(d_out, out.astype(q.dtype))
+    d_q, d_k, d_v = (cupy.zeros(q.shape, wide) for _ in "qkv")
+    for rows in (slice(31), slice(31, 32), slice(32, 70)):
+        part = Block(Causal(), positions[rows], positions, rows)
+        kernel.backward(q, k, v, block=part, d_out=d_out, lse=lse, delta=row_delta, d_q=d_q, d_k=d_k, d_v=d_v)
+    results = [on_host(array) for array in (out, lse, d_q, d_k, d_v)]
+    large.check(results, large.reference(given, scale, True), large.bounds(given, scale), large.BOUND[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

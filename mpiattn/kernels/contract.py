@@ -57,7 +57,7 @@ class Kernel(Protocol):
             Its `rows` of q, out and lse are computed.
         out : float32 or float64, (batch, heads, q_tokens, v_head_dim)
             Normalised output so far; zeros at the start.
-        lse : as wide or wider, (batch, heads, q_tokens)
+        lse : float64, (batch, heads, q_tokens)
             Natural logarithm of the sum of exponentials so far; -inf at the start.
         progress : callable, optional
         """
@@ -75,7 +75,7 @@ class Kernel(Protocol):
             As in `forward`; the block's `rows` of q, d_out, lse, delta and d_q are meant.
         d_out : (batch, heads, q_tokens, v_head_dim)
             Gradient with respect to the output.
-        lse, delta : float32 or float64, (batch, heads, q_tokens)
+        lse, delta : float64, and the dtype of partial sums; (batch, heads, q_tokens)
             Of the whole rows, all keys: the final lse, and rowsum(d_out * out).
         d_q, d_k, d_v : float32 or float64, shapes of q, k, v
             Gradients so far; zeros at the start.

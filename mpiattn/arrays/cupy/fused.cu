@@ -243,13 +243,105 @@ __global__ void stand_in(T* out, STRIDES(so), float* near_lse, STRIDES(sn), cons
     }
 }
 
-template <typename A> struct Softmax { A top, sum; };
-
-template <typename A> __device__ Softmax<A> joined(Softmax<A> a, Softmax<A> b)
+// The norm of each row.
+template <typename A, typename T, int V>
+__global__ void norm(double* result, STRIDES(sr), const T* rows_in, STRIDES(ss), Index rows, Index heads, Index tokens,
+                     Index dim)
 {
-    const A top = a.top > b.top ? a.top : b.top;
-    if (top == -Number<A>::infinity()) return {top, (A)0};
-    return {top, a.sum * power2(a.top - top) + b.sum * power2(b.top - top)};
+    FOR_EACH_ROW
+    const T* from = rows_in + AT(ss);
+    double sum = 0;
+    for (Index d = lane * V; d < dim; d += 32 * V) {
+        const Pack<T, V> x = *(const Pack<T, V>*)(from + d);
+        for (int i = 0; i < V; ++i) sum += (double)wide<A>(x.x[i]) * (double)wide<A>(x.x[i]);
+    }
+    sum = sum_of_warp(sum);
+    if (lane == 0) result[AT(sr)] = sqrt(sum);
+}
+
+// Scores of one query as the product of matrices has them, to be scaled to log2.
+template <typename A> struct TileScores {
+    typedef A S;
+    const A* score;
+    A scale, cap;
+    __device__ TileScores(const A* score, double scale, double cap)
+        : score(score), scale(cap ? scale / cap : scale * LOG2E), cap(cap * LOG2E) {}
+    __device__ S inner(Index key) const { return cap ? tanh(score[key] * scale) : score[key] * scale; }
+    __device__ S outer(S inner) const { return cap ? cap * inner : inner; }
+    __device__ static A weight(S difference) { return power2(difference); }
+    __device__ static double natural(S logit) { return logit / LOG2E; }
+    __device__ static S shift(double lse) { return lse * LOG2E; }
+};
+
+// Scores so large that A does not know them well: natural, and computed anew, always in the same order. So they are the
+// same bits forward and backward, and their difference from the lse is right however large both are.
+template <typename A, typename T> struct LargeScores {
+    typedef double S;
+    const T *q, *k;
+    Index step, dim;
+    double scale, cap;
+    __device__ S inner(Index key) const
+    {
+        double sum = 0;
+        for (Index d = 0; d < dim; ++d) sum = fma((double)wide<A>(q[d]), (double)wide<A>(k[key * step + d]), sum);
+        return cap ? tanh(sum * scale / cap) : sum * scale;
+    }
+    __device__ S outer(S inner) const { return cap ? cap * inner : inner; }
+    __device__ static A weight(S difference) { return power2((A)(difference * LOG2E)); }
+    __device__ static double natural(S logit) { return logit; }
+    __device__ static S shift(double lse) { return lse; }
+};
+
+// From which bound on, natural, scores are large: here A knows them to 1e-5 (float), to 1e-8 (double).
+template <typename A> __device__ double large();
+template <> __device__ double large<float>() { return 256; }
+template <> __device__ double large<double>() { return 16777216; }
+
+// The rows of queries and keys of a tile, as the product of matrices has them: steps from head to head and from row to
+// row; how many rows a head has; and the norms of queries, and of the longest key of each head.
+#define FACTORS const T* q, Index q_head, Index q_row, const T* k, Index k_head, Index k_row, Index q_rows, Index dim, \
+                const double* q_norm, const double* k_norm
+
+// What is done with the `scores` of a row, whichever they are; all threads of a block have the same row.
+#define WITH_SCORES(...) \
+    const Index head = row / q_rows; \
+    if (q_norm[row] * k_norm[head] * fabs(natural_scale) <= large<A>()) { \
+        const TileScores<A> scores(score + row * keys, natural_scale, natural_cap); \
+        __VA_ARGS__ \
+    } else { \
+        const T *near_q = q + head * q_head + row % q_rows * q_row, *near_k = k + head * k_head; \
+        const LargeScores<A, T> scores{near_q, near_k, k_row, dim, natural_scale, natural_cap}; \
+        __VA_ARGS__ \
+    }
+
+template <typename S, typename A> struct Softmax { S top; A sum; };
+
+template <typename Scores, typename S, typename A> __device__ Softmax<S, A> joined(Softmax<S, A> a, Softmax<S, A> b)
+{
+    const S top = a.top > b.top ? a.top : b.top;
+    if (top == -Number<S>::infinity()) return {top, (A)0};
+    return {top, a.sum * Scores::weight(a.top - top) + b.sum * Scores::weight(b.top - top)};
+}
+
+// The largest score of keys first .. last - 1, and the sum of their weights.
+template <typename A, typename Scores>
+__device__ Softmax<typename Scores::S, A> softmax_of(const Scores& scores, Index first, Index last)
+{
+    typedef typename Scores::S S;
+    Softmax<S, A> state = {-Number<S>::infinity(), (A)0};
+    for (Index key = first + threadIdx.x; key < last; key += blockDim.x)
+        state = joined<Scores>(state, Softmax<S, A>{scores.outer(scores.inner(key)), (A)1});
+    for (int step = 16; step; step /= 2) {
+        const S top = __shfl_xor_sync(0xffffffff, state.top, step);
+        const A sum = __shfl_xor_sync(0xffffffff, state.sum, step);
+        state = joined<Scores>(state, Softmax<S, A>{top, sum});
+    }
+    __shared__ Softmax<S, A> warps[32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
+    __syncthreads();
+    state = warps[0];
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) state = joined<Scores>(state, warps[warp]);
+    return state;
 }
 
 // Which weights dropout keeps: see dropout.py. `least` is the least number of those kept; 0 where there is no dropout.
@@ -279,51 +371,46 @@ __device__ unsigned philox(Index key_position, Index query_position, Index head,
 // With a softcap, which is 0 where there is none, scores are softcap * tanh(scale * score / softcap).
 template <typename A, typename T>
 __global__ void softmax(const A* score, T* weight, double* lse, const int* start, const int* stop, Index offset,
-                        Index queries, Index keys, double natural_scale, double natural_cap, DROPOUT)
+                        Index queries, Index keys, double natural_scale, double natural_cap, FACTORS, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
-    const A scale = natural_cap ? natural_scale / natural_cap : natural_scale * LOG2E, cap = natural_cap * LOG2E;
-    const A* s = score + row * keys;
-    const auto logit = [=](Index key) { return cap ? cap * tanh(s[key] * scale) : s[key] * scale; };
-    Softmax<A> state = {-Number<A>::infinity(), (A)0};
-    for (Index key = first + threadIdx.x; key < last; key += blockDim.x) state = joined(state, {logit(key), (A)1});
-    for (int step = 16; step; step /= 2)
-        state = joined(state, {__shfl_xor_sync(0xffffffff, state.top, step), __shfl_xor_sync(0xffffffff, state.sum, step)});
-    __shared__ Softmax<A> warps[32];
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
-    __syncthreads();
-    state = warps[0];
-    for (int warp = 1; warp < blockDim.x / 32; ++warp) state = joined(state, warps[warp]);
-    const A factor = state.sum > 0 ? (A)kept_factor / state.sum : (A)0;
-    for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
-        const bool used = key >= first && key < last && KEPT(key);
-        weight[row * keys + key] = narrow<T>(used ? power2(logit(key) - state.top) * factor : (A)0);
-    }
-    if (threadIdx.x == 0) lse[row] = log((double)state.sum) + state.top / LOG2E;
+    WITH_SCORES(
+        const auto state = softmax_of<A>(scores, first, last);
+        const A factor = state.sum > 0 ? (A)kept_factor / state.sum : (A)0;
+        for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
+            const bool used = key >= first && key < last && KEPT(key);
+            weight[row * keys + key] =
+                narrow<T>(used ? scores.weight(scores.outer(scores.inner(key)) - state.top) * factor : (A)0);
+        }
+        if (threadIdx.x == 0) lse[row] = log((double)state.sum) + scores.natural(state.top);
+    )
 }
 
 // Weights from scores and the final lse, and the gradient of the scaled scores from that of the weights. Scores and
-// weights, and the two gradients, may be one array.
+// weights, and the two gradients, may be one array. A weight never exceeds 1, however lse was rounded.
 template <typename A, typename T>
 __global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const double* lse, const A* delta,
                                  const int* start, const int* stop, Index offset, Index queries, Index keys,
-                                 double natural_scale, double natural_cap, DROPOUT)
+                                 double natural_scale, double natural_cap, FACTORS, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
-    const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
-    const A scale = natural_cap ? natural_scale / natural_cap : natural_scale * LOG2E, cap = natural_cap * LOG2E;
-    const A shift = lse[row] * (A)LOG2E, mean = delta[row];
-    for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
-        const Index at = row * keys + key;
-        A w = 0, d = 0;
-        if (key >= first && key < last) {
-            const A t = cap ? tanh(score[at] * scale) : score[at] * scale;
-            const A whole = power2(cap ? cap * t - shift : t - shift), kept = KEPT(key) ? (A)kept_factor : (A)0;
-            w = whole * kept;
-            d = whole * (d_weight[at] * kept - mean) * (cap ? 1 - t * t : (A)1);
+    const bool some = lse[row] != -Number<double>::infinity();
+    const Index first = max(start[query] - offset, (Index)0), last = some ? min(stop[query] - offset, keys) : 0;
+    const A mean = delta[row];
+    WITH_SCORES(
+        const auto shift = scores.shift(lse[row]);
+        for (Index key = threadIdx.x; key < keys; key += blockDim.x) {
+            const Index at = row * keys + key;
+            A w = 0, d = 0;
+            if (key >= first && key < last) {
+                const auto inner = scores.inner(key), difference = scores.outer(inner) - shift;
+                const A whole = scores.weight(difference > 0 ? 0 : difference), kept = KEPT(key) ? (A)kept_factor : (A)0;
+                w = whole * kept;
+                d = whole * (d_weight[at] * kept - mean) * (A)(natural_cap ? 1 - inner * inner : 1);
+            }
+            weight[at] = narrow<T>(w);
+            d_score[at] = narrow<T>(d);
         }
-        weight[at] = narrow<T>(w);
-        d_score[at] = narrow<T>(d);
-    }
+    )
 }

@@ -19,7 +19,7 @@ THREADS = 256
 VECTOR = 16  # bytes of sums that a thread has at a time
 PACK = 8  # numbers that a thread of `packed_pass` has at a time
 BLOCKS = 2112  # 16 for each of 132 multiprocessors; each goes on from row to row
-PASSES = "merge", "accumulate", "copy", "cast", "delta", "stand_in"
+PASSES = "merge", "accumulate", "copy", "cast", "delta", "norm", "stand_in"
 TYPES = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 

@@ -85,5 +85,13 @@ def delta(d_out: Array, out: Array) -> Array:
     return result
 
 
+def norms(array: Array) -> Array:
+    """Return the Euclidean norm of each row, float64, (..., tokens)."""
+    array = _neighbours(array)
+    result = cupy.empty(array.shape[:3], np.float64)
+    _rows("norm", accumulator(array.dtype), array.dtype, result, array)
+    return result
+
+
 def _neighbours(array: Array) -> Array:
     return array if array.strides[3] == array.itemsize else cupy.ascontiguousarray(array)
