@@ -36,7 +36,7 @@ from mpiattn.messages.hosts import use_gpu
 from mpiattn.messages.message import Tag, Waitall
 from mpiattn.problems import layout
 from mpiattn.problems.block import Block
-from mpiattn.problems.mask import parse
+from mpiattn.problems.mask import Causal
 from mpiattn.problems.problem import Problem
 from mpiattn.trace.comm import TracedComm
 

@@ -302,14 +302,15 @@ template <> __device__ double large<double>() { return 16777216; }
 #define FACTORS const T* q, Index q_head, Index q_row, const T* k, Index k_head, Index k_row, Index q_rows, Index dim, \
                 const double* q_norm, const double* k_norm
 
-// What is done with the `scores` of a row, whichever they are; all threads of a block have the same row.
+// What is done with the `scores` of a row, whichever they are; all threads of a block have the same row. The two passes
+// have launch bounds, as large scores take more registers, and with them others would take half as long again.
 #define WITH_SCORES(...) \
-    const Index head = row / q_rows; \
+    const Index head = (unsigned)row / (unsigned)q_rows; /* see Row */ \
     if (q_norm[row] * k_norm[head] * fabs(natural_scale) <= large<A>()) { \
         const TileScores<A> scores(score + row * keys, natural_scale, natural_cap); \
         __VA_ARGS__ \
     } else { \
-        const T *near_q = q + head * q_head + row % q_rows * q_row, *near_k = k + head * k_head; \
+        const T *near_q = q + head * q_head + (row - head * q_rows) * q_row, *near_k = k + head * k_head; \
         const LargeScores<A, T> scores{near_q, near_k, k_row, dim, natural_scale, natural_cap}; \
         __VA_ARGS__ \
     }
@@ -370,8 +371,9 @@ __device__ unsigned philox(Index key_position, Index query_position, Index head,
 // query i % queries; it sees the tile's keys start - offset .. stop - offset. Scores and weights may be one array.
 // With a softcap, which is 0 where there is none, scores are softcap * tanh(scale * score / softcap).
 template <typename A, typename T>
-__global__ void softmax(const A* score, T* weight, double* lse, const int* start, const int* stop, Index offset,
-                        Index queries, Index keys, double natural_scale, double natural_cap, FACTORS, DROPOUT)
+__global__ void __launch_bounds__(256, 8)
+softmax(const A* score, T* weight, double* lse, const int* start, const int* stop, Index offset, Index queries, Index keys,
+        double natural_scale, double natural_cap, FACTORS, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
     const Index first = max(start[query] - offset, (Index)0), last = min(stop[query] - offset, keys);
@@ -390,9 +392,10 @@ __global__ void softmax(const A* score, T* weight, double* lse, const int* start
 // Weights from scores and the final lse, and the gradient of the scaled scores from that of the weights. Scores and
 // weights, and the two gradients, may be one array. A weight never exceeds 1, however lse was rounded.
 template <typename A, typename T>
-__global__ void softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const double* lse, const A* delta,
-                                 const int* start, const int* stop, Index offset, Index queries, Index keys,
-                                 double natural_scale, double natural_cap, FACTORS, DROPOUT)
+__global__ void __launch_bounds__(256, 8)
+softmax_backward(const A* score, const A* d_weight, T* weight, T* d_score, const double* lse, const A* delta,
+                 const int* start, const int* stop, Index offset, Index queries, Index keys, double natural_scale,
+                 double natural_cap, FACTORS, DROPOUT)
 {
     const Index row = blockIdx.x, query = row % queries;
     const bool some = lse[row] != -Number<double>::infinity();

@@ -88,7 +88,7 @@ def delta(d_out: Array, out: Array) -> Array:
 def norms(array: Array) -> Array:
     """Return the Euclidean norm of each row, float64, (..., tokens)."""
     array = _neighbours(array)
-    result = cupy.empty(array.shape[:3], np.float64)
+    result = cupy.empty(array.shape[:3], cupy.float64)
     _rows("norm", accumulator(array.dtype), array.dtype, result, array)
     return result
 
