@@ -26,6 +26,7 @@ from mpiattn.commands.compare.held import on_gpu
 from mpiattn.conformance.case import Case, fast, problem
 from mpiattn.conformance.check import check
 from mpiattn.conformance.differences import compare
+from mpiattn.conformance.user_masks import parse
 from mpiattn.costs import COSTS
 from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError

@@ -62,7 +62,8 @@ class Attention:
         of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. In
         allgather, decode and tensor_parallel they are always wide.
     kernel : {"numpy", "cupy", "cudnn"}, optional
-        What computes a block. By default the fastest that can do the problem at hand.
+        What computes a block. By default the fastest that can do the problem at hand. "numpy" and "cupy" are right for
+        scores of any size; "cudnn" has them in float32, and is 1e-3 off where they are 10,000: see docs/limits.md.
     gpu_messages : {"auto", "device", "host"}
         Whether messages between GPUs are of device memory or go through the host's. By default the first,
         if the MPI library turns out to take it.

@@ -31,7 +31,8 @@ class CudnnKernel:
     Work is queued on the current stream; nothing waits for the device. Partial results are rounded to the
     inputs' dtype before they are merged or added up in float32; those of sums that were begun (see `sums.py`)
     wait until there are some, or the sum settles. Backward, the order in which cuDNN adds up a row of d_q
-    differs from run to run, and with it its last bits.
+    differs from run to run, and with it its last bits. Scores and lse are float32, also backward, where those
+    above some hundreds give probabilities that are off by as much as they are rounded.
     """
 
     name = "cudnn"
