@@ -97,7 +97,8 @@ cluster() {
     fi
     for mpi in openmpi mpich; do
         mkdir -p "$work/$mpi"
-        ln -s "$(command -v "mpiexec.$mpi")" "$work/$mpi/mpiexec" # as if it were the only one
+        printf '#!/bin/sh\nexec mpiexec.%s "$@"\n' "$mpi" >"$work/$mpi/mpiexec" # as if it were the only one
+        chmod +x "$work/$mpi/mpiexec"
         if [[ $mpi == mpich ]]; then
             eval "$("$python" run/readme.py --print debian-mpich)"
         fi

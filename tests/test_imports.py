@@ -34,6 +34,8 @@ WITHOUT_MPI = ("problems", "machines", "costs", "schedule")
 """Rooms that do not name mpi4py, not even in a function."""
 
 UPWARD = {
+    ("commands.cli", "mpiattn"),  # __version__
+    ("commands.env.environment", "mpiattn"),  # __version__
     ("trace.file", "commands.trace.report"),
 }
 """Imports upward that are known, and to be removed."""

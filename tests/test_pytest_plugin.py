@@ -64,6 +64,14 @@ def test_markers_and_fixtures_of_pytest_mpi(options: tuple[str, ...]) -> None:
     assert done.returncode == 0 and "2 passed, 2 skipped" in done.stdout
 
 
+def test_after_pytest_mpi_was_removed(tmp_path: Path) -> None:
+    """Only a folder of bytecode is left."""
+    (tmp_path / "pytest_mpi" / "__pycache__").mkdir(parents=True)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = alone(*PYTEST, "--with-mpi", str(HERE / "harness/passes.py"), PYTHONPATH=path)
+    assert done.returncode == 0 and "2 passed, 1 skipped" in done.stdout
+
+
 def test_in_another_project(tmp_path: Path) -> None:
     """The plugin needs nothing of mpiattn's own tests."""
     shutil.copy(HERE / "harness/one_rank_fails.py", tmp_path / "test_one.py")

@@ -32,7 +32,8 @@ from .all_ranks import COMM, FAILED, AllRanks
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-HAS_PYTEST_MPI = importlib.util.find_spec("pytest_mpi") is not None
+# An origin: pip leaves a folder of bytecode, which is no module, where it has removed pytest-mpi.
+HAS_PYTEST_MPI = getattr(importlib.util.find_spec("pytest_mpi"), "origin", None) is not None
 pytest_plugins = ["pytest_mpi"] if HAS_PYTEST_MPI else []
 
 MARKERS = (
