@@ -84,7 +84,7 @@ developer() {
 }
 
 cluster() {
-    local mpi
+    local mpi HOME=$work # of this user
     venv=$work/cluster
     if ! command -v mpiexec.openmpi >/dev/null || ! command -v mpiexec.mpich >/dev/null; then
         if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
