@@ -39,6 +39,7 @@ from mpiattn.problems import layout
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Causal
 from mpiattn.problems.problem import Problem
+from mpiattn.problems.user_mask import UserMask, held
 from mpiattn.trace.comm import TracedComm
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +72,10 @@ def posed(case: Case, ranks: int) -> Problem:
     """Return the problem of a case."""
     keys = case.tokens if case.kv_tokens is None else case.kv_tokens
     sizes = case.batch, case.heads, case.kv_heads, case.head_dim, case.v_head_dim, case.tokens, keys
-    return Problem(ranks, *sizes, arrays.dtype(case.dtype), case.layout, parse(case.mask))
+    mask = held(parse(case.mask))
+    if isinstance(mask, UserMask):  # as the ranks agree on it
+        mask = mask.tabulated(np.arange(case.tokens), case.tokens, keys)
+    return Problem(ranks, *sizes, arrays.dtype(case.dtype), case.layout, mask)
 
 
 @pytest.mark.parametrize("case", [*(case for case in fast() if not case.sinks), *HALVES, *LARGE], ids=str)
