@@ -58,6 +58,9 @@ def test_help_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 def test_prose_is_filled_and_what_is_indented_stays() -> None:
     text = "Some words and\nsome more.\n\n  name   what it is, in several words\n"
     assert terminal.fold(text, 80) == "Some words and some more.\n\n  name   what it is, in several words"
+    assert terminal.fold("  mpiexec -n 4 mpiattn compare --tokens 2K", 30) == (
+        "  mpiexec -n 4 mpiattn \\\n      compare --tokens 2K"
+    )
     assert terminal.fold(text, 24) == ("Some words and some\nmore.\n\n  name   what it is, in\n         several words")
 
 

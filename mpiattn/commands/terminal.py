@@ -89,6 +89,10 @@ def fold(text: str, columns: int) -> str:
             folded += textwrap.wrap(" ".join(lines), columns, break_on_hyphens=False)
             continue
         for line in lines:
+            if len(line) > columns and re.match(r" *(mpiexec|mpiattn|run/\S+) (?!.*\S  )", line):
+                parts = textwrap.wrap(line, columns - 2, subsequent_indent=" " * 6, break_on_hyphens=False)
+                folded.append(" \\\n".join(parts))  # a command that can still be copied
+                continue
             start = re.match(r" *(\S.*?\S  +)?", line)
             hanging = " " * min(len(start[0]) if start else 0, columns // 2)
             folded += textwrap.wrap(line, columns, subsequent_indent=hanging, break_on_hyphens=False) or [""]
