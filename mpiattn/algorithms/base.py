@@ -61,9 +61,10 @@ class Attention:
         How partial sums (out, dQ, dK, dV) travel: as they are added up, in float32 or wider, or rounded to the dtype
         of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. In
         allgather, decode and tensor_parallel they are always wide.
-    kernel : {"numpy", "cupy", "cudnn"}, optional
+    kernel : {"numpy", "torch", "cupy", "cudnn"}, optional
         What computes a block. By default the fastest that can do the problem at hand. "numpy" and "cupy" are right for
-        scores of any size; "cudnn" has them in float32, and is 1e-3 off where they are 10,000: see docs/limits.md.
+        scores of any size; "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
+        docs/limits.md.
     gpu_messages : {"auto", "device", "host"}
         Whether messages between GPUs are of device memory or go through the host's. By default the first,
         if the MPI library turns out to take it.

@@ -10,10 +10,10 @@ from ..problems.dropout import Dropout
 from ..problems.problem import Problem
 from .contract import Kernel
 
-KERNELS = {"numpy": ("numpy",), "cupy": ("cupy", "cudnn")}
+KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn")}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
-LACKS = {"cudnn": {"softcap", "dropout"}}
+LACKS = {"cudnn": {"softcap", "dropout"}, "torch": {"softcap", "dropout"}}
 """What a kernel can't do, of softcap and dropout."""
 
 
@@ -37,7 +37,7 @@ def choose(
     problem : Problem
     scale, softcap
         See `algorithms.base.Attention`.
-    name : {"numpy", "cupy", "cudnn"}, optional
+    name : {"numpy", "torch", "cupy", "cudnn"}, optional
     dropout : Dropout, optional
         What the kernel will have to drop; it is told at each call.
     rounds : bool
@@ -54,11 +54,19 @@ def choose(
     wanted = {key for key, value in (("softcap", softcap), ("dropout", dropout)) if value is not None}
     able = [kernel for kernel in names if not LACKS.get(kernel, set()) & wanted]
     if not able or (name or able[0]) not in able:
-        others = [kernel for kernel in ("numpy", *names) if not LACKS.get(kernel, set()) & wanted]
+        others = [kernel for kernel in dict.fromkeys(("numpy", *names)) if not LACKS.get(kernel, set()) & wanted]
         raise InputError(f"kernel {name or names[0]!r} has no {' and '.join(sorted(wanted))}: {', '.join(others)} can")
     if kind == "numpy":
         from .numpy.kernel import NumpyKernel
+        from .torch import choice
 
+        reason = choice.reason(problem, wanted)
+        if name == "torch" and reason:
+            raise InputError(f"kernel 'torch' can't do this: {reason}; kernel 'numpy' can")
+        if name == "torch" or (name is None and not reason and choice.faster(problem.dtype)):
+            from .torch.kernel import TorchKernel
+
+            return TorchKernel(scale)
         return NumpyKernel(scale, softcap)
     from .cudnn.kernel import CudnnKernel
     from .cudnn.library import unable

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from ...arrays import Array, accumulator
 from ...arrays.softmax import LSE, delta
+from ...kernels.contract import Kernel
 from ...kernels.numpy.kernel import NumpyKernel
 from ...kernels.numpy.tiles import plan
 from ...problems.block import Block
@@ -27,9 +28,11 @@ def whole(q: Array, mask: Mask) -> Block:
     return Block(mask, positions, positions)
 
 
-def runs(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> Iterator[Callable[[], object]]:
-    """Yield the kernel's forward and backward, each with accumulators of its own, set back at every run."""
-    kernel, block, dtype = NumpyKernel(), whole(q, mask), accumulator(q.dtype)
+def runs(
+    q: Array, k: Array, v: Array, d_out: Array, mask: Mask, kernel_name: str = "numpy"
+) -> Iterator[Callable[[], object]]:
+    """Yield a kernel's forward and backward, each with accumulators of its own, set back at every run."""
+    kernel, block, dtype = of_name(kernel_name), whole(q, mask), accumulator(q.dtype)
     out, lse = np.empty(d_out.shape, dtype), np.empty(q.shape[:3], LSE)
     d_q, d_k, d_v = np.empty(q.shape, dtype), np.empty(k.shape, dtype), np.empty(v.shape, dtype)
 
@@ -46,6 +49,15 @@ def runs(q: Array, k: Array, v: Array, d_out: Array, mask: Mask) -> Iterator[Cal
 
     yield forward
     yield backward
+
+
+def of_name(name: str) -> Kernel:
+    """Return NumPy's kernel, or torch's."""
+    if name == "numpy":
+        return NumpyKernel()
+    from ...kernels.torch.kernel import TorchKernel
+
+    return TorchKernel()
 
 
 def products(q: Array, k: Array, v: Array, d_out: Array, mask: Mask, name: str) -> Callable[[], object]:

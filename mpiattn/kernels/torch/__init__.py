@@ -1,0 +1,1 @@
+"""The kernel that computes NumPy's arrays by torch's flash attention for CPUs."""
