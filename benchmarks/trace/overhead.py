@@ -11,6 +11,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mpiattn.commands.env.environment import environment
 from mpiattn.messages.message import Tag, Testall, Waitall
 from mpiattn.trace.comm import TracedComm
 from mpiattn.trace.events import Trace
-from mpiattn.trace.kernel import TracedKernel, watch
+from mpiattn.trace.kernel import TracedKernel
 
 REPEATS = 2000
 
@@ -29,15 +30,20 @@ REPEATS = 2000
 class Nothing:
     """A kernel that does nothing."""
 
-    def forward(self, *arguments: Any) -> None:
+    name = "nothing"
+
+    def forward(self, *arrays: Any, **rest: Any) -> None:
         """Do nothing."""
+
+    drop = remember = begin = settle = complete = forward
 
 
 def per_event() -> dict[str, float]:
     """Return the microseconds that tracing adds to a block, to a message with its wait, and to a test."""
     where = np.arange(4)
     record = Trace()
-    kernel, traced_kernel = Nothing(), TracedKernel(Nothing(), record)
+    kernel: Any = Nothing()
+    traced_kernel = TracedKernel(kernel, record)
     comm, traced = MPI.COMM_SELF, TracedComm(MPI.COMM_SELF, record)
     near, far = np.zeros((2, 8), np.uint8)
 
@@ -55,11 +61,11 @@ def per_event() -> dict[str, float]:
         pairs = [(seconds(plain), seconds(recorded)) for _ in range(9)]
         return 1e6 * statistics.median(b - a for a, b in pairs) / REPEATS
 
-    arguments = (None, None, None, where, where)
+    block = SimpleNamespace(queries=where, keys=where)
     requests = [comm.Irecv(far, 0, Tag.Q), comm.Isend(near, 0, Tag.Q)]
     traced_requests = [traced.Irecv(far, 0, Tag.Q), traced.Isend(near, 0, Tag.Q)]
     result = {
-        "block": added(partial(kernel.forward, *arguments), partial(traced_kernel.forward, *arguments)),
+        "block": added(*(partial(one.forward, None, None, None, block=block) for one in (kernel, traced_kernel))),
         "send, receive and wait": added(partial(message, comm), partial(message, traced)),
         "test": added(partial(Testall, requests), partial(Testall, traced_requests)),
     }
@@ -82,7 +88,6 @@ def main() -> None:
     for name in ("ring", "mesh"):
         record = Trace()
         with ALGORITHMS[name](comm) as off, ALGORITHMS[name](TracedComm(comm, record)) as on:
-            watch(on)
             seconds: dict[str, list[float]] = {"off": [], "again": [], "on": []}
             ways = [("off", off), ("on", on), ("again", off)]
             for number in range(args.rounds + 1):
