@@ -13,7 +13,7 @@ STATUSES = {
     "gone": "{who} is gone: killed, or ended without a word",
     "raised": "{who} raised an exception: {doing.error}",
     "stopped": "{who} is stopped: kill -CONT {doing.pid} on its host would continue it",
-    "unknown": "no word from {who}: its host is down, or the network to it is cut or blocked",
+    "unknown": "no word from {who}: its host is down, or the network to it is cut or far too slow",
 }
 """What is the matter with a rank of this status, whatever the others wait for."""
 

@@ -96,9 +96,9 @@ def reachable(start: int, found: Sequence[Edge]) -> set[int]:
 def stuck(ranks: Mapping[int, Doing], seconds: float) -> list[int]:
     """Return the ranks that have waited so long, for others of which none has made a step since."""
     found = edges(ranks)
+    still = {rank for rank, doing in ranks.items() if doing.quiet >= 0.9 * seconds or doing.status == "unknown"}
     return [
         rank
         for rank, doing in ranks.items()
-        if doing.waiting and doing.status == "running" and doing.quiet >= seconds
-        and all(ranks[other].quiet >= 0.9 * seconds for other in reachable(rank, found) if other in ranks)
-    ]  # fmt: skip
+        if doing.waiting and doing.quiet >= seconds and reachable(rank, found).intersection(ranks) <= still
+    ]

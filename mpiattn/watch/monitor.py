@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import sys
 import time
@@ -19,11 +21,13 @@ from typing import Any
 
 from ..errors import WriteError
 from .graph import stuck
-from .host import Host
+from .host import Host, handle
 from .network import call
 from .others import BEAT, Others
 from .report import report
 from .state import Doing
+
+LEAVING = 1.0  # seconds that a launcher has to end by itself
 
 
 class Monitor:
@@ -32,8 +36,8 @@ class Monitor:
     Parameters
     ----------
     settings : dict
-        From `session`: name, folder and ranks of this host; table (host and process of every rank), seconds, file,
-        hosts, secret; of rank 0's host the number of a listening socket, of another one addresses and port.
+        From `session`: name, folder, ranks and launcher of this host; table (host and process of every rank), seconds,
+        file, hosts, secret; of rank 0's host the number of a listening socket, of another one addresses and port.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -67,6 +71,7 @@ class Monitor:
             if self.told:
                 return 1
             if any(self.alarm(wrong) for wrong in wrongs if wrong):
+                self.dismiss()
                 return 1
         if self.above:
             self.above.send(bye=True)
@@ -126,6 +131,17 @@ class Monitor:
             self.others.end()
         self.host.end()
         return True
+
+    def dismiss(self) -> None:
+        """End the launcher's process on this host, where it outlives its ranks: it waits for a host that is lost."""
+        launcher = handle(self.settings["launcher"]) if self.settings["hosts"] > 1 else None
+        if launcher is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            ended, _, _ = select.select([launcher], [], [], LEAVING)
+            if not ended:
+                with contextlib.suppress(OSError):  # it is the system's, as Slurm's
+                    signal.pidfd_send_signal(launcher, number)
 
     def gather(self, wrong: str) -> dict[int, Doing]:
         """Return what each rank does, of hosts that answer."""

@@ -110,6 +110,7 @@ class watch:
             "name": socket.gethostname(), "folder": folder, "seconds": self.seconds, "file": self.file,
             "ranks": [(rank, pid) for rank, (leader, _, pid, _) in enumerate(table) if leader == table[comm.rank][0]],
             "table": [(name, pid) for _, name, pid, _ in table], "hosts": len(leaders),
+            "launcher": os.getppid(),
         }  # fmt: skip
         handles, meeting = [], None
         if not any(wrong for *_, wrong in table):
