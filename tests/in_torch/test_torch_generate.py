@@ -8,12 +8,24 @@ import pytest
 import torch
 from mpi4py import MPI
 from tiny_models import tiny, tokens
+from transformers.generation.streamers import BaseStreamer
 
 import mpiattn
 import mpiattn.torch
 
 pytestmark = pytest.mark.mpi
 NEW = 16
+
+
+class Streamer(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value)
+
+    def end(self) -> None:
+        pass
 
 
 def reference(model: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -30,6 +42,9 @@ def test_greedy_tokens_are_those_of_one_process(comm: MPI.Intracomm, family: str
     expected = reference(model, prompt, do_sample=False)
     assert len(set(expected[0, 21:].tolist())) > 4
     with mpiattn.torch.shard(model, comm, algorithm) as sharded:
+        streamer = Streamer() if comm.Get_rank() == 0 else None
+        assert torch.equal(sharded.generate(prompt[:1], max_new_tokens=NEW, streamer=streamer), expected[:1])
+        assert streamer is None or len(streamer.tokens) == NEW + 1  # the prompt comes first
         assert torch.equal(sharded.generate(prompt, max_new_tokens=NEW, do_sample=False), expected)
 
 
@@ -55,16 +70,16 @@ def test_sampling_and_beams_are_alike_on_all_ranks(comm: MPI.Intracomm, options:
 
 
 def test_the_cache_is_spread_and_windows_are_kept(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpiattn.torch import generate
+    from mpiattn.torch import cache
 
     seen: list[Any] = []
-    made = generate.Generation.__init__
+    made = cache.Generation.__init__
 
     def noted(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         seen.append(self)
 
-    monkeypatch.setattr(generate.Generation, "__init__", noted)
+    monkeypatch.setattr(cache.Generation, "__init__", noted)
     with mpiattn.torch.shard(tiny("gemma2"), comm) as sharded:
         sharded.generate(tokens(1, 21), max_new_tokens=NEW, do_sample=False)
     window, everything = seen[0].cache.layers
