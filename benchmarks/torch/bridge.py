@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--tokens", type=int, default=2048)
 parser.add_argument("--heads", type=int, default=8)
 parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-parser.add_argument("--rounds", type=int, default=9)
+parser.add_argument("--rounds", type=int, default=21)
 args = parser.parse_args()
 
 comm = MPI.COMM_WORLD
@@ -46,7 +46,7 @@ def tensors() -> None:
     torch.autograd.grad(mpiattn.torch.attention(attention, q, k, v), (q, k, v), d_out)
 
 
-def seconds(run: Any, calls: int = 20 if on_gpu else 1) -> float:
+def seconds(run: Any, calls: int = 4 if on_gpu else 1) -> float:
     """Return the seconds that a call takes; on a GPU, until it is queued."""
     comm.Barrier()
     start = time.perf_counter()
