@@ -13,6 +13,7 @@ from ..arrays import Array, namespace
 from ..arrays.operations import on_host
 from ..errors import InputError
 from ..problems.layout import EVERYWHERE
+from ..problems.mask import Causal, Full, Positions
 from .cache import Cache
 from .llama import Llama
 
@@ -50,8 +51,9 @@ class Generator:
             raise InputError("a prompt is shared out by its tokens: take another algorithm, such as mesh or ring")
         self.llama, self.attention, self.comm = llama, attention, attention.comm
         self.xp = namespace(llama.head)
-        options = {"mask": attention.mask, "kernel": attention.kernel_name, "gpu_messages": attention.gpu_messages}
-        self.decode = DecodeAttention(self.comm, combine=combine, **options)
+        options = {"kernel": attention.kernel_name, "gpu_messages": attention.gpu_messages}
+        self.several = DecodeAttention(self.comm, combine=combine, mask=Causal(), **options)
+        self.single = DecodeAttention(self.comm, combine=combine, mask=Full(), **options)
         self.prefill_seconds = 0.0
 
     def generate(
@@ -137,10 +139,22 @@ class Generator:
 
         def attend(block: int, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
             cache.put(block, k[:, :, own], v[:, :, own])
-            return self.decode.forward(q, *cache.of(block), kv_positions=cache.positions)
+            return self.decode(q, *cache.of(block), cache.positions)
 
         hidden = self.llama.forward(self.xp.asarray(np.asarray(tokens, np.int64)[None]), positions, attend)
         return hidden[:, -1:]
+
+    def decode(self, q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Saved]:
+        """Return the attention of the last tokens, (1, heads, tokens, head_dim), to the caches of all ranks.
+
+        A single token sees all keys. So the query heads that share a K/V head are given as if they were tokens of one
+        head: the keys are read once for all of them.
+        """
+        b, heads, tokens, dim = q.shape
+        if tokens > 1:
+            return self.several.forward(q, k, v, kv_positions=positions)
+        out, saved = self.single.forward(q.reshape(b, k.shape[1], -1, dim), k, v, kv_positions=positions)
+        return out.reshape(b, heads, tokens, -1), saved
 
     def choose(self, hidden: Array, sampler: Sampler) -> int:
         """Return the next token: rank 0 chooses, the others receive it."""
@@ -152,7 +166,8 @@ class Generator:
 
     def free(self) -> None:
         """Free what this object made; all ranks call it together."""
-        self.decode.free()
+        self.several.free()
+        self.single.free()
 
 
 def greedy(logits: Array) -> int:
