@@ -33,7 +33,7 @@ def cache(ranks: int, tokens: int, shape: str) -> list[Array]:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("combine", ["allreduce", "tree"])
+@pytest.mark.parametrize("combine", ["allreduce", "tree", "alltoall"])
 @pytest.mark.parametrize("shape", ["uneven", "one", "given"])
 def test_decode(comm: MPI.Intracomm, shape: str, combine: str) -> None:
     """The last tokens attend to shards of any lengths: the same bits on every rank, traffic by the formula."""
@@ -48,24 +48,26 @@ def test_decode(comm: MPI.Intracomm, shape: str, combine: str) -> None:
         with DecodeAttention(traced, mask=parse(mask), combine=combine) as attention:
             traced.trace.clear()
             given = mine if shape == "given" else None
+            heads = attention.owned("out", {"q": q.shape})(d_out.shape, rank)[-1]  # all, but after an all-to-all
             out, saved = attention.forward(q[:, :, queries], k[:, :, mine], v[:, :, mine], given)
             forward = traced.trace.received()
             traced.trace.clear()
-            d_q, d_k, d_v = attention.backward(d_out[:, :, queries], saved)
+            d_q, d_k, d_v = attention.backward(d_out[:, heads][:, :, queries], saved)
             costs = COSTS["decode"](attention.problem, rank, combine)
             for seen, formula in ((forward, costs.forward), (traced.trace.received(), costs.backward)):
                 assert seen == (formula.messages, formula.nbytes)
         right_out, right_lse = oracle.attention(q, k, v, parse(mask), None, queries)
         right_q, right_k, right_v = oracle.gradients(q, k, v, d_out[:, :, queries], parse(mask), None, queries)
         wrong = [
-            *compare("out", out, right_out, right_out, dtype),
-            *compare("lse", saved.lse, right_lse, right_lse, dtype, least=1),
+            *compare("out", out, right_out[:, heads], right_out, dtype),
+            *compare("lse", saved.lse, right_lse[:, heads], right_lse, dtype, least=1),
             *compare("d_q", d_q, right_q, right_q, dtype, least=1e-3),
             *compare("d_k", d_k, right_k[:, :, mine], right_k, dtype, least=1e-3),
             *compare("d_v", d_v, right_v[:, :, mine], right_v, dtype, least=1e-3),
         ]
         assert wrong == []
-        bits = b"".join(np.ascontiguousarray(array).tobytes() for array in (out, saved.lse, d_q))
+        same = [d_q] if combine == "alltoall" else [out, saved.lse, d_q]
+        bits = b"".join(np.ascontiguousarray(array).tobytes() for array in same)
         assert len(set(comm.allgather(bits))) == 1
 
 
@@ -112,7 +114,29 @@ def test_decode_bad_input(comm: MPI.Intracomm, wrong: str) -> None:
             options["layout"], message = "zigzag", "zigzag layout gives it"
             k, v = (k, v) if last else (k[:, :, :1], v[:, :, :1])
         case "combine":
-            options["combine"], message = "star", "choose from allreduce, tree"
+            options["combine"], message = "star", "choose from allreduce, tree, alltoall"
     with pytest.raises(ValueError, match=message) as caught, DecodeAttention(comm, **options) as attention:
         attention.forward(q, k, v, positions)
     assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
+@pytest.mark.mpi(sizes=[2, 3, 4])
+def test_all_to_all_of_heads(comm: MPI.Intracomm) -> None:
+    """With heads that the ranks divide, each receives (n-1)/n of (out, lse): half of what a sum over ranks takes."""
+    size, heads, dim = comm.Get_size(), 12, 8
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, tokens, dim)) for tokens in (1, 24, 24))
+    nbytes = {}
+    for combine in ("alltoall", "allreduce"):
+        traced = TracedComm(comm)
+        with DecodeAttention(traced, combine=combine) as attention:
+            mine = attention.positions(24)
+            traced.trace.clear()
+            out, _ = attention.forward(q, k[:, :, mine], v[:, :, mine])
+            nbytes[combine] = traced.trace.received()
+        if combine == "alltoall":
+            share = slice(comm.Get_rank() * heads // size, (comm.Get_rank() + 1) * heads // size)
+            right, _ = oracle.attention(q, k, v, parse("full"))
+            assert np.allclose(out, right[:, share])
+    assert nbytes["alltoall"] == (size - 1, (size - 1) * heads * (dim + 1) * 8 // size)
+    assert 2 * nbytes["alltoall"][1] <= nbytes["allreduce"][1]

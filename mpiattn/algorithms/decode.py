@@ -12,7 +12,15 @@ or by a tree of messages, a merge at each arrow, and the same tree back:
     0 <------ 2         4 <------ 6          0 -> 2    4 -> 6
     0 <---------------- 4                    0 -> 1    2 -> 3    4 -> 5
 
-Backward, each rank has all it needs for dK, dV of its shard; dQ is summed up in the same way.
+or by an all-to-all of heads (Helix, arXiv 2507.07120), which leaves each rank the result of its share of the heads,
+as an output projection that is cut by heads wants it:
+
+    rank 0:  (out, lse) of heads 0 1 2          head 0, merged from 0 1 2
+    rank 1:  (out, lse) of heads 0 1 2    ->    head 1, merged from 0 1 2
+    rank 2:  (out, lse) of heads 0 1 2          head 2, merged from 0 1 2
+
+Backward, each rank has all it needs for dK, dV of its shard, after the all-to-all once the others' heads of dO have
+come; dQ is summed up, in the same way or by an all-reduce.
 """
 
 from __future__ import annotations
@@ -28,9 +36,9 @@ from ..arrays import DESCRIPTION, Array
 from ..arrays.softmax import merge, normalised, weighted
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
-from ..messages.reduction import all_reduce, maximum
+from ..messages.reduction import all_reduce, exchange, maximum
 from ..problems.block import Block
-from ..problems.kv_cache import CacheProblem, posed_to_cache, span
+from ..problems.kv_cache import CacheProblem, heads_of, posed_to_cache, some_heads, span
 from ..problems.mask import Positions
 from ..problems.problem import Problem
 from .agreement import described, fit_together
@@ -43,7 +51,7 @@ from .shares import Where
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-COMBINE = ("allreduce", "tree")
+COMBINE = ("allreduce", "tree", "alltoall")
 
 
 class DecodeAttention(Attention):
@@ -53,15 +61,16 @@ class DecodeAttention(Attention):
     ----------
     comm, options
         See `Attention`; the layout, that of the cache, is contiguous by default.
-    combine : {"allreduce", "tree"}
-        Two all-reduces, which spread the bytes and the sums over the ranks, or a tree there and back, which does
+    combine : {"allreduce", "tree", "alltoall"}
+        Two all-reduces, which spread the bytes and the sums over the ranks; or a tree there and back, which does
         with fewer messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to
-        say. With either, the bits of the result are the same with every MPI library.
+        say; or an all-to-all, which leaves these out too, receives half of the all-reduces' bytes, and returns the
+        out and lse of this rank's heads alone, `heads_of`. The bits of the result are the same with every MPI library.
 
     Notes
     -----
-    q holds the same numbers on every rank, and so does d_out. The queries are the last tokens of the sequence,
-    so their own keys are in the cache already: append first, then attend.
+    q holds the same numbers on every rank, and so does d_out, where it has all heads. The queries are the last tokens
+    of the sequence, so their own keys are in the cache already: append first, then attend.
 
     A contiguous cache has its tokens in rank order, in shards of any lengths. In another layout the lengths are
     the layout's. Where a cache has grown out of any, `forward` is given the positions of each shard's tokens.
@@ -73,16 +82,25 @@ class DecodeAttention(Attention):
         options["layout"] = options.get("layout") or "contiguous"
         super().__init__(comm, partial(check, combine), **options)
         self.combine = combine
+        if combine == "alltoall":
+            self.copied = frozenset({"q"})
         self.connect(self.comm)
 
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
-        """Return both ways to combine."""
+        """Return all ways to combine."""
         return [{"combine": combine} for combine in COMBINE]
 
     def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Where:
         """Return where a rank's share lies: all queries, its shard of the cache; see `Attention.owned`."""
+        if name == "out" and self.combine == "alltoall":
+            return lambda shape, rank: (slice(None), heads_of(shapes["q"][1], self.size, rank))
         return super().owned(name, shapes) if name in "kv" else lambda shape, rank: (slice(None),)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be the same of the attention that saves and the one that goes back."""
+        return *super().identity, self.combine == "alltoall"
 
     def forward(
         self, q: Array, k: Array, v: Array, kv_positions: Positions | None = None, **given: Unpack[Given]
@@ -109,8 +127,9 @@ class DecodeAttention(Attention):
         return self.accept(others, problem, q, given)
 
     def plan(self, problem: Problem) -> None:
-        """Say who is below this rank in the tree, and who has anything to say."""
+        """Say who is below this rank in the tree, who has anything to say, and who has which heads."""
         assert isinstance(problem, CacheProblem)
+        self.heads = [heads_of(problem.heads, self.size, rank) for rank in range(self.size)]
         self.sees = problem.sees
         queries, keys = problem.q_positions[self.rank], problem.keys(self.rank)
         self.block = Block(problem.mask, queries, keys) if self.sees[self.rank] else None
@@ -129,6 +148,8 @@ class DecodeAttention(Attention):
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse
+        if self.combine == "alltoall":
+            return self.to_heads(problem, out, lse)
         top = lse.copy()
         all_reduce(self.comm, top, maximum)
         sums = weighted(out, lse, top)
@@ -143,6 +164,8 @@ class DecodeAttention(Attention):
         own.fill(0)
         [d_q] = own.arrays
         d_k, d_v = (self.buffers.xp.zeros(array.shape, problem.wide) for array in (k, v))
+        if self.combine == "alltoall":
+            lse, delta, d_out = self.of_all_heads(problem, lse, delta, d_out)
         if self.block:
             self.kernel.backward(
                 q, k, v, block=self.block, d_out=d_out, lse=lse, delta=delta, d_q=d_q, d_k=d_k, d_v=d_v
@@ -152,6 +175,42 @@ class DecodeAttention(Attention):
         else:
             all_reduce(self.comm, d_q)
         return d_q, d_k, d_v
+
+    def to_heads(self, problem: Problem, out: Array, lse: Array) -> tuple[Array, Array]:
+        """Send each rank its heads of the own part; return those of this rank, merged in the order of the ranks."""
+        ranks, whole = range(self.size), problem.o(self.rank)
+        leaving = self.buffers.parcels("leaving O", [some_heads(whole, heads) for heads in self.heads])
+        arriving = self.buffers.parcels("arriving O", [leaving[self.rank].specs for _ in ranks])
+        arriving[self.rank] = leaving[self.rank]
+        for parcel, heads in zip(leaving, self.heads, strict=True):
+            parcel.pack(out[:, heads], lse[:, heads])
+        to = dict(enumerate(leaving)) if self.sees[self.rank] else {}
+        Waitall(exchange(self.comm, Tag.O, to, {rank: arriving[rank] for rank in ranks if self.sees[rank]}))
+        total = arriving[self.rank]
+        for rank in ranks:
+            if rank != self.rank and self.sees[rank]:
+                merge(*total.arrays, *arriving[rank].arrays)
+        out, lse = total.arrays
+        return out, lse
+
+    def of_all_heads(self, problem: Problem, *rows: Array) -> list[Array]:
+        """Return rows of all heads, where this rank has anything to compute of them: an all-gather of each rank's."""
+        ranks, whole = range(self.size), problem.d_out(self.rank)
+        parcels = self.buffers.parcels("d_out", [some_heads(whole, heads) for heads in self.heads])
+        parcels[self.rank].pack(*rows)
+        to = {rank: parcels[self.rank] for rank in ranks if self.sees[rank]}
+        Waitall(exchange(self.comm, Tag.D_O, to, dict(enumerate(parcels)) if self.sees[self.rank] else {}))
+        [total] = self.buffers.parcels("whole d_out", [whole])
+        for parcel, heads in zip(parcels, self.heads, strict=True):
+            for place, part in zip(total.arrays, parcel.arrays, strict=True):
+                place[:, heads] = part
+        return total.arrays
+
+    def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
+        """Return what `forward` returns; sinks are those of the heads of out."""
+        if self.sinks is not None and self.combine == "alltoall":
+            self.sinks = self.sinks[self.heads[self.rank]]
+        return super().finish(q, k, v, out, lse)
 
     def tree(self, own: Parcel, tag: Tag, combine: Callable[[Parcel, Parcel], None]) -> None:
         """Combine the parcels of all ranks on rank 0, up the tree, and send the result back down to all."""

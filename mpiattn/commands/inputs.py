@@ -126,7 +126,7 @@ def share(
     arrays = [xp.asarray(scatter(wholes.get(name), comm, place)) for name, place in places.items()]
     beside = features(args, shapes["q"][1])
     if "sinks" in beside:
-        heads = owned_heads(places["out"](shapes["out"], comm.Get_rank()))
+        heads = owned_heads(places["q"](shapes["q"], comm.Get_rank()))
         beside["sinks"] = xp.asarray(beside["sinks"][heads])
     return shapes, arrays, beside
 

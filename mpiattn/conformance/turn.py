@@ -44,8 +44,10 @@ class Turn:
                 attention = stack.enter_context(built) if hasattr(built, "__enter__") else built
             self.places = self.shares_of(attention, names)
             q, k, v, d_out = (self.own(self.given[name], name) for name in names)
-            self.heads = shares.owned_heads(self.places["out"](self.given["out"].shape, self.rank))
-            sinks = {"sinks": self.xp.asarray(self.given["sinks"][self.heads])} if case.sinks else {}
+            heads, self.heads = (
+                shares.owned_heads(self.places[name](self.given[name].shape, self.rank)) for name in ("q", "out")
+            )
+            sinks = {"sinks": self.xp.asarray(self.given["sinks"][heads])} if case.sinks else {}
             count.traced.trace.clear()
             with player.refusing(case):
                 out, saved = attention.forward(q, k, v, **case.given, **sinks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..messages.parcel import nbytes
+from ..problems.kv_cache import heads_of
 from ..problems.problem import Problem
 from . import AHEAD, PASSES
 
@@ -28,7 +29,11 @@ def peak(name: str, problem: Problem, rank: int, queued: bool = False, **argumen
         heads, kv_heads = problem.spread_heads[rank]
         problem = replace(problem, heads=heads, kv_heads=kv_heads)
     forward, backward = PASSES[name](problem, rank, **arguments)
-    saved, row_delta = nbytes(problem.out(rank)), nbytes(problem.d_out(rank)[1:2])
+    result = problem
+    if arguments.get("combine") == "alltoall":  # of the own heads
+        own = heads_of(problem.heads, problem.ranks, rank)
+        result = replace(problem, heads=own.stop - own.start)
+    saved, row_delta = nbytes(result.out(rank)), nbytes(result.d_out(rank)[1:2])
     gradients = nbytes(problem.qkv(rank))
     return Peak(
         forward.kept + max(forward.inside, forward.sums + saved),

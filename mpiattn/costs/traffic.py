@@ -15,7 +15,8 @@ With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V he
     hybrid u x   (u-1)/u (2 + 2/g) and the ring or mesh of n/u ranks, with 1/u of the heads of u chunks
     tensor parallel: 0; for an output projection, an all-reduce of all tokens' features each way
     decode: with q new tokens, all-reduces of q (head_dim + 2) numbers a head, and of q head_dim; or that, times
-    the ranks next below in the tree, and once from above
+    the ranks next below in the tree, and once from above; or (n-1)/n of q (head_dim + 1) by an all-to-all of heads,
+    backward (n-1)/n of q (head_dim + 2) and the all-reduce
 
 Ulysses with fewer K/V heads than ranks: (n-1)/n (2 + 2n/H) for H query heads, if n divides H.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import Attention, DecodeAttention, Saved
+from ..algorithms.options import Options
 from ..arrays import Array, namespace
 from ..arrays.operations import on_host
 from ..errors import InputError
@@ -33,7 +34,7 @@ class Generator:
     attention : Attention
         For the prompt: any algorithm that shares out tokens, causal.
     combine : {"allreduce", "tree"}
-        See `DecodeAttention`.
+        See `DecodeAttention`; each rank needs all heads.
 
     Raises
     ------
@@ -51,9 +52,9 @@ class Generator:
             raise InputError("a prompt is shared out by its tokens: take another algorithm, such as mesh or ring")
         self.llama, self.attention, self.comm = llama, attention, attention.comm
         self.xp = namespace(llama.head)
-        options = {"kernel": attention.kernel_name, "gpu_messages": attention.gpu_messages}
-        self.several = DecodeAttention(self.comm, combine=combine, mask=Causal(), **options)
-        self.single = DecodeAttention(self.comm, combine=combine, mask=Full(), **options)
+        several: Options = {"kernel": attention.kernel_name, "gpu_messages": attention.gpu_messages, "mask": Causal()}
+        single: Options = {**several, "mask": Full()}
+        self.several, self.single = (DecodeAttention(self.comm, combine=combine, **own) for own in (several, single))
         self.prefill_seconds = 0.0
 
     def generate(

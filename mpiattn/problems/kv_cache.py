@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Spec
 from ..errors import InputError
 from . import layout
 from .mask import END, Full, Mask, Positions
@@ -77,6 +78,16 @@ class CacheProblem(Problem):
             tokens > 0 and bool((np.maximum(lo, first) < np.minimum(hi, end)).any())
             for tokens, first, end in self.shards
         ]
+
+
+def heads_of(heads: int, ranks: int, rank: int) -> slice:
+    """Return the heads of which a rank has the result after an all-to-all: as even as can be."""
+    return slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+
+
+def some_heads(specs: Sequence[Spec], heads: slice) -> list[Spec]:
+    """Return shapes and dtypes of some of the heads of arrays that have all."""
+    return [((shape[0], heads.stop - heads.start, *shape[2:]), dtype) for shape, dtype in specs]
 
 
 def span(positions: Any, shape: tuple[int, ...]) -> list[int]:

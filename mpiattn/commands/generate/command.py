@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", metavar="NAME", help="that auto plans for (default: a guess)")
     chosen.add_grid(parser, "nearest to a square")
     parser.add_argument("--layout", choices=LAYOUTS, help="of the prompt (default zigzag)")
-    parser.add_argument("--combine", choices=COMBINE, default=COMBINE[0], help="what the ranks find for a new token")
+    parser.add_argument(
+        "--combine", choices=COMBINE[:2], default=COMBINE[0], help="what the ranks find for a new token"
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default float32")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw who holds which part of the cache")
     gpu.add_arguments(parser)
