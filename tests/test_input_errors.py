@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,6 +48,11 @@ ARRAYS: dict[str, tuple[Callable[[int, int], Any], str]] = {
     "integers": (lambda r, n: (zeros(r, n, dtype=np.int64),) * 3, "q on rank 0 is int64 .* must be an array of 4 axes"),
     "three axes": (lambda r, n: (zeros(r, n)[0],) * 3, "must be an array of 4 axes"),
     "no array": (lambda r, n: ("q", "k", "v"), "no array that can be sent"),
+    "a list": (lambda r, n: (zeros(r, n).tolist(),) * 3, "q on rank 0 is a list: np.asarray makes an array of it"),
+    "big-endian": (lambda r, n: (zeros(r, n).astype(">f4"),) * 3, r"float32 in another byte order: array.astype"),
+    "long double": (lambda r, n: (zeros(r, n).astype(np.longdouble),) * 3, r"of (longdouble|float128): array.astype"),
+    "eight bits": (lambda r, n: (zeros(r, n).astype(ml_dtypes.float8_e4m3fn),) * 3, r"of float8_e4m3fn: array.astype"),
+    "masked": (lambda r, n: (np.ma.masked_array(zeros(r, n)),) * 3, "a masked array"),
     "batch differs": (lambda r, n: (zeros(r, n), *[np.concatenate([zeros(r, n)] * 2)] * 2), "one batch size"),
 }
 

@@ -57,6 +57,26 @@ class Agreement:
             self.told[own.tobytes()] = everything
         return everything
 
+    def arrays(self, numbers: Sequence[int] = (), **values: object) -> NDArray[np.int64]:
+        """Return what `describe` does, of arguments by name, or raise InputError where one can't be described."""
+        table = self.describe(*values.values(), numbers=numbers)
+        self.refuse(table, **values)
+        return table
+
+    def refuse(self, table: NDArray[np.int64], **values: object) -> None:
+        """Raise InputError on every rank where one of the first values in a table is no array that can be sent."""
+        codes = table[:, 1 : len(values) * arrays.DESCRIPTION : arrays.DESCRIPTION]
+        if (codes >= 0).all():
+            return
+        wrong = [arrays.told(value) for value in values.values()]
+        for rank, (row, texts) in enumerate(zip(codes, self.comm.allgather(wrong), strict=True)):
+            for name, code, text in zip(values, row, texts, strict=True):
+                if code < 0:
+                    raise InputError(
+                        f"{name} on rank {rank} is {text}. Arrays are NumPy's or CuPy's, of "
+                        f"{', '.join(d.name for d in arrays.FLOATS)}"
+                    )
+
     def together(self, make: Callable[[], T]) -> T:
         """Return what is made, on every rank; where that raises on one, raise the same InputError on all."""
         result, wrong = None, ""

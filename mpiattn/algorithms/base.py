@@ -264,7 +264,7 @@ class Attention:
     def agree_forward(self, q: Any, k: Any, v: Any, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         self.usable()
-        table = self.agreement.describe(q, k, v, numbers=numbered(q, given))
+        table = self.agreement.arrays(numbered(q, given), q=q, k=k, v=v)
         descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
         pose = partial(posed, ranks=len(table), layout_name=self.layout, mask=self.mask, partials=self.partials)
         return self.accept(others, self.agreement.once(descriptions.tobytes(), pose), q, given)

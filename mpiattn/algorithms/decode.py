@@ -119,7 +119,7 @@ class DecodeAttention(Attention):
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         self.usable()
         shard = span(self.given, getattr(k, "shape", ()))
-        table = self.agreement.describe(q, k, v, numbers=[*shard, checksum(q), *numbered(q, given)])
+        table = self.agreement.arrays([*shard, checksum(q), *numbered(q, given)], q=q, k=k, v=v)
         descriptions, shards, others = np.split(table, [3 * DESCRIPTION, 3 * DESCRIPTION + len(shard) + 1], axis=1)
         specs = described(descriptions.tobytes(), self.size, 3)
         fit_together(specs)

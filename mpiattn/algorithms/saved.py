@@ -60,11 +60,12 @@ def check_saved(agreement: Agreement, d_out: Any, saved: Any, identity: tuple[ob
     saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
     intact = not own or saved.print == fingerprint(saved.q, saved.k, saved.v, saved.out)
     numbers = own, zlib.crc32(repr(saves).encode())
-    table = agreement.describe(saved.out if own else None, d_out, numbers=[*numbers, intact])
+    table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact])
+    agreement.refuse(table, d_out=d_out)
     specs = described(table[:, :-1].tobytes(), len(table), 2)
     if not own:
         raise InputError("saved is not what forward of this algorithm returns with the same options")
-    for rank, (out, gradient) in enumerate(specs):
+    for rank, (gradient, out) in enumerate(specs):
         if gradient != out:
             raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")
     for rank, whole in enumerate(table[:, -1]):

@@ -12,6 +12,7 @@ from ..arrays import DESCRIPTION, DTYPES, Array, Spec, describe, described, name
 from ..arrays.operations import operations
 from ..arrays.places import Places
 from ..errors import InputError
+from ..messages.connection import private
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
 from ..problems import layout as layouts
@@ -66,6 +67,7 @@ def scatter(
     InputError
         On every rank, where the layout is unknown or the root has no such array.
     """
+    comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
     where = by_tokens(layout, size, axis)
     description = describe(array)
@@ -115,6 +117,7 @@ def gather(
     InputError
         On every rank, where the shares do not make up a whole in that layout.
     """
+    comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
     where = by_tokens(layout, size, axis)
     table = np.empty((size, DESCRIPTION), np.int64)

@@ -69,6 +69,7 @@ def describe(array: Any) -> NDArray[np.int64]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
     description = np.full(DESCRIPTION, -1, dtype=np.int64)
     brings = hasattr(array, "__array_namespace__") or type(array).__module__ == CUPY
+    brings &= not isinstance(array, np.ma.MaskedArray)  # its mask would be left out
     kind = namespace(array).__name__ if brings else ""
     if kind == CUPY and array.device != namespace(array).cuda.Device():
         kind = ELSEWHERE
@@ -82,3 +83,24 @@ def described(description: NDArray[np.int64]) -> Spec | None:
     """Return shape and dtype from a description, or None where there was no array."""
     _, code, ndim, *shape = (int(number) for number in description)
     return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
+
+
+def told(value: Any) -> str:
+    """Return what is wrong with a value that `describe` can't describe, and how to make an array of it that it can."""
+    kind, dtype = type(value), getattr(value, "dtype", None)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    if kind.__module__.partition(".")[0] == "torch":
+        return "a tensor of torch: mpiattn.torch.attention takes it, or tensor.detach().numpy()"
+    if isinstance(value, np.ma.MaskedArray):
+        return "a masked array: q.filled(0) makes an array of it, and a mask is given where the attention is built"
+    if isinstance(value, (list, tuple)):
+        return f"a {name}: np.asarray makes an array of it"
+    if isinstance(value, np.ndarray) and isinstance(dtype, np.dtype):
+        if dtype.newbyteorder("=") in DTYPES:
+            return f"an array of {dtype.name} in another byte order: array.astype({dtype.name!r}) puts it right"
+        if value.ndim > DESCRIPTION - 3:
+            return f"an array of {value.ndim} axes"
+        return f"an array of {dtype.name}: array.astype(np.float32), or float64, makes one that can be sent"
+    if hasattr(value, "__array__") or hasattr(value, "__dlpack__"):
+        return f"a {name}: np.asarray makes an array of it that can be sent"
+    return f"no array that can be sent, but {name}"
