@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from .. import __version__, machines, virtual
 from ..errors import InputError, WriteError
-from . import chosen, ending, run, watching
+from . import chosen, ending, run, signals, watching
 from .bench import command as bench
 from .calibrate import command as calibrate
 from .compare import command as compare
@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     comm = world()
     first = comm is None or comm.Get_rank() == 0
     ending.wait_for_first_rank(first)
+    if argv is None:  # this process is the command's
+        signals.heed(comm)
     for sentence in launcher_warnings(os.environ, 1 if comm is None else comm.Get_size()):
         if first_of_host(os.environ):
             print(f"warning: {sentence}", file=sys.stderr, flush=True)

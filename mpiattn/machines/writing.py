@@ -15,6 +15,10 @@ PROBE = b"\0" * 4096
 """What is written to find out whether the disk has room: more than its smallest unit."""
 
 
+UNDER_WAY: set[Path] = set()
+"""New files that are not complete: a process that ends at once removes them."""
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, which takes its place at the end of the with block.
@@ -78,7 +82,9 @@ def _beside(path: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield a path for a new file in the folder of a file, and the file's own without links; remove what is left."""
     target = Path(os.path.realpath(path))
     part = target.with_name(f".mpiattn-{os.getpid()}{target.suffix}")
+    UNDER_WAY.add(part)
     try:
         yield part, target
     finally:
+        UNDER_WAY.discard(part)
         part.unlink(missing_ok=True)

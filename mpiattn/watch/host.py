@@ -57,7 +57,7 @@ class Watched:
     @property
     def ended(self) -> bool:
         """Whether there is nothing more to watch."""
-        return self.steps.state == State.LEFT or (self.gone and self.steps.state == State.RAISED)
+        return self.steps.state == State.LEFT or (self.gone and self.steps.state in (State.RAISED, State.TOLD))
 
     @property
     def shown(self) -> bool:

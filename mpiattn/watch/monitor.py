@@ -122,11 +122,11 @@ class Monitor:
         ranks = self.gather(wrong)
         if not certain and not confirmed(ranks, self.seconds):
             return False
-        if not wrong.endswith("is gone") or not any(raised(doing) for doing in ranks.values()):
+        if not wrong.endswith("is gone") or not any(said(doing) for doing in ranks.values()):
             text = report(ranks, wrong, self.settings["file"])
             say(text)
             keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
-        # Else a rank has ended the job by its exception, and Python has said so.
+        # Else a rank has ended the job by an exception or at a signal, and has said so.
         if self.others:
             self.others.end()
         self.host.end()
@@ -163,9 +163,10 @@ def confirmed(ranks: dict[int, Doing], seconds: float) -> bool:
     return bool(stuck(ranks, seconds) or alone)
 
 
-def raised(doing: Doing) -> bool:
-    """Say whether a rank has raised an exception, other than MPI's, which may tell of another rank's end."""
-    return doing.status == "raised" and not doing.error.startswith("mpi4py.MPI.Exception")
+def said(doing: Doing) -> bool:
+    """Say whether a rank has said why it ends: by a signal, or an exception that is not MPI's of another rank's end."""
+    mpi = doing.error.startswith("mpi4py.MPI.Exception")
+    return doing.status == "told" or (doing.status == "raised" and not mpi)
 
 
 def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: str) -> None:

@@ -50,6 +50,7 @@ class State(IntEnum):
     WATCHED = 0
     LEFT = 1  # came to the end of the block
     RAISED = 2  # left it by an exception
+    TOLD = 3  # ends by a signal that it heeds
 
 
 class Record(NamedTuple):

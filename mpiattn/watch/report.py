@@ -53,7 +53,12 @@ def describe(doing: Doing, found: Sequence[Edge]) -> str:
     return f"{head}has waited {doing.quiet:.1f} s for " + "; ".join(parts)
 
 
-SAID = {"unknown": "does not answer", "left": "has left the block", "raised": "has left the block by an exception"}
+SAID = {
+    "unknown": "does not answer",
+    "left": "has left the block",
+    "raised": "has left the block by an exception",
+    "told": "has ended by a signal",
+}
 PREFIXES = {"stopped": "stopped; ", "gone": "gone; ", "ended": "ended by the launcher; "}
 
 

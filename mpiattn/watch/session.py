@@ -145,6 +145,10 @@ class watch:
             return comm
         return WatchedComm(comm, self.recorder, self.comm.translate(comm), "attention")
 
+    def leave(self) -> None:
+        """Let this rank end now, without a word."""
+        self.recorder.state(State.TOLD)
+
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:
         """Give a name to what happens in a with block."""
