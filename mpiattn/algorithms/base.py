@@ -27,10 +27,11 @@ from ..problems.dropout import Dropout
 from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
 from ..problems.user_mask import held
-from .agreement import Agreement, posed, settled
+from .agreement import Agreement, settled
 from .buffers import Buffers
 from .given import Given, agreed_given, numbered
 from .options import Check, agree, alike, as_float, check_mask, check_partials, check_scale, check_softcap
+from .posed import posed
 from .saved import Saved, check_saved, fingerprint
 from .shares import Where, by_tokens
 

@@ -41,10 +41,10 @@ from ..problems.block import Block
 from ..problems.kv_cache import CacheProblem, heads_of, posed_to_cache, some_heads, span
 from ..problems.mask import Positions
 from ..problems.problem import Problem
-from .agreement import described, fit_together
 from .base import Attention
 from .given import Given, checksum, numbered
 from .options import Options
+from .posed import described, fit_together
 from .saved import Saved
 from .shares import Where
 

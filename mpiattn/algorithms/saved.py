@@ -12,8 +12,9 @@ from ..arrays import Array
 from ..errors import InputError
 from ..problems.dropout import Dropout
 from ..problems.problem import Problem
-from .agreement import Agreement, described, show
+from .agreement import Agreement
 from .given import drawn
+from .posed import described, show
 
 
 @dataclass(frozen=True)

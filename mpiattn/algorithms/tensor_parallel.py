@@ -24,9 +24,9 @@ from ..messages.reduction import all_reduce
 from ..problems.block import Block
 from ..problems.layout import EVERYWHERE, heads
 from ..problems.problem import Problem
-from .agreement import described
 from .base import Attention
 from .options import Options
+from .posed import described
 from .shares import Where
 
 if TYPE_CHECKING:
