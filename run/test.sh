@@ -104,5 +104,10 @@ if [[ " $mpis " == *" mpich "* ]]; then
     done
 fi
 
+if [[ $mpis == 'mpich openmpi' && -z $ranks ]]; then
+    make_venv "$root/.venv-impi" "impi test" "$python"
+    tier "pytest, Intel MPI: faults" "$root/.venv-impi/bin/python" -m pytest "${pytest_args[@]}" tests/test_watch.py
+fi
+
 printf '\n%s\ntiers: %d passed, %d failed\n' "$report" "$passed" "$failed"
 ((failed == 0))
