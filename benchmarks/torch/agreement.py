@@ -43,9 +43,7 @@ with mpiattn.torch.shard(model, comm) as sharded:
         agreement.describe(numbers=range(30))
     one = (time.perf_counter() - start) / 1000
 if comm.Get_rank() == 0:
-    once, each = (statistics.median(seconds[1:]) for seconds in times.values())
-    print(
-        f"{comm.Get_size()} ranks, 30 layers, {TOKENS} tokens: forward and backward {once * 1e3:.1f} ms where layers ",
-        end="",
-    )
-    print(f"agree once, {each * 1e3:.1f} ms where each agrees; one agreement alone takes {one * 1e6:.0f} us")
+    once, each = (1e3 * statistics.median(seconds[1:]) for seconds in times.values())
+    print(f"{comm.Get_size()} ranks, 30 layers, {TOKENS} tokens: forward and backward", end=" ")
+    print(f"{once:.1f} ms where layers agree once, {each:.1f} ms where each agrees;", end=" ")
+    print(f"one agreement alone takes {one * 1e6:.0f} us")

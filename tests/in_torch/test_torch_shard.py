@@ -142,6 +142,8 @@ def test_logits_and_their_places(comm: MPI.Intracomm) -> None:
             assert torch.allclose(out.logits.flatten(0, 1), expected[out.places.flatten()], atol=1e-4)
             short = sharded(ids, attention_mask=(torch.arange(23) < 20).long().expand(2, -1))
             assert torch.allclose(short.logits.flatten(0, 1), expected[short.places.flatten()], atol=1e-4)
+            computed = sorted(place for places in comm.allgather(short.places.flatten().tolist()) for place in places)
+            assert computed == [*range(20), *range(23, 43)]  # no padding
 
 
 def test_dropout_does_not_depend_on_the_ranks(comm: MPI.Intracomm) -> None:
