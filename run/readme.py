@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- (transcript|commands|file): (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # with its continuation lines
 INSTALLS = re.compile(r"(pip|git|cd|bash|apt|sudo|module|source|python3? -m venv)\b|\. ")
+PROGRESS = re.compile(r"^\w+ \d+ of \d+: .*\n", re.MULTILINE)  # a bar that goes away where there is a terminal
 SECONDS = 120
 
 
@@ -91,7 +92,7 @@ def printed(command: str, folder: Path) -> str:
         ["bash", "-c", command], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=SECONDS,
     )  # fmt: skip
-    text = done.stdout.replace(f"{folder}/", "")
+    text = PROGRESS.sub("", done.stdout.replace(f"{folder}/", ""))
     return re.sub(r"\s*\n", "\n", f"{text}\n").lstrip("\n")  # no blank lines, no blanks at the end of a line
 
 

@@ -74,6 +74,7 @@ for mpi in $mpis; do
         tier "mypy" "$bin/mypy"
         tier "shellcheck" "$bin/shellcheck" --external-sources run/*.sh hostfiles/*.sh .ci/run
         tier "transcripts of README and docs" env PATH="$bin:$PATH" "$bin/python" run/readme.py --check
+        tier "first hour of four users" env PIP_QUIET=1 bash run/first_hour.sh
         tier "pytest without MPI" "$bin/python" -m pytest -m "not mpi" "${pytest_args[@]}"
     else
         counts=${ranks:-1 2 4 6 9}
