@@ -16,7 +16,7 @@ from mpiattn.problems.mask import Positions
 
 from ..contract import Progress, rows_of
 from ..sums import Sums
-from . import slices
+from . import few, slices
 from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
 from .tiles import plan
 from .work import Work
@@ -62,6 +62,9 @@ class NumpyKernel(Sums):
         `progress` is called before each tile.
         """
         q, out, lse = rows_of(block, q, out, lse)
+        plain = self.dropout is None and self.softcap is None
+        if plain and few.fits(q, block) and few.attend(q, k, v, self._scale(q), out, lse):
+            return
         group = q.shape[1] // k.shape[1]
         rows_of_tiles = plan(block)
         for b, g in np.ndindex(k.shape[:2]):
