@@ -228,9 +228,9 @@ def test_layers_of_a_batch_agree_once(comm: MPI.Intracomm, monkeypatch: pytest.M
     describe, ids = Agreement.describe, tokens(1, 23)
 
     def counted(self: Agreement, *values: Any, **numbers: Any) -> Any:
-        before = len(self.told)
+        known = list(self.told.values())
         result = describe(self, *values, **numbers)
-        asked.append(len(self.told) > before or self.batch is None)
+        asked.append(not any(result is answer for answer in known))
         return result
 
     monkeypatch.setattr(Agreement, "describe", counted)
