@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
         """The line that names the cause."""
         found = re.search(r"cause: (.*)|(InputError: .*)", self.text)
         line = (found[1] or found[2]) if found else "no cause named"
-        line = re.sub(r" \(\S+, process \d+\)| on rank 2 .*", "", line)
+        line = re.sub(r" \(\S+, process \d+\)", "", line)
         return re.sub(r"-CONT \d+", "-CONT N", line).replace("|", "/")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -27,7 +26,10 @@ from .others import BEAT, Others
 from .report import report
 from .state import Doing
 
-LEAVING = 1.0  # seconds that a launcher has to end by itself
+LAUNCHERS = ("prterun", "prted", "mpiexec", "mpirun", "orted", "hydra_", "pmi_proxy")
+"""Names of launchers and of their daemons: Open MPI's, MPICH's and Intel MPI's."""
+
+LEAVING = 0.5  # seconds that a launcher has to end by itself
 
 
 class Monitor:
@@ -133,15 +135,14 @@ class Monitor:
         return True
 
     def dismiss(self) -> None:
-        """End the launcher's process on this host, where it outlives its ranks: it waits for a host that is lost."""
-        launcher = handle(self.settings["launcher"]) if self.settings["hosts"] > 1 else None
-        if launcher is None:
+        """End the launcher, as far as it is on this host, where it outlives its ranks: it waits for a lost host."""
+        if self.settings["hosts"] == 1:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            ended, _, _ = select.select([launcher], [], [], LEAVING)
-            if not ended:
-                with contextlib.suppress(OSError):  # it is the system's, as Slurm's
-                    signal.pidfd_send_signal(launcher, number)
+        launchers = [each for each in map(handle, above(self.settings["launcher"])) if each is not None]
+        time.sleep(LEAVING)
+        for each in reversed(launchers):  # mpiexec itself first: its status counts
+            with contextlib.suppress(OSError):  # it has ended, or is the system's, as Slurm's
+                signal.pidfd_send_signal(each, signal.SIGKILL)
 
     def gather(self, wrong: str) -> dict[int, Doing]:
         """Return what each rank does, of hosts that answer."""
@@ -155,6 +156,19 @@ class Monitor:
             if doing.status == "gone" and not wrong.startswith(f"rank {doing.rank} "):
                 doing.status = "ended"  # by the launcher, after the first one
         return ranks
+
+
+def above(pid: int) -> list[int]:
+    """Return the processes of a launcher from one on, each the child of the next one."""
+    found = []
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            name, fields = Path(f"/proc/{pid}/comm").read_text().strip(), Path(f"/proc/{pid}/stat").read_text()
+            if name.startswith("python"):  # a program that has started the launcher, maybe under another one
+                break
+            found += [pid] if name.startswith(LAUNCHERS) else []
+            pid = int(fields.rpartition(")")[2].split()[1])
+    return found
 
 
 def confirmed(ranks: dict[int, Doing], seconds: float) -> bool:

@@ -13,7 +13,7 @@ from .network import Connection
 from .state import Doing
 
 BEAT = 1.0  # seconds between two signs of life from host to host
-PATIENCE = 2.5  # seconds for an answer of another host, which takes 0.3 to have its ranks show where they are
+PATIENCE = 2.0  # seconds for an answer of another host, which has its ranks show where they are
 
 
 @dataclass
