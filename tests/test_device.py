@@ -70,7 +70,7 @@ def memcpy(to: int, source: int, size: int, kind: int, stream: int) -> None:
     ctypes.memmove(to, source, size)
 
 
-XP = SimpleNamespace(
+XP: Any = SimpleNamespace(
     __name__="host",
     maximum=lambda a, b, out: np.maximum(a.host, b.host, out=out.host),
     empty=lambda size, dtype: Memory(np.empty(size, dtype)),

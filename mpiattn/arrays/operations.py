@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,7 +51,7 @@ class Operations(Protocol):
         ...
 
 
-def of(xp: Any) -> Operations:
+def of(xp: ModuleType) -> Operations:
     """Return the operations on the arrays of a namespace."""
     return _named(xp.__name__)
 

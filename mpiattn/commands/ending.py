@@ -27,7 +27,7 @@ def wait_for_first_rank(first: bool) -> None:
     It may be in the middle of a collective: it frees nothing and waits for nobody.
     """
 
-    def end(*_: Any) -> None:
+    def end(*_: object) -> None:
         time.sleep(HEAD_START)
         os._exit(INTERRUPTED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {"kernel": args.kernel, "gpu_messages": args.gpu_messages}
 
 
-def wait(xp: Any) -> None:
+def wait(xp: ModuleType) -> None:
     """Wait until the device has nothing more to do."""
     if xp is not np:
         xp.cuda.Device().synchronize()

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
 
 
 def share(
-    given: Inputs | None, comm: Communicator, attention: Attention, args: argparse.Namespace, xp: Any
+    given: Inputs | None, comm: Communicator, attention: Attention, args: argparse.Namespace, xp: ModuleType
 ) -> tuple[dict[str, tuple[int, ...]], list[Array], dict[str, Any]]:
     """Give each rank its share of the input, which rank 0 has, as an algorithm takes it.
 

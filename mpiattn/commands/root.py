@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import InputError, WriteError
-from ..messages.message import Communicator
+from ..messages.message import Communicator, Testall
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ def patiently(comm: Communicator, work: Callable[[], Result]) -> Result | None:
         except (InputError, WriteError) as wrong:
             error = wrong
     done = comm.Ibarrier()
-    while not done.Test():
+    while not Testall([done]):
         time.sleep(0.01)
     error = comm.bcast(error)
     if error is not None:

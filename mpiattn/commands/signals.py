@@ -43,7 +43,7 @@ def heed(comm: Any) -> None:
     threading.Thread(target=listen, args=arguments, daemon=True).start()
 
 
-def nothing(*_: Any) -> None:
+def nothing(*_: object) -> None:
     """Do nothing: the thread that is woken does it."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ..messages.message import Communicator
 from . import gpu
 
 
-def timed(comm: Communicator, work: Callable[[], object], calls: int = 1, xp: Any = np) -> float:
+def timed(comm: Communicator, work: Callable[[], object], calls: int = 1, xp: ModuleType = np) -> float:
     """Return the seconds that a call takes on the slowest rank, until the device is done too; all start together."""
     gpu.wait(xp)
     comm.Barrier()

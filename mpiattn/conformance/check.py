@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def check(
     comm: Communicator,
     case: Case,
     traffic: Callable[..., Costs] | None = None,
-    xp: Any = np,
+    xp: ModuleType = np,
 ) -> Received:
     """Return what this rank received; raise AssertionError, on every rank alike, where a rank is wrong, or Refused.
 

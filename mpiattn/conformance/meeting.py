@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from ..messages.message import Communicator
+from ..messages.message import Communicator, Testall, Waitall
 from .player import Refused
 
 
@@ -22,12 +22,12 @@ def meet(comm: Communicator, error: Exception | None, patience: float) -> list[R
     come, the job ends with the traceback.
     """
     arrived, begun = comm.Ibarrier(), time.monotonic()
-    while error is not None and not arrived.Test():
+    while error is not None and not Testall([arrived]):
         if time.monotonic() - begun > patience:
             text = "".join(traceback.format_exception(error))
             end(comm, f"rank {comm.Get_rank()} failed, and others still run {patience:g} s later:\n{text}")
         time.sleep(0.001)
-    arrived.Wait()
+    Waitall([arrived])
     mine = error if error is None else Refused(*error.args) if isinstance(error, Refused) else said(error)
     outcomes: list[Refused | str | None] = comm.allgather(mine)
     return outcomes

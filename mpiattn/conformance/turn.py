@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from .user_masks import parse
 class Turn:
     """One player's turn at one case, on one rank."""
 
-    def __init__(self, player: Player, comm: Communicator, case: Case, xp: Any) -> None:
+    def __init__(self, player: Player, comm: Communicator, case: Case, xp: ModuleType) -> None:
         self.player, self.comm, self.case, self.xp = player, comm, case, xp
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.given, self.right = problem(case)

@@ -5,6 +5,7 @@ Those that stand in for MPI's answer by methods of the same names.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from ..errors import InputError
@@ -54,7 +55,7 @@ def kernel_on(comm: Any, kernel: Any) -> Any:
     return comm.kernel(kernel) if hasattr(comm, "kernel") else kernel
 
 
-def on_device(comm: Any, xp: Any, mode: str) -> tuple[Any, Any]:
+def on_device(comm: Any, xp: ModuleType, mode: str) -> tuple[Any, Any]:
     """Return a communicator that carries device memory over a private one, and its channel; see `device`.
 
     All ranks call it together; what is found out and made is kept with the private communicator.

@@ -13,10 +13,21 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+
+class Request(Protocol):
+    """A message that was posted: `MPI.Request`, or what stands in for it. `Waitall` and `Testall` take several."""
+
+    @classmethod
+    def Waitall(cls, requests: Sequence[Any], /) -> object: ...
+    @classmethod
+    def Testall(cls, requests: Sequence[Any], /) -> bool: ...
 
 
 class Communicator(Protocol):
@@ -36,22 +47,22 @@ class Communicator(Protocol):
     def Free(self) -> None: ...
 
     # Messages
-    def Isend(self, buf: Any, dest: int, tag: int = ...) -> Any: ...
-    def Irecv(self, buf: Any, source: int, tag: int = ...) -> Any: ...
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any: ...
+    def Isend(self, buf: Any, dest: int, tag: int = ...) -> Request: ...
+    def Irecv(self, buf: Any, source: int, tag: int = ...) -> Request: ...
+    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Request: ...
     def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None: ...
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None: ...
 
     # Agreement, before there are messages
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None: ...
     def Bcast(self, buf: Any, root: int = ...) -> None: ...
-    def allgather(self, sendobj: Any, /) -> list[Any]: ...
-    def bcast(self, obj: Any, /, root: int = ...) -> Any: ...
+    def allgather(self, sendobj: T, /) -> list[T]: ...
+    def bcast(self, obj: object, /, root: int = ...) -> Any: ...
 
     # What commands ask besides
     def Barrier(self) -> None: ...
-    def Ibarrier(self) -> Any: ...
-    def gather(self, sendobj: Any, /, root: int = ...) -> list[Any] | None: ...
+    def Ibarrier(self) -> Request: ...
+    def gather(self, sendobj: T, /, root: int = ...) -> list[T] | None: ...
 
 
 class Cartesian(Communicator, Protocol):
@@ -79,10 +90,6 @@ class Tag(enum.IntEnum):
     D_QKV = 11
 
 
-Request = Any
-"""What a message that was posted returns: `MPI.Request`, or what stands in for it."""
-
-
 def virtual_time() -> float | None:
     """Return the seconds on the clock of the virtual rank that runs, None outside of `virtual`."""
     virtual = sys.modules.get("mpiattn.virtual")
@@ -100,13 +107,13 @@ def constant(name: str) -> Any:
     return getattr(sys.modules.get("mpi4py.MPI"), name, name)
 
 
-def Waitall(requests: Sequence[Any]) -> None:
+def Waitall(requests: Sequence[Request]) -> None:
     """Wait until every request has completed, as `MPI.Request.Waitall`."""
     if requests:
         type(requests[0]).Waitall(requests)
 
 
-def Testall(requests: Sequence[Any]) -> bool:
+def Testall(requests: Sequence[Request]) -> bool:
     """Let the MPI library make progress on the requests, and say if all are complete, as `MPI.Request.Testall`."""
     return not requests or bool(type(requests[0]).Testall(requests))
 

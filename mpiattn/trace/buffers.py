@@ -21,7 +21,7 @@ class BufferParts(NamedTuple):
     datatype: Any = None
 
     @classmethod
-    def of(cls, argument: Any, pair: tuple[type, ...]) -> BufferParts:
+    def of(cls, argument: object, pair: tuple[type, ...]) -> BufferParts:
         """Take an argument apart; `pair` are the types in which count and start may come together."""
         if not isinstance(argument, (list, tuple)):
             return cls(argument)
@@ -69,14 +69,14 @@ def nbytes(argument: Any) -> int:
     return size * (parts.elements() if parts.count is None else int(parts.count))
 
 
-def even_pieces(argument: Any, ranks: int) -> list[int]:
+def even_pieces(argument: object, ranks: int) -> list[int]:
     """Return the bytes of each rank's piece, where all are equal; a count is that of one piece."""
     parts = BufferParts.of(argument, (list, tuple))
     size, _ = parts.sizes()
     return [size * (parts.elements() // ranks if parts.count is None else int(parts.count))] * ranks
 
 
-def pieces(argument: Any, ranks: int) -> list[int]:
+def pieces(argument: object, ranks: int) -> list[int]:
     """Return the bytes of each rank's piece, where each has a count of its own."""
     parts = BufferParts.of(argument, (tuple,))
     size, _ = parts.sizes()

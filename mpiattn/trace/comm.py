@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from ..kernels.contract import Kernel
@@ -36,7 +37,7 @@ class TracedComm:
         The rank in the first traced communicator of each rank of this one.
     """
 
-    def __new__(cls, comm: Communicator, *_: Any, **__: Any) -> TracedComm:
+    def __new__(cls, comm: Communicator, *_: object, **__: object) -> TracedComm:
         """Return an object of the class that fits the communicator."""
         mpi = sys.modules.get("mpi4py.MPI")
         if cls is TracedComm and mpi is not None and isinstance(comm, mpi.Intracomm):
@@ -73,7 +74,7 @@ class TracedComm:
         """Return the kernel, recorded; see `connection.kernel_on`."""
         return TracedKernel(connection.kernel_on(self.comm, kernel), self.trace)
 
-    def on_device(self, xp: Any, mode: str) -> tuple[TracedComm, Any]:
+    def on_device(self, xp: ModuleType, mode: str) -> tuple[TracedComm, Any]:
         """Return the same record around what carries device memory, which sees each message once."""
         inner, channel = connection.on_device(self.comm, xp, mode)
         return TracedComm(inner, self.trace, self.ranks), channel
@@ -125,15 +126,15 @@ class TracedComm:
 
     # Messages
 
-    def Isend(self, buf: Any, dest: int, tag: int = 0) -> TracedRequest:
+    def Isend(self, buf: object, dest: int, tag: int = 0) -> TracedRequest:
         """Start to send a buffer."""
         return self._post("send", self.comm.Isend, buf, dest, tag)
 
-    def Irecv(self, buf: Any, source: int, tag: int = 0) -> TracedRequest:
+    def Irecv(self, buf: object, source: int, tag: int = 0) -> TracedRequest:
         """Start to receive into a buffer."""
         return self._post("receive", self.comm.Irecv, buf, source, tag)
 
-    def _post(self, kind: str, call: Any, buf: Any, peer: int, tag: int) -> TracedRequest:
+    def _post(self, kind: str, call: Any, buf: object, peer: int, tag: int) -> TracedRequest:
         if peer < 0:  # beyond the edge of a grid: nothing travels
             return self._request(call(buf, peer, tag), [])
         event = Event(kind, label(tag), self.ranks[peer], nbytes(buf), message.clock())
@@ -142,15 +143,15 @@ class TracedComm:
 
     # Collectives: counted as one message for each piece that comes from another rank
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Allgatherv(self, sendbuf: object, recvbuf: object) -> None:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
         self._collective("Allgatherv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
-    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Alltoallv(self, sendbuf: object, recvbuf: object) -> None:
         """Give each rank its piece of every other's; recvbuf is `message.Pieces`."""
         self._collective("Alltoallv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
+    def Iallgatherv(self, sendbuf: object, recvbuf: object) -> Any:
         """Start to give every rank the pieces of all; recvbuf is `message.Pieces`."""
         return self._start("Iallgatherv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
@@ -182,7 +183,7 @@ class TracedComm:
 
     # Agreement
 
-    def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Allgather(self, sendbuf: object, recvbuf: object) -> None:
         """Exchange what ranks must agree on."""
         self._agree(self.comm.Allgather, sendbuf, recvbuf)
 
@@ -194,11 +195,11 @@ class TracedComm:
         """Tell all ranks what one knows."""
         return self._agree(self.comm.bcast, value, root)
 
-    def Bcast(self, buf: Any, root: int = 0) -> None:
+    def Bcast(self, buf: object, root: int = 0) -> None:
         """Tell all ranks what one knows."""
         self._agree(self.comm.Bcast, buf, root)
 
-    def _agree(self, call: Any, *arguments: Any) -> Any:
+    def _agree(self, call: Any, *arguments: object) -> Any:
         event = Event("agree", call.__name__, -1, 0, message.clock())
         self.trace.events.append(event)
         result = call(*arguments)

@@ -59,7 +59,7 @@ def document(traces: Sequence[Trace]) -> dict[str, Any]:
     last = max((event.end for trace in traces for event in trace.events if event.end == event.end), default=0.0)
     places: dict[int, dict[str, Any]] = {}
 
-    def note(rank: int, what: str, track: int, **arguments: Any) -> None:
+    def note(rank: int, what: str, track: int, **arguments: object) -> None:
         events.append({"ph": "M", "name": what, "pid": rank, "tid": track, "args": arguments})
 
     for rank, trace in enumerate(traces):

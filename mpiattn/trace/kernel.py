@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..arrays import Array
 from ..kernels.contract import Kernel
 from ..messages import message
 from ..problems.block import Block
@@ -19,17 +20,18 @@ class TracedKernel:
         self.drop, self.remember, self.begin = kernel.drop, kernel.remember, kernel.begin
         self.settle, self.complete = kernel.settle, kernel.complete
 
-    def forward(self, q: Any, k: Any, v: Any, *, block: Block, **arrays: Any) -> None:
+    def forward(self, q: Array, k: Array, v: Array, *, block: Block, **arrays: Any) -> None:
         """Compute a block forward, and record it."""
         self._record("forward", self.kernel.forward, q, k, v, block, arrays)
 
-    def backward(self, q: Any, k: Any, v: Any, *, block: Block, **arrays: Any) -> None:
+    def backward(self, q: Array, k: Array, v: Array, *, block: Block, **arrays: Any) -> None:
         """Compute a block backward, and record it."""
         self._record("backward", self.kernel.backward, q, k, v, block, arrays)
 
     def _record(
-        self, name: str, compute: Callable[..., None], q: Any, k: Any, v: Any, block: Block, arrays: dict[str, Any]
-    ) -> None:
+        self, name: str, compute: Callable[..., None], q: Array, k: Array, v: Array, block: Block,
+        arrays: dict[str, Any],
+    ) -> None:  # fmt: skip
         first, second = (int(positions[0]) if len(positions) else -1 for positions in (block.queries, block.keys))
         event = Event("compute", name, -1, 0, message.clock(), block=(first, second))
         event.sizes = len(block.queries), len(block.keys)

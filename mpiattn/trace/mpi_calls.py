@@ -16,33 +16,33 @@ Sizes = Callable[..., list[int]]
 """Called with the communicator and the arguments of a collective, returns how many bytes come from each rank."""
 
 
-def even(comm: TracedComm, sendbuf: Any, recvbuf: Any) -> list[int]:
+def even(comm: TracedComm, sendbuf: object, recvbuf: object) -> list[int]:
     """Return the sizes of equal pieces of all ranks."""
     return even_pieces(recvbuf, comm.Get_size())
 
 
-def uneven(comm: TracedComm, sendbuf: Any, recvbuf: Any) -> list[int]:
+def uneven(comm: TracedComm, sendbuf: object, recvbuf: object) -> list[int]:
     """Return the sizes of pieces of all ranks, each with a count of its own."""
     return pieces(recvbuf, comm.Get_size())
 
 
-def even_on_root(comm: TracedComm, sendbuf: Any, recvbuf: Any, root: int = 0) -> list[int]:
+def even_on_root(comm: TracedComm, sendbuf: object, recvbuf: object, root: int = 0) -> list[int]:
     """Return the sizes of equal pieces that only the root receives."""
     return even(comm, sendbuf, recvbuf) if comm.Get_rank() == root else []
 
 
-def uneven_on_root(comm: TracedComm, sendbuf: Any, recvbuf: Any, root: int = 0) -> list[int]:
+def uneven_on_root(comm: TracedComm, sendbuf: object, recvbuf: object, root: int = 0) -> list[int]:
     """Return the sizes of pieces, each with a count of its own, that only the root receives."""
     return uneven(comm, sendbuf, recvbuf) if comm.Get_rank() == root else []
 
 
-def from_root(comm: TracedComm, sendbuf: Any, recvbuf: Any, root: int = 0) -> list[int]:
+def from_root(comm: TracedComm, sendbuf: object, recvbuf: object, root: int = 0) -> list[int]:
     """Return the size of the one piece that comes from the root."""
     rank, size = comm.Get_rank(), comm.Get_size()
     return [nbytes(recvbuf) if source == root != rank else 0 for source in range(size)]
 
 
-def of_root(comm: TracedComm, buf: Any, root: int = 0) -> list[int]:
+def of_root(comm: TracedComm, buf: object, root: int = 0) -> list[int]:
     """Return the size of what the root has for all."""
     return from_root(comm, None, buf, root)
 
@@ -114,7 +114,7 @@ def _collective(name: str, sizes: Sizes, collect: Callable[..., Any]) -> Callabl
     """Return a method for a collective, which `collect` calls and records."""
     agreement, signature = getattr(TracedComm, name, None), inspect.signature(sizes)
 
-    def method(self: TracedComm, *arguments: Any, **named: Any) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
         if agreement is not None and self.trace.agreements:
             return agreement(self, *arguments, **named)
         in_order = signature.bind(self, *arguments, **named).args
@@ -126,7 +126,7 @@ def _collective(name: str, sizes: Sizes, collect: Callable[..., Any]) -> Callabl
 def _deriving(name: str) -> Callable[..., Any]:
     """Return a method for a call that makes a communicator."""
 
-    def method(self: TracedComm, *arguments: Any, **named: Any) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
         return self._derived(getattr(self.comm, name)(*arguments, **named))
 
     return _as(name, method)
@@ -136,7 +136,7 @@ def _uncounted(name: str) -> Callable[..., Any]:
     """Return a method for a call of which only is noted that it was made."""
     agreement = getattr(TracedComm, name, None)
 
-    def method(self: TracedComm, *arguments: Any, **named: Any) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
         if agreement is not None and self.trace.agreements:
             return agreement(self, *arguments, **named)
         self.trace.uncounted[name] += 1

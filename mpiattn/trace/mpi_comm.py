@@ -26,7 +26,7 @@ from .request import TracedRequest
 class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
     """A communicator of MPI that records what goes over it; see `comm.TracedComm`."""
 
-    def __new__(cls, comm: MPI.Intracomm, *_: Any, **__: Any) -> TracedIntracomm:
+    def __new__(cls, comm: MPI.Intracomm, *_: object, **__: object) -> TracedIntracomm:
         """Return an object that has the communicator's handle."""
         return MPI.Intracomm.__new__(cls, comm)
 
@@ -44,30 +44,30 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
 
     # Messages
 
-    def Irecv(self, buf: Any, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG) -> Any:
+    def Irecv(self, buf: object, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG) -> Any:
         """Start to receive into a buffer."""
         return self._post("receive", self.comm.Irecv, buf, source, tag)
 
-    def Issend(self, buf: Any, dest: int, tag: int = 0) -> Any:
+    def Issend(self, buf: object, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer to a rank that receives it."""
         return self._post("send", self.comm.Issend, buf, dest, tag)
 
-    def Ibsend(self, buf: Any, dest: int, tag: int = 0) -> Any:
+    def Ibsend(self, buf: object, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer by way of an attached one."""
         return self._post("send", self.comm.Ibsend, buf, dest, tag)
 
-    def Irsend(self, buf: Any, dest: int, tag: int = 0) -> Any:
+    def Irsend(self, buf: object, dest: int, tag: int = 0) -> Any:
         """Start to send a buffer to a rank that waits for it."""
         return self._post("send", self.comm.Irsend, buf, dest, tag)
 
-    def _post(self, kind: str, call: Any, buf: Any, peer: int, tag: int) -> Any:
+    def _post(self, kind: str, call: Any, buf: object, peer: int, tag: int) -> Any:
         events = self._message(kind, buf, peer, tag)
         request = call(buf, peer, tag)
         if not isinstance(request, MPI.Request):  # of a communicator for device memory
             return TracedRequest(request, events, self.trace)
         return TracedMPIRequest(request, events, self.trace, self.ranks if kind == "receive" and events else None)
 
-    def _message(self, kind: str, buf: Any, peer: int, tag: int) -> list[Event]:
+    def _message(self, kind: str, buf: object, peer: int, tag: int) -> list[Event]:
         """Record a message that is posted now; none where the other rank is PROC_NULL."""
         if peer == MPI.PROC_NULL:
             return []
@@ -75,24 +75,24 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
         self.trace.events.append(event)
         return [event]
 
-    def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
+    def Send(self, buf: object, dest: int, tag: int = 0) -> None:
         """Send a buffer."""
         self._blocking(partial(self.comm.Send, buf, dest, tag), self._message("send", buf, dest, tag))
 
-    def Ssend(self, buf: Any, dest: int, tag: int = 0) -> None:
+    def Ssend(self, buf: object, dest: int, tag: int = 0) -> None:
         """Send a buffer, and wait until it is received."""
         self._blocking(partial(self.comm.Ssend, buf, dest, tag), self._message("send", buf, dest, tag))
 
-    def Bsend(self, buf: Any, dest: int, tag: int = 0) -> None:
+    def Bsend(self, buf: object, dest: int, tag: int = 0) -> None:
         """Send a buffer by way of an attached one."""
         self._blocking(partial(self.comm.Bsend, buf, dest, tag), self._message("send", buf, dest, tag))
 
-    def Rsend(self, buf: Any, dest: int, tag: int = 0) -> None:
+    def Rsend(self, buf: object, dest: int, tag: int = 0) -> None:
         """Send a buffer to a rank that waits for it."""
         self._blocking(partial(self.comm.Rsend, buf, dest, tag), self._message("send", buf, dest, tag))
 
     def Recv(
-        self, buf: Any, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None
+        self, buf: object, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None
     ) -> None:
         """Receive into a buffer."""
         status = status or MPI.Status()
@@ -100,7 +100,7 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
         self._blocking(partial(self.comm.Recv, buf, source, tag, status), events, status)
 
     def Sendrecv(
-        self, sendbuf: Any, dest: int, sendtag: int = 0, recvbuf: Any = None, source: int = MPI.ANY_SOURCE,
+        self, sendbuf: object, dest: int, sendtag: int = 0, recvbuf: object = None, source: int = MPI.ANY_SOURCE,
         recvtag: int = MPI.ANY_TAG, status: MPI.Status | None = None,
     ) -> None:  # fmt: skip
         """Send a buffer and receive into another one."""
@@ -110,7 +110,7 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
         self._blocking(call, events, status)
 
     def Sendrecv_replace(
-        self, buf: Any, dest: int, sendtag: int = 0, source: int = MPI.ANY_SOURCE, recvtag: int = MPI.ANY_TAG,
+        self, buf: object, dest: int, sendtag: int = 0, source: int = MPI.ANY_SOURCE, recvtag: int = MPI.ANY_TAG,
         status: MPI.Status | None = None,
     ) -> None:  # fmt: skip
         """Send a buffer and receive into it."""

@@ -28,7 +28,7 @@ class TracedMPIRequest(MPI.Request):
         Of a receive: the number in the trace of each rank that its status can name as the source.
     """
 
-    def __new__(cls, request: MPI.Request, *_: Any) -> TracedMPIRequest:
+    def __new__(cls, request: MPI.Request, *_: object) -> TracedMPIRequest:
         """Return an object that has the request's handle."""
         return MPI.Request.__new__(cls, request)
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..arrays import Array
 from .clock import Rank
 from .group import Group, Meeting
 from .messages import Request, copy
@@ -33,7 +35,7 @@ class Collectives:
         """Return this rank."""
         return self.place
 
-    def _meet(self, name: str, value: Any, finish: Callable[[Meeting], float]) -> tuple[Request, Meeting]:
+    def _meet(self, name: str, value: object, finish: Callable[[Meeting], float]) -> tuple[Request, Meeting]:
         """Bring a value to a collective call; the last rank to come finishes it and says how long it takes."""
         self.calls += 1
         meeting = self.group.meetings.setdefault(self.calls, Meeting(name, self.Get_size()))
@@ -49,7 +51,7 @@ class Collectives:
                 other.complete(done)
         return request, meeting
 
-    def _tell(self, name: str, value: Any) -> list[Any]:
+    def _tell(self, name: str, value: object) -> list[Any]:
         """Bring an object that takes no time but latency; return those of all."""
         request, meeting = self._meet(name, value, lambda _: self.group.seconds(self.group.depth, 0))
         request.Wait()
@@ -65,22 +67,22 @@ class Collectives:
         """Start to wait for all ranks."""
         return self._meet("Barrier", None, lambda _: self.group.seconds(self.group.depth, 0))[0]
 
-    def allgather(self, value: Any) -> list[Any]:
+    def allgather(self, value: object) -> list[Any]:
         """Give every rank the objects of all."""
         return list(self._tell("allgather", value))
 
-    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+    def gather(self, value: object, root: int = 0) -> list[Any] | None:
         """Give the root the objects of all."""
         values = self._tell("gather", value)
         return list(values) if self.place == root else None
 
-    def bcast(self, value: Any, root: int = 0) -> Any:
+    def bcast(self, value: object, root: int = 0) -> Any:
         """Give every rank the root's object."""
         return self._tell("bcast", value)[root]
 
     # Buffers
 
-    def Bcast(self, buf: Any, root: int = 0) -> None:
+    def Bcast(self, buf: Array, root: int = 0) -> None:
         """Copy the root's buffer to every rank."""
 
         def finish(meeting: Meeting) -> float:
@@ -91,7 +93,7 @@ class Collectives:
 
         self._meet("Bcast", buf, finish)[0].Wait()
 
-    def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Allgather(self, sendbuf: Array, recvbuf: Array) -> None:
         """Give every rank the buffers of all, one after the other."""
 
         def finish(meeting: Meeting) -> float:
@@ -103,11 +105,11 @@ class Collectives:
         request.Wait()
         copy(meeting.result, recvbuf)
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Allgatherv(self, sendbuf: object, recvbuf: Sequence[Any]) -> None:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
         self.Iallgatherv(sendbuf, recvbuf).Wait()
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Request:
+    def Iallgatherv(self, sendbuf: object, recvbuf: Sequence[Any]) -> Request:
         """Start to give every rank the pieces of all."""
 
         def finish(meeting: Meeting) -> float:
@@ -121,7 +123,7 @@ class Collectives:
 
         return self._meet("Allgatherv", (sendbuf, _pieces(recvbuf)), finish)[0]
 
-    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Alltoallv(self, sendbuf: Sequence[Any], recvbuf: Sequence[Any]) -> None:
         """Give each rank its piece of every other's; both are `message.Pieces`."""
 
         def finish(meeting: Meeting) -> float:
@@ -153,10 +155,10 @@ class Collectives:
 class VirtualWindow:
     """Memory that the ranks of a virtual host share."""
 
-    def __init__(self, comm: Collectives, parts: list[Any]) -> None:
+    def __init__(self, comm: Collectives, parts: list[NDArray[np.uint8]]) -> None:
         self.comm, self.parts = comm, parts
 
-    def Shared_query(self, rank: int) -> tuple[Any, int]:
+    def Shared_query(self, rank: int) -> tuple[NDArray[np.uint8], int]:
         """Return a rank's part, and the size of its unit."""
         return self.parts[rank], 1
 
@@ -168,7 +170,7 @@ class VirtualWindow:
         """Do nothing."""
 
 
-def _pieces(described: Sequence[Any]) -> tuple[Any, list[slice]]:
+def _pieces(described: Sequence[Any]) -> tuple[Array, list[slice]]:
     """Return the buffer of `message.Pieces` as bytes, and where each rank's piece lies."""
     buffer, counts, starts, datatype = described
     unit = datatype.Get_size() if datatype else buffer.dtype.itemsize

@@ -41,7 +41,7 @@ class VirtualComm(Collectives):
 
     # Messages
 
-    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+    def Isend(self, buf: object, dest: int, tag: int = 0) -> Request:
         """Start to send a buffer."""
         if dest == NOBODY:
             return self._nothing()
@@ -50,7 +50,7 @@ class VirtualComm(Collectives):
             lane = self.outgoing[(dest << 32) + tag] = self.group.lane(self.place, dest, int(tag))
         return self._post(buf, lane, lane.send)
 
-    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Request:
+    def Irecv(self, buf: object, source: int, tag: int = 0) -> Request:
         """Start to receive into a buffer."""
         if source == NOBODY:
             return self._nothing()
@@ -59,7 +59,7 @@ class VirtualComm(Collectives):
             lane = self.incoming[(source << 32) + tag] = self.group.lane(source, self.place, int(tag))
         return self._post(buf, lane, lane.receive)
 
-    def _post(self, buf: Any, lane: Lane, take: Callable[[Request], None]) -> Request:
+    def _post(self, buf: object, lane: Lane, take: Callable[[Request], None]) -> Request:
         """Give a lane a message to take: now, or where MPI works only while it is called, then."""
         rank = self.me
         rank.clock += rank.overhead

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..arrays import Array
 from ..kernels.contract import Kernel, Progress
 from ..kernels.sums import Sums
 from ..machines.machine import operations
 from ..problems.block import Block
+from ..problems.dropout import Dropout
 from .clock import current
 
 
@@ -20,23 +22,23 @@ class VirtualKernel(Sums):
     def __init__(self) -> None:
         self.costs: dict[tuple[object, ...], tuple[float, float]] = {}
 
-    def drop(self, dropout: Any, first_head: int = 0) -> None:
+    def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Do nothing: the time that it takes isn't part of the machine description."""
 
     def forward(
-        self, q: Any, k: Any, v: Any, *, block: Block, out: Any, lse: Any, progress: Progress | None = None
+        self, q: Array, k: Array, v: Array, *, block: Block, out: Array, lse: Array, progress: Progress | None = None
     ) -> None:
         """Spend the time of two matrix products; see `machine.operations`."""
         self._spend(q, v, block, False)
 
     def backward(
-        self, q: Any, k: Any, v: Any, *, block: Block, d_out: Any, lse: Any, delta: Any, d_q: Any, d_k: Any, d_v: Any,
-        progress: Progress | None = None,
+        self, q: Array, k: Array, v: Array, *, block: Block, d_out: Array, lse: Array, delta: Array,
+        d_q: Array, d_k: Array, d_v: Array, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """Spend the time of five."""
         self._spend(q, v, block, True)
 
-    def _spend(self, q: Any, v: Any, block: Block, backward: bool) -> None:
+    def _spend(self, q: Array, v: Array, block: Block, backward: bool) -> None:
         shapes = q.shape, v.shape, len(block.queries), backward
         cost = self.costs.get(shapes)
         if cost is None:
@@ -53,20 +55,22 @@ class ClockedKernel:
         self.drop, self.remember, self.begin = real.drop, real.remember, real.begin
         self.settle, self.complete = real.settle, real.complete
 
-    def forward(self, q: Any, k: Any, v: Any, *, block: Block, progress: Progress | None = None, **arrays: Any) -> None:
+    def forward(
+        self, q: Array, k: Array, v: Array, *, block: Block, progress: Progress | None = None, **arrays: Any
+    ) -> None:
         """Compute; messages need no progress meanwhile."""
         self.real.forward(q, k, v, block=block, **arrays)
         self.clock.forward(q, k, v, block=block, **arrays)
 
     def backward(
-        self, q: Any, k: Any, v: Any, *, block: Block, progress: Progress | None = None, **arrays: Any
+        self, q: Array, k: Array, v: Array, *, block: Block, progress: Progress | None = None, **arrays: Any
     ) -> None:
         """Compute; messages need no progress meanwhile."""
         self.real.backward(q, k, v, block=block, **arrays)
         self.clock.backward(q, k, v, block=block, **arrays)
 
 
-def _cost(q: Any, v: Any, queries: int, backward: bool) -> tuple[float, float]:
+def _cost(q: Array, v: Array, queries: int, backward: bool) -> tuple[float, float]:
     """Return the seconds of a call, and of a pair, for a block of these sizes."""
     (batch, heads, _, dim), (_, _, keys, v_dim) = q.shape, v.shape
     work = operations(dim, v_dim, backward)

@@ -10,6 +10,7 @@ import socket
 import statistics
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
-def describe(comm: Communicator, xp: Any) -> list[str]:
+def describe(comm: Communicator, xp: ModuleType) -> list[str]:
     """Return what this runs on, a line each."""
     surroundings = environment(comm)
     what = [surroundings["mpi"]]

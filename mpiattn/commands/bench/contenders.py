@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Contender:
     calls: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
 
-    def measure(self, name: str, comm: Communicator, xp: Any) -> float:
+    def measure(self, name: str, comm: Communicator, xp: ModuleType) -> float:
         """Return the seconds of one call, of the slowest rank."""
         run = self.run[name]
         with self.around(name):
@@ -54,7 +55,7 @@ class Setting:
     """The problem, and this rank's means to compute it."""
 
     comm: Communicator
-    xp: Any
+    xp: ModuleType
     tokens: int
     heads: int
     kv_heads: int

@@ -29,26 +29,26 @@ class Quiet:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
 
-    def Isend(self, *arguments: Any) -> Nothing:
+    def Isend(self, *arguments: object) -> Nothing:
         """Send nothing."""
         return Nothing()
 
     Irecv = Iallgatherv = Isend
 
-    def Allgatherv(self, *arguments: Any) -> None:
+    def Allgatherv(self, *arguments: object) -> None:
         """Gather nothing."""
 
     Alltoallv = Allgatherv
 
-    def Create_cart(self, *arguments: Any, **named: Any) -> Quiet:
+    def Create_cart(self, *arguments: object, **named: object) -> Quiet:
         """Make a communicator that moves nothing either."""
         return Quiet(self.comm.Create_cart(*arguments, **named))
 
-    def Sub(self, *arguments: Any) -> Quiet:
+    def Sub(self, *arguments: object) -> Quiet:
         """Make a communicator that moves nothing either."""
         return Quiet(self.comm.Sub(*arguments))
 
-    def Split(self, *arguments: Any) -> Quiet:
+    def Split(self, *arguments: object) -> Quiet:
         """Make a communicator that moves nothing either."""
         return Quiet(self.comm.Split(*arguments))
 

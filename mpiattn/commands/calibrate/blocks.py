@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ QUEUED = 10
 
 
 def rates(
-    comm: Communicator, shape: tuple[int, int, int, int], dtype: Any, name: str | None, rounds: int, xp: Any
+    comm: Communicator, shape: tuple[int, int, int, int], dtype: Any, name: str | None, rounds: int, xp: ModuleType
 ) -> tuple[float, float, float]:
     """Return the operations per second of a block, forward and backward, all ranks at once.
 

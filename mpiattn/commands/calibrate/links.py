@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
+from ...arrays import Array
 from ...machines.machine import Link
-from ...messages.message import Communicator, Tag, Waitall
+from ...messages.message import Communicator, Request, Tag, Testall, Waitall
 from .. import gpu
 
 SMALL = 8
@@ -21,8 +22,9 @@ Pair = tuple[int, int] | None
 
 
 def measure(
-    comm: Communicator, hosts: list[tuple[int, ...]], nbytes: int, rounds: int, xp: Any, progress: Callable[[], object]
-) -> tuple[dict[str, Link], float]:
+    comm: Communicator, hosts: list[tuple[int, ...]], nbytes: int, rounds: int, xp: ModuleType,
+    progress: Callable[[], object],
+) -> tuple[dict[str, Link], float]:  # fmt: skip
     """Return the links by level, and the seconds that it takes to post a message, on GPUs; `hosts` as of `grid`."""
     links, overhead, rank = {}, 0.0, comm.Get_rank()
     for level, pair in (("node", beside(hosts, rank, True)), ("network", beside(hosts, rank, False))):
@@ -51,7 +53,7 @@ def beside(hosts: list[tuple[int, ...]], rank: int, same: bool) -> Pair:
     return ring[index - 1], ring[(index + 1) % len(ring)]
 
 
-def link(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: Any) -> Link:
+def link(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: ModuleType) -> Link:
     """Return latency and bandwidth while every rank sends to the next one and receives from the one before."""
     times = {}
     for size in (SMALL, nbytes, 2 * nbytes):
@@ -73,7 +75,7 @@ def link(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: Any) -> L
     return Link(times[SMALL], 1 / slope)
 
 
-def posting(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: Any) -> float:
+def posting(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: ModuleType) -> float:
     """Return the seconds that a rank spends to post a message."""
     seconds = []
     arriving, leaving = (xp.ones(nbytes, np.uint8) for _ in range(2))
@@ -87,7 +89,7 @@ def posting(comm: Communicator, pair: Pair, nbytes: int, rounds: int, xp: Any) -
     return float(max(comm.allgather(statistics.median(seconds[1:]))))
 
 
-def _post(comm: Communicator, pair: Pair, arriving: Any, leaving: Any) -> list[Any]:
+def _post(comm: Communicator, pair: Pair, arriving: Array, leaving: Array) -> list[Request]:
     """Post a receive and a send, where the rank takes part."""
     if pair is None:
         return []
@@ -107,12 +109,12 @@ def eager_limit(comm: Communicator) -> int:
             request = comm.Isend(np.ones(1 << exponent, np.uint8), 1, Tag.CLOCK)
             deadline = time.perf_counter() + 0.02
             while not left and time.perf_counter() < deadline:
-                left = bool(request.Test())
+                left = Testall([request])
         comm.Barrier()
         if rank == 1:
-            comm.Irecv(np.empty(1 << exponent, np.uint8), 0, Tag.CLOCK).Wait()
+            Waitall([comm.Irecv(np.empty(1 << exponent, np.uint8), 0, Tag.CLOCK)])
         if rank == 0 and not left:
-            request.Wait()
+            Waitall([request])
         if not comm.allgather(left)[0]:
             return 1 << exponent
         limit = 2 << exponent

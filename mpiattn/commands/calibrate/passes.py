@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ SOME = 25
 """Times that passes are started one after the other."""
 
 
-def copies(comm: Communicator, rounds: int, xp: Any) -> float:
+def copies(comm: Communicator, rounds: int, xp: ModuleType) -> float:
     """Return the bytes per second, read and written, of copies in memory, all ranks at once."""
     size = 2**23 if xp is np else 2**29
     source, target = xp.ones(size // 4, np.float32), xp.empty(size // 4, np.float32)
     return 2 * size / median(comm, rounds, lambda: xp.copyto(target, source), xp)
 
 
-def launches(comm: Communicator, dtype: Any, head_dim: int, rounds: int, xp: Any) -> float:
+def launches(comm: Communicator, dtype: Any, head_dim: int, rounds: int, xp: ModuleType) -> float:
     """Return the seconds that it takes to start a pass over arrays: the mean of a gather, a copy, a sum, a rounding."""
     shape = 1, 1, 8, head_dim
     part, total = cast(xp.ones(shape, np.float32), dtype), xp.ones(shape, accumulator(dtype))

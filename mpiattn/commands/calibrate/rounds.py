@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -15,7 +15,7 @@ ENOUGH = 0.01
 """Seconds that calls on a GPU fill: the first ones wait for nothing, and the end of the last is waited for."""
 
 
-def median(comm: Communicator, rounds: int, work: Callable[[], object], xp: Any) -> float:
+def median(comm: Communicator, rounds: int, work: Callable[[], object], xp: ModuleType) -> float:
     """Return the median over rounds, after two that don't count, of the seconds of a call on the slowest rank."""
     timed(comm, work, 1, xp)
     once = timed(comm, work, 1, xp)

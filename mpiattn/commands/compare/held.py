@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from ...arrays.operations import of
@@ -29,7 +30,7 @@ class Held:
 
 
 @contextmanager
-def held(xp: Any, trace: Trace) -> Iterator[Held]:
+def held(xp: ModuleType, trace: Trace) -> Iterator[Held]:
     """Measure what is held in the block; `trace` records the kernel's calls."""
     result = Held()
     if not of(xp).QUEUED:
@@ -54,7 +55,7 @@ def on_gpu(trace: Trace) -> Any:
             self.sizes: dict[int, tuple[int, int]] = {}  # by address: 1 for the kernel's, and bytes
             self.now, self.most = [0, 0], [0, 0]
 
-        def malloc_postprocess(self, *, size: int, mem_ptr: int, **others: Any) -> None:
+        def malloc_postprocess(self, *, size: int, mem_ptr: int, **others: object) -> None:
             """Count what is taken."""
             last = trace.events[-1] if trace.events else None
             whose = int(last is not None and last.kind == "compute" and last.end != last.end)  # not yet at its end
@@ -62,7 +63,7 @@ def on_gpu(trace: Trace) -> Any:
             self.now[whose] += size
             self.most[whose] = max(self.most[whose], self.now[whose])
 
-        def free_postprocess(self, *, mem_ptr: int, **others: Any) -> None:
+        def free_postprocess(self, *, mem_ptr: int, **others: object) -> None:
             """Count what is given back; what was there before the block is not counted."""
             whose, size = self.sizes.pop(mem_ptr, (0, 0))
             self.now[whose] -= size

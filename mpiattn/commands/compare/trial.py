@@ -6,6 +6,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Trial:
     inputs: list[Array] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
-    xp: Any = np
+    xp: ModuleType = np
     why: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +68,7 @@ class Trial:
         """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
 
-    def share(self, given: Inputs | None, args: argparse.Namespace, xp: Any) -> None:
+    def share(self, given: Inputs | None, args: argparse.Namespace, xp: ModuleType) -> None:
         """Receive this rank's share of the input, as arrays of a namespace."""
         self.xp = xp
         self.shapes, self.inputs, self.features = inputs.share(given, self.comm.comm, self.attention, args, xp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Channel:
         Whether messages are of device memory, or go through the host's; "auto" finds out.
     """
 
-    def __init__(self, comm: Communicator, xp: Any, mode: str = "auto") -> None:
+    def __init__(self, comm: Communicator, xp: ModuleType, mode: str = "auto") -> None:
         self.xp, self.mode = xp, mode
         self.opened: list[Uses] = []
         """Buffers on which work is queued since the last event was recorded."""
@@ -50,7 +51,7 @@ class Channel:
         event.record(stream)
         return event
 
-    def ready(self, buf: Any) -> Any:
+    def ready(self, buf: object) -> Any:
         """Return an event that passes when the device has done with a buffer what was queued so far."""
         event = None
         if self.opened or not isinstance(buf, Tracked):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,15 +65,15 @@ class DeviceComm:
 
     # Messages
 
-    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Transfer:
+    def Isend(self, buf: object, dest: int, tag: int = 0) -> Transfer:
         """Start to send a buffer, once the device has filled it."""
         return self._start("send", self.comm.Isend, buf, dest, tag)
 
-    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Transfer:
+    def Irecv(self, buf: object, source: int, tag: int = 0) -> Transfer:
         """Start to receive into a buffer, once the device no longer needs it."""
         return self._start("receive", self.comm.Irecv, buf, source, tag)
 
-    def _start(self, kind: str, post: Callable[..., Any], buf: Any, peer: int, tag: int) -> Transfer:
+    def _start(self, kind: str, post: Callable[..., Any], buf: object, peer: int, tag: int) -> Transfer:
         array = _array(buf)
         if isinstance(array, np.ndarray):
             return Transfer(self.channel, _posted([post(buf, peer, tag)]))
@@ -105,7 +106,7 @@ class DeviceComm:
 
     # Collectives
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Transfer:
+    def Iallgatherv(self, sendbuf: object, recvbuf: object) -> Transfer:
         """Start to gather a piece of each rank on all ranks."""
         if isinstance(_array(recvbuf), np.ndarray):
             return Transfer(self.channel, _posted([self.comm.Iallgatherv(sendbuf, recvbuf)]))
@@ -114,11 +115,11 @@ class DeviceComm:
             parts[rank][...] = _array(sendbuf).reshape(-1).view(np.uint8)
         return self._exchange([parts[rank]] * len(parts), parts)
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Allgatherv(self, sendbuf: object, recvbuf: object) -> None:
         """Gather a piece of each rank on all ranks."""
         Transfer.Waitall([self.Iallgatherv(sendbuf, recvbuf)])
 
-    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+    def Alltoallv(self, sendbuf: object, recvbuf: object) -> None:
         """Send each rank its piece, and receive one from each."""
         if isinstance(_array(recvbuf), np.ndarray):
             self.comm.Alltoallv(sendbuf, recvbuf)
@@ -135,7 +136,7 @@ class DeviceComm:
         return Transfer(self.channel, _completed(transfers))
 
 
-def carrier(comm: Any, xp: Any, mode: str) -> tuple[DeviceComm, Channel]:
+def carrier(comm: Any, xp: ModuleType, mode: str) -> tuple[DeviceComm, Channel]:
     """Return what carries device memory over a private communicator, and its channel; kept with it once made."""
     carriers = comm.kept.carriers
     if mode not in carriers:
@@ -143,7 +144,7 @@ def carrier(comm: Any, xp: Any, mode: str) -> tuple[DeviceComm, Channel]:
     return carriers[mode], carriers[mode].channel
 
 
-def _array(buf: Any) -> Array:
+def _array(buf: object) -> Array:
     """Return the array of a buffer argument of a message."""
     if isinstance(buf, Tracked):
         return buf.buffer

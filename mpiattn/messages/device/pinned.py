@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Segment:
     known: ClassVar[dict[tuple[str, ...], Segment | None]] = {}
     """By the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
 
-    def __init__(self, host: Communicator, names: Sequence[str], xp: Any) -> None:
+    def __init__(self, host: Communicator, names: Sequence[str], xp: ModuleType) -> None:
         self.window = Allocate_shared(host, SHARED * PIECE)
         buffers = [np.frombuffer(self.window.Shared_query(rank)[0], np.uint8) for rank in range(len(names))]
         buffers[host.Get_rank()].fill(0)  # its pages are taken from memory near this rank
@@ -45,7 +46,7 @@ class Segment:
         return int(self.parts[part] + slot * PIECE)
 
     @classmethod
-    def of(cls, comm: Communicator, xp: Any) -> Segment | None:
+    def of(cls, comm: Communicator, xp: ModuleType) -> Segment | None:
         """Return that of the ranks of a communicator that are on this host; None where it can't be had."""
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
         names = tuple(host.allgather(name()))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ found: list[bool] = []
 """What was found out about the MPI library, once it was."""
 
 
-def takes_device_memory(comm: Any, xp: Any) -> bool:
+def takes_device_memory(comm: Any, xp: ModuleType) -> bool:
     """Find out by messages whether the MPI library takes device memory; all ranks call it together.
 
     The first one is in a process of its own, on rank 0. The second goes to the next rank.

@@ -70,7 +70,7 @@ def shared_send(
 ) -> Iterator[None]:
     """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
     there = comm.Irecv(NOTHING, dest, tag + back)
-    while not (ready.done and there.Test()):
+    while not (ready.done and Testall([there])):
         yield
     copying, lent = deque[Any](), deque[Any]()
     while pieces or copying or lent:
