@@ -29,7 +29,6 @@ class Agreement:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.last: tuple[bytes, Problem] | None = None
         self.batch: object = None
         self.told: dict[bytes, NDArray[np.int64]] = {}
         """What all ranks said when this one said the same of the same batch; see `trust`."""
@@ -89,13 +88,6 @@ class Agreement:
             if reason:
                 raise InputError(reason if len(set(reasons)) == 1 else f"rank {rank}: {reason}")
         return cast("T", result)
-
-    def once(self, descriptions: bytes, pose: Callable[[bytes], Problem]) -> Problem:
-        """Return the problem that the ranks' arrays pose, made anew where they aren't described as the last ones."""
-        if self.last is None or descriptions != self.last[0]:
-            self.last = None
-            self.last = descriptions, pose(descriptions)
-        return self.last[1]
 
 
 def settled(comm: Communicator, problem: Problem, last: Problem | None) -> Problem:

@@ -267,8 +267,8 @@ class Attention:
         self.usable()
         table = self.agreement.arrays(numbered(q, given), q=q, k=k, v=v)
         descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
-        pose = partial(posed, ranks=len(table), layout_name=self.layout, mask=self.mask, partials=self.partials)
-        return self.accept(others, self.agreement.once(descriptions.tobytes(), pose), q, given)
+        problem = posed(descriptions.tobytes(), len(table), self.layout, self.mask, self.partials)
+        return self.accept(others, problem, q, given)
 
     def accept(self, others: NDArray[np.int64], problem: Problem, like: Any, given: Given) -> Problem:
         """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""

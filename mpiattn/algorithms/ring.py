@@ -61,11 +61,11 @@ class RingAttention(Attention):
         self.ways = [ways[owner] for owner in self.owners]
         self.kv = self.buffers.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
         self.blocks = [problem.block(self.rank, owner) for owner in self.owners]
-        self.backward_blocks = [*enumerate(self.blocks), (0, None)]  # (hop, block) of each step
+        self.backward_blocks = [*self.blocks, None]  # there is one step more
         if self.size > 1 and self.ways[0].ends(self.size - 1):
             # The own sum comes home in the last step: half of the own block is left for that time.
-            first, second = (problem.block(self.rank, self.rank, rows) for rows in problem.halves(self.rank))
-            self.backward_blocks[0], self.backward_blocks[self.size] = (0, first), (0, second)
+            halves = (problem.block(self.rank, self.rank, rows) for rows in problem.halves(self.rank))
+            self.backward_blocks[0], self.backward_blocks[self.size] = halves
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
@@ -104,7 +104,8 @@ class RingAttention(Attention):
         self.kernel.begin(d_q)
         if self.ways[0].leaves:
             self.kv[0].pack(k, v)
-        for step, (hop, block) in enumerate(self.backward_blocks):
+        for step, block in enumerate(self.backward_blocks):
+            hop = step if step < self.size else 0  # in the last step the own block again
             posted = self.pass_kv(step) + self.pass_sums(step, sums, arriving)
             if step < self.size:
                 self.kernel.begin(*sums[step].arrays)

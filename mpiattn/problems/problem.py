@@ -139,11 +139,12 @@ class Problem:
         rows : slice
             Which of the queries; see `halves`.
         """
-        if not self.needed[q_owner, kv_owner]:
+        pairs = self.pairs.item(q_owner, kv_owner)
+        if not pairs:
             return None
         queries, keys = self.q_positions[q_owner], self.kv_positions[kv_owner]
         if rows == ALL:
-            return Block(self.mask, queries, keys, ALL, int(self.pairs[q_owner, kv_owner]))
+            return Block(self.mask, queries, keys, ALL, pairs)
         part = queries[rows]
         return Block(self.mask, part, keys, rows) if len(part) else None
 
