@@ -91,6 +91,29 @@ def test_the_end(comm: MPI.Intracomm, name: str) -> None:
 
 
 @pytest.mark.mpi(max_size=3)
+@pytest.mark.parametrize("name", ["ring", "shared_ring"])
+def test_the_end_of_the_communicator(comm: MPI.Intracomm, name: str) -> None:
+    own = comm.Dup()
+    attention = ALGORITHMS[name](own)
+    q, k, v, d_out = parts(comm, attention)
+    _, saved = attention.forward(q, k, v)
+    own.Free()
+    raises(comm, lambda: attention.backward(d_out, saved), "communicator of this attention has been freed")
+
+
+@pytest.mark.mpi(sizes=[2])
+def test_windows_of_many_attentions_are_few(comm: MPI.Intracomm) -> None:
+    own = comm.Dup()
+    for tokens in [*range(2, 40), *range(2, 40)]:
+        attention = mpiattn.SharedRingAttention(own, layout="contiguous")
+        q = np.full((1, 1, len(attention.positions(tokens)), 4), float(comm.rank))
+        out, _ = attention.forward(q, q, q)
+        assert np.isfinite(out).all()
+    assert len(private(own).kept.windows) == 1
+    own.Free()
+
+
+@pytest.mark.mpi(max_size=3)
 def test_no_communicator(comm: MPI.Intracomm) -> None:
     from mpi4py import MPI
 

@@ -17,7 +17,7 @@ from ..arrays.operations import cast, of
 from ..arrays.softmax import LSE, delta, sink_gradient, with_sinks
 from ..errors import InputError
 from ..kernels.contract import Kernel
-from ..messages.connection import abandon, kernel_on, on_device, private
+from ..messages.connection import abandon, freed, kernel_on, on_device, private
 from ..messages.device.channel import Channel, check_mode
 from ..messages.message import Communicator
 from ..messages.observer import named
@@ -365,5 +365,7 @@ class Attention:
 
     def usable(self) -> None:
         """Raise InputError where it has ended, or its caller's communicator has been freed."""
+        if not self.ended and freed(self.agreement.comm):
+            self.end("the communicator of this attention has been freed: build another one, on another communicator")
         if self.ended:
             raise InputError(self.ended)

@@ -64,7 +64,7 @@ class SharedRingAttention(Attention):
         """Allocate the window: in each rank's part the sums of its dK/dV, then its K/V."""
         if self.buffers.xp is not np:
             raise InputError("the shared ring works in the memory of a host: give it NumPy arrays")
-        self.free_window()
+        self.kvs, self.d_kvs = [], []
         self.window = Allocate_shared(self.comm, nbytes(problem.d_kv(self.rank) + problem.kv(self.rank)))
         self.blocks = [problem.block(self.rank, owner) for owner in self.owners]
         for rank in range(self.size):
@@ -100,22 +100,10 @@ class SharedRingAttention(Attention):
         d_k, d_v = self.d_kvs[self.rank].arrays
         return d_q, d_k, d_v
 
-    def free(self) -> None:
-        """End it; all ranks do so together, as the window is all ranks'."""
-        super().free()
-        self.free_window()
-
     def end(self, why: str) -> None:
-        """Leave the window's memory alone: it may be freed."""
+        """Let go of the window, which is kept with the communicator."""
         super().end(why)
-        self.kvs, self.d_kvs = [], []
-
-    def free_window(self) -> None:
-        """Free the window."""
-        self.kvs, self.d_kvs = [], []
-        if self.window is not None:
-            self.window.Free()
-            self.window = None
+        self.window, self.kvs, self.d_kvs = None, [], []
 
 
 def one_host(ranks: int, here: int) -> None:

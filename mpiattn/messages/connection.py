@@ -47,6 +47,12 @@ def abandon(comm: Any, memory: object) -> None:
         comm.abandon(memory)
 
 
+def freed(comm: Any) -> bool:
+    """Return whether a private communicator is gone, with its owner."""
+    inner = getattr(comm, "comm", comm)
+    return hasattr(inner, "kept") and not inner
+
+
 def kernel_on(comm: Any, kernel: Any) -> Any:
     """Return the kernel as a communicator wants it: a traced one records it, a virtual one lets it move the clock.
 

@@ -23,12 +23,15 @@ ABANDONED: list[tuple[object, object]] = []
 
 Key = tuple[object, ...]
 
+PAGE = 4096  # bytes
+
 
 class Kept:
     """What is kept with a private communicator: those made of it, each once, and what carries device memory over it."""
 
     def __init__(self) -> None:
         self.made: dict[Key, PrivateComm] = {}
+        self.windows: dict[int, MPI.Win] = {}
         self.carriers: dict[str, Any] = {}
 
     def once(self, key: Key, make: Callable[[], Made]) -> Made:
@@ -37,8 +40,17 @@ class Kept:
             self.made[key] = make()
         return cast("Made", self.made[key])
 
+    def window(self, nbytes: int, comm: MPI.Intracomm) -> MPI.Win:
+        """Return the window with so many bytes for each rank, made now if there is none."""
+        if nbytes not in self.windows:
+            self.windows[nbytes] = MPI.Win.Allocate_shared(nbytes, comm=comm)
+        return self.windows[nbytes]
+
     def free(self) -> None:
-        """Free the communicators that were made."""
+        """Free the windows and the communicators that were made."""
+        for window in self.windows.values():
+            window.Free()
+        self.windows.clear()
         for comm in reversed(self.made.values()):
             comm.kept.free()
             MPI.Comm.Free(comm)
@@ -77,6 +89,15 @@ class PrivateComm(MPI.Intracomm):
 
     def Free(self) -> None:
         """Do nothing: it is freed with the caller's communicator."""
+
+    def Allocate_shared(self, nbytes: int) -> MPI.Win:
+        """Return a window with a part of at least so many bytes for each rank of a host.
+
+        Attentions whose passes follow each other share one: it is as large as the largest part, rounded up to a power
+        of two, so that there are few.
+        """
+        most: int = max(self.allgather(max(nbytes, PAGE)))
+        return self.kept.window(1 << (most - 1).bit_length(), self)
 
     def private(self) -> Self:
         """Return this communicator."""
