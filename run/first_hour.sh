@@ -81,6 +81,7 @@ developer() {
     play tests mpiexec "$some"
     expect '[1-9][0-9]* passed'
     play conformance
+    expect '[1-9][0-9]* passed, 0 failed'
 }
 
 cluster() {
