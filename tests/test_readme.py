@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "run" / "readme.py"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "run" / "readme.py"
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 PAGE = """# A page
 
 <!-- file: three.py -->
@@ -48,6 +51,24 @@ def test_make(tmp_path: Path) -> None:
     assert readme(page).returncode == 0
     assert "    --quiet\nthree: 3.25 s\n$ ls *.py\nthree.py\n```\n" in page.read_text()
     assert "$ pip install nothing-of-the-kind\n$ python" in page.read_text()
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links() -> None:
+    """A link to a file or a heading leads there."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    links = [(page, *link) for page in pages for link in LINK.findall(page.read_text())]
+    wrong = []
+    for page, path, heading in links:
+        target = page.parent / path if path else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            wrong.append(f"{page.relative_to(ROOT)}: {path}#{heading}")
+    assert links and not wrong
 
 
 def test_print(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a machine with an NVIDIA driver and Python gets from pip alone, as README's paragraph on GPUs says: for Open MPI,
+# What a machine with an NVIDIA driver and Python gets from pip alone, as docs/gpus.md says: for Open MPI,
 # MPICH and Intel MPI a new environment each, in it the ring and the mesh against the oracle, and their speed.
 #
 # usage: benchmarks/gpu/pip_only.sh [cuda13|cuda12] [RANKS]     RANKS: 2 if not given
