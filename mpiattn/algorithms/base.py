@@ -280,8 +280,12 @@ class Attention:
     def agree_backward(self, d_out: Any, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
         self.usable()
-        check_saved(self.agreement, d_out, saved, self.identity)
+        check_saved(self.agreement, d_out, saved, self.identity, self.fingerprint)
         return self.prepare(saved.problem, saved.q, saved.dropout)
+
+    def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
+        """Return a number by which `backward` notices that what it reads again is no longer what `forward` left."""
+        return fingerprint(q, k, v, out)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -331,7 +335,7 @@ class Attention:
         if self.sinks is not None:
             out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
         result = self.rounded(out)
-        given = self.sinks, self.dropout, self.identity, fingerprint(q, k, v, result)
+        given = self.sinks, self.dropout, self.identity, self.fingerprint(q, k, v, result)
         return result, Saved(q, k, v, result, lse.astype(LSE), self.problem, *given)
 
     def rounded(self, total: Array) -> Array:

@@ -45,7 +45,7 @@ from .base import Attention
 from .given import Given, checksum, numbered
 from .options import Options
 from .posed import described, fit_together
-from .saved import Saved
+from .saved import Saved, fingerprint
 from .shares import Where
 
 if TYPE_CHECKING:
@@ -125,6 +125,10 @@ class DecodeAttention(Attention):
         fit_together(specs)
         problem = posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask)
         return self.accept(others, problem, q, given)
+
+    def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
+        """Return a number of q and out alone: to read the whole cache for each token would take as long as attention."""
+        return fingerprint(q, out)
 
     def plan(self, problem: Problem) -> None:
         """Say who is below this rank in the tree, who has anything to say, and who has which heads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,9 @@ def fingerprint(*arrays: Any) -> int:
     return total % 2**63
 
 
-def check_saved(agreement: Agreement, d_out: Any, saved: Any, identity: tuple[object, ...]) -> None:
+def check_saved(
+    agreement: Agreement, d_out: Any, saved: Any, identity: tuple[object, ...], fingerprint: Callable[..., int]
+) -> None:
     """Raise InputError on every rank where, on one, d_out does not fit what was saved, or that is not `forward`'s."""
     own = isinstance(saved, Saved) and saved.by == identity
     saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
