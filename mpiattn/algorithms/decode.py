@@ -127,7 +127,7 @@ class DecodeAttention(Attention):
         return self.accept(others, problem, q, given)
 
     def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
-        """Return a number of q and out alone: to read the whole cache for each token would take as long as attention."""
+        """Return a number of q and out alone: reading the whole cache for each token takes as long as attention."""
         return fingerprint(q, out)
 
     def plan(self, problem: Problem) -> None:
