@@ -105,7 +105,8 @@ def structure(page: str) -> list[str]:
             text = re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "0", text)
             text = re.sub(r"([-=_.])\1+|[ \t]+", lambda match: match[0][0], text)
             commands = [line for line in text.splitlines() if line.startswith("$")]
-            others = sorted(line.strip() for line in text.splitlines() if not line.startswith("$"))
+            # MPICH's line about an abort does not always get out before the launcher ends.
+            others = sorted(line.strip() for line in text.splitlines() if not line.startswith(("$", "Abort(")))
             lines += [f"[{name}]", *commands, *others]
     return lines
 
