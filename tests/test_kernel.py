@@ -423,3 +423,12 @@ def test_plan_covers_every_pair_once(
     np.testing.assert_array_equal(seen.T, allowed(mask, queries, keys))
     # Little is computed in vain: a margin along the two edges of what each row sees.
     assert computed <= pairs(mask, queries, keys) + 2 * SIDE * (len(queries) + len(keys)) + SIDE * SIDE
+
+
+def test_no_queries_before_many_keys() -> None:
+    q, k, v, d_out = (np.zeros((1, 2, tokens, 3), np.float32) for tokens in (0, 64, 64, 0))
+    block, kernel = Block(Full(), np.arange(0), np.arange(64)), NumpyKernel()
+    out, lse = np.zeros_like(q), np.zeros(q.shape[:3])
+    kernel.forward(q, k, v, block=block, out=out, lse=lse)
+    backward(kernel, q, k, v, d_out, lse, np.zeros(q.shape[:3], np.float32), block, out, k.copy(), v.copy())
+    assert out.shape == q.shape

@@ -26,7 +26,7 @@ QUERIES, KEYS = 4, 64
 def fits(q: Array, block: Block) -> bool:
     """Say whether this is such a block, of a dtype that is computed in as it is."""
     queries, keys = len(block.queries), len(block.keys)
-    return queries <= QUERIES and keys >= KEYS and q.dtype == accumulator(q.dtype) and block.pairs == queries * keys
+    return 0 < queries <= QUERIES and keys >= KEYS and q.dtype == accumulator(q.dtype) and block.pairs == queries * keys
 
 
 def attend(q: Array, k: Array, v: Array, scale: float, out: Array, lse: Array) -> bool:
