@@ -366,7 +366,7 @@ def test_bad_grids_are_named(words: list[str], capsys: pytest.CaptureFixture[str
     "words", [["--costs", "1,2"], ["--costs", "a,b,c,d"], ["--kv-ratio", "0"], ["--costs=-1,1,1,1"]]
 )
 def test_bad_numbers(words: list[str]) -> None:
-    with pytest.raises(InputError, match="--costs takes 4 numbers|could not convert|--kv-ratio is|a cost must be"):
+    with pytest.raises(InputError, match=r"--costs takes 4 numbers|could not convert|--kv-ratio is|a cost must be"):
         run("4x4", *words)
 
 
