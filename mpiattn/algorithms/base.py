@@ -262,7 +262,7 @@ class Attention:
 
     # Before the first message
 
-    def agree_forward(self, q: Any, k: Any, v: Any, **given: Unpack[Given]) -> Problem:
+    def agree_forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         self.usable()
         table = self.agreement.arrays(numbered(q, given), q=q, k=k, v=v)
@@ -270,14 +270,14 @@ class Attention:
         problem = posed(descriptions.tobytes(), len(table), self.layout, self.mask, self.partials)
         return self.accept(others, problem, q, given)
 
-    def accept(self, others: NDArray[np.int64], problem: Problem, like: Any, given: Given) -> Problem:
+    def accept(self, others: NDArray[np.int64], problem: Problem, like: Array, given: Given) -> Problem:
         """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
         agreed_given(others.tolist(), alike=self.layout != layouts.EVERYWHERE)
         problem = settled(self.agreement.comm, problem, self.problem)
         self.sinks, dropout = given.get("sinks"), given.get("dropout")
         return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
 
-    def agree_backward(self, d_out: Any, saved: Saved) -> Problem:
+    def agree_backward(self, d_out: Array, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""
         self.usable()
         check_saved(self.agreement, d_out, saved, self.identity, self.fingerprint)
@@ -292,7 +292,7 @@ class Attention:
         """What must be the same of the attention that saves and the one that goes back."""
         return type(self).__name__, self.layout, self.mask, self.scale, self.softcap
 
-    def prepare(self, problem: Problem, like: Any, dropout: Dropout | None = None) -> Problem:
+    def prepare(self, problem: Problem, like: Array, dropout: Dropout | None = None) -> Problem:
         """Plan for a problem of arrays like this one, unless it is the last one."""
         xp = arrays.namespace(like)
         same = problem == self.problem and xp is self.buffers.xp

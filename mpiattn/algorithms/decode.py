@@ -115,7 +115,7 @@ class DecodeAttention(Attention):
         self.given = kv_positions
         return super().forward(q, k, v, **given)
 
-    def agree_forward(self, q: Any, k: Any, v: Any, **given: Unpack[Given]) -> Problem:
+    def agree_forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         self.usable()
         shard = span(self.given, getattr(k, "shape", ()))

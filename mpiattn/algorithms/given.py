@@ -23,7 +23,7 @@ class Given(TypedDict, total=False):
     dropout: Dropout | None
 
 
-def numbered(q: Any, given: Given) -> list[int]:
+def numbered(q: Array, given: Given) -> list[int]:
     """Return as integers what a rank is given beside q, k, v.
 
     Whether there is an argument that nobody knows, whether sinks fit q, their checksum, and `drawn`.
@@ -50,7 +50,7 @@ def drawn(dropout: Any) -> list[int]:
     ]
 
 
-def checksum(array: Any) -> int:
+def checksum(array: Array) -> int:
     """Return a number that differs where an array does; 0 of arrays that aren't in the memory of the host."""
     return zlib.crc32(array.tobytes()) if isinstance(array, np.ndarray) else 0
 

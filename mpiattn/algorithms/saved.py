@@ -41,7 +41,7 @@ class Saved:
     """Fingerprint of q, k, v and out."""
 
 
-def fingerprint(*arrays: Any) -> int:
+def fingerprint(*arrays: object) -> int:
     """Return a number that differs where the arrays do; 0 of arrays that aren't in the memory of the host.
 
     A sum of 64-bit words, as fast as memory: it is to notice that an array was used for something else meanwhile.
@@ -57,7 +57,7 @@ def fingerprint(*arrays: Any) -> int:
 
 
 def check_saved(
-    agreement: Agreement, d_out: Any, saved: Any, identity: tuple[object, ...], fingerprint: Callable[..., int]
+    agreement: Agreement, d_out: Array, saved: Any, identity: tuple[object, ...], fingerprint: Callable[..., int]
 ) -> None:
     """Raise InputError on every rank where, on one, d_out does not fit what was saved, or that is not `forward`'s."""
     own = isinstance(saved, Saved) and saved.by == identity

@@ -36,14 +36,12 @@ def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
     return where
 
 
-def owned_heads(place: Any) -> Any:
+def owned_heads(place: Any) -> slice:
     """Return which heads a rank's share has, as a slice, from where it lies in a whole array of four axes."""
     return place[1] if len(place) > 1 else slice(None)
 
 
-def scatter(
-    array: NDArray[Any] | None, comm: Communicator, layout: str | Where, root: int = 0, axis: int = 2
-) -> NDArray[Any]:
+def scatter(array: Array | None, comm: Communicator, layout: str | Where, root: int = 0, axis: int = 2) -> Array:
     """Give each rank its share of an array that the root holds, without pickling.
 
     Parameters
@@ -86,14 +84,14 @@ def scatter(
 
 
 def gather(
-    array: NDArray[Any],
+    array: Array,
     comm: Communicator,
     layout: str | Where,
     root: int = 0,
     axis: int = 2,
     shape: tuple[int, ...] | None = None,
     copies: bool = False,
-) -> NDArray[Any] | None:
+) -> Array | None:
     """Collect each rank's share on the root, without pickling: the inverse of `scatter`.
 
     Parameters

@@ -16,7 +16,7 @@ Asked = tuple[str, dict[str, Any]]
 """The name of an algorithm, and arguments of its constructor's own."""
 
 
-def spell(name: str, arguments: Mapping[str, Any]) -> str:
+def spell(name: str, arguments: Mapping[str, object]) -> str:
     """Return an algorithm with its arguments as text that `parse` reads."""
     rest = dict(arguments)
     shape = f":{rest.pop('rows')}x{rest.pop('cols')}" if {"rows", "cols"} <= rest.keys() else ""
@@ -66,12 +66,12 @@ def examples(name: str) -> dict[str, Any]:
     return {key: value for variant in ALGORITHMS[name].variants(1) for key, value in variant.items()}
 
 
-def variants(name: str, arguments: Mapping[str, Any], ranks: int) -> list[dict[str, Any]]:
+def variants(name: str, arguments: Mapping[str, object], ranks: int) -> list[dict[str, Any]]:
     """Return the arguments of each variant of an algorithm on so many ranks that has the given ones; maybe none."""
     return [variant for variant in ALGORITHMS[name].variants(ranks) if arguments.items() <= variant.items()]
 
 
-def fitting(name: str, arguments: Mapping[str, Any], ranks: int) -> list[dict[str, Any]]:
+def fitting(name: str, arguments: Mapping[str, object], ranks: int) -> list[dict[str, Any]]:
     """Return the same, or raise InputError where there is none: it names those that there are."""
     found = variants(name, arguments, ranks)
     if not found:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -35,11 +36,12 @@ DESCRIPTION = 9
 """Integers in a description: kind, dtype, number of axes, up to six lengths."""
 
 
-def namespace(array: Any) -> Any:
+def namespace(array: Any) -> ModuleType:
     """Return the module of functions for arrays of this kind."""
     if type(array).__module__ == CUPY:  # has none
         return sys.modules[CUPY]
-    return array.__array_namespace__()
+    xp: ModuleType = array.__array_namespace__()
+    return xp
 
 
 def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
@@ -57,7 +59,7 @@ def gpus() -> list[str]:
     return [cupy.cuda.runtime.getDeviceProperties(number)["name"].decode() for number in range(count)]
 
 
-def dtype(name: str) -> np.dtype[Any]:
+def dtype(name: str) -> np.dtype[np.generic]:
     """Return the floating dtype of that name, or raise ValueError with the names there are."""
     for candidate in FLOATS:
         if candidate.name == name:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from . import CUPY, Array, namespace
 from .places import Places
@@ -18,7 +19,7 @@ class Operations(Protocol):
     QUEUED: bool
     """Whether work on arrays is queued, and done later than it is called."""
 
-    def on_host(self, array: Any, /) -> Array:
+    def on_host(self, array: Array, /) -> Array:
         """Return the array if it is NumPy's, else a copy that is."""
         ...
 
@@ -26,7 +27,7 @@ class Operations(Protocol):
         """Copy numbers to a place of the same shape, rounded where its dtype is narrower."""
         ...
 
-    def cast(self, array: Array, dtype: Any, /) -> Array:
+    def cast(self, array: Array, dtype: DTypeLike, /) -> Array:
         """Return an array of four axes, rounded to a dtype: a new array."""
         ...
 
@@ -67,17 +68,17 @@ def _named(name: str) -> Operations:
     return plain
 
 
-def operations(array: Any) -> Operations:
+def operations(array: Array) -> Operations:
     """Return the operations on an array."""
     return of(np) if type(array) is np.ndarray else of(namespace(array))
 
 
-def on_host(array: Any) -> Array:
+def on_host(array: Array) -> Array:
     """Return the array if it is NumPy's, else a copy that is."""
     return operations(array).on_host(array)
 
 
-def cast(array: Array, dtype: Any) -> Array:
+def cast(array: Array, dtype: DTypeLike) -> Array:
     """Return an array of four axes, rounded to a dtype: a new array."""
     return operations(array).cast(array, dtype)
 

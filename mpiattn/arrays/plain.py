@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import DTypeLike
 
 from . import Array, accumulator
 from .places import Places
@@ -12,7 +11,7 @@ from .places import Places
 QUEUED = False
 
 
-def on_host(array: Any) -> Array:
+def on_host(array: Array) -> Array:
     """Return the array."""
     result: Array = array
     return result
@@ -23,7 +22,7 @@ def copy(place: Array, array: Array) -> None:
     place[...] = array
 
 
-def cast(array: Array, dtype: Any) -> Array:
+def cast(array: Array, dtype: DTypeLike) -> Array:
     """Return an array rounded to a dtype."""
     return array.astype(dtype)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from ..errors import InputError
 from ..machines import writing
@@ -16,7 +20,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def figure(width: float = 7.0, height: float = 4.5, columns: int = 1) -> tuple[Any, list[Any]]:
+def figure(width: float = 7.0, height: float = 4.5, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure and its axes, side by side."""
     from matplotlib.figure import Figure
 
@@ -88,7 +92,7 @@ def check(path: Path) -> None:
     writing.check(path)
 
 
-def save(drawing: Any, path: str | Path) -> None:
+def save(drawing: Figure, path: str | Path) -> None:
     """Write a figure."""
     with writing.replacing(path) as part:
         drawing.savefig(part, dpi=150)

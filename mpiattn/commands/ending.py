@@ -8,7 +8,10 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -35,7 +38,7 @@ def wait_for_first_rank(first: bool) -> None:
         signal.signal(signal.SIGINT, end)
 
 
-def status(error: BaseException, comm: Any) -> int | None:
+def status(error: BaseException, comm: MPI.Comm) -> int | None:
     """Return the exit status after an exception that nothing has caught; None where it is to be raised.
 
     An exception on one of several ranks ends the job: the others may wait for a message that will never come.

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -70,7 +69,7 @@ def read(path: Path, names: Sequence[str], axes: str = AXES[0]) -> dict[str, Arr
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Any]]]:
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Array]]]:
     """Yield the names in a file, and a function that reads the array of one of them."""
     with contextlib.ExitStack() as stack:
         try:
@@ -83,7 +82,7 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Any]]]:
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
 
-        def loaded(name: str) -> Any:
+        def loaded(name: str) -> Array:
             try:
                 return _bfloat16(load(name))
             except AttributeError as error:  # a dtype that NumPy has no name for
@@ -100,7 +99,7 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Any]]]:
 _WANTED = f"it must be an array of {', '.join(dtype.name for dtype in FLOATS)}"
 
 
-def _check(array: Any, what: str, axes: str) -> None:
+def _check(array: Array, what: str, axes: str) -> None:
     if array.ndim != 4 or array.dtype not in FLOATS:
         order = "(batch, heads, tokens, head_dim)" if axes == "bhtd" else "(batch, tokens, heads, head_dim)"
         raise ValueError(f"{what} is {array.dtype} {array.shape}; it must have 4 axes {order}, and {_WANTED[8:]}")

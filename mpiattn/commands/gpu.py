@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "numpy, or wha
     group.add_argument("--gpu-messages", choices=MODES, default="auto", help="of device memory, or through the host")
 
 
-def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "numpy") -> Any:
+def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "numpy") -> ModuleType:
     """Return NumPy, or CuPy with one of the host's GPUs as this rank's own.
 
     Raises

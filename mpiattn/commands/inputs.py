@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .. import planner
 from ..algorithms import Attention
@@ -189,7 +190,7 @@ def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
     return Inputs(name, q, k, v, converted("d_out", d_out, dtype))
 
 
-def converted(name: str, array: Array, dtype: Any) -> Array:
+def converted(name: str, array: Array, dtype: DTypeLike) -> Array:
     """Return an array in a dtype, or raise ValueError where it has numbers that are beyond the dtype."""
     with np.errstate(over="ignore"):
         result = np.ascontiguousarray(array.astype(dtype))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
+
+from ..arrays import Array
 
 DENSEST = 1032
 """Bytes that a byte of a zip file can stand for at most, by the way in which deflate works."""
@@ -18,7 +20,7 @@ def names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def load(archive: zipfile.ZipFile, name: str) -> Any:
+def load(archive: zipfile.ZipFile, name: str) -> Array:
     """Return an array of an archive; no pickled object is ever made.
 
     Raises

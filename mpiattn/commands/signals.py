@@ -13,10 +13,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
 
 from ..machines import writing
 from ..messages import observer
+from ..messages.message import Communicator
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -27,7 +27,7 @@ AGAIN = {"SLURM_JOB_ID": "scontrol requeue", "PBS_JOBID": "qrerun", "LSB_JOBID":
 """What puts a batch job into its queue again, by the variable that has its number."""
 
 
-def heed(comm: Any) -> None:
+def heed(comm: Communicator) -> None:
     """Let these signals end this process with a line that says how to run the command again, and status 128 + number.
 
     A command that has a handler of its own for one of them does what it likes.

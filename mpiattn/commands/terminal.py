@@ -54,7 +54,7 @@ def width() -> int:
     return WIDE
 
 
-def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], drop: Sequence[str] = (), **options: Any) -> str:
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str], drop: Sequence[str] = (), **options: Any) -> str:
     """Return a table that fits the terminal.
 
     Parameters

@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import Any
 
+from ..messages.message import Communicator
 from ..watch.session import watch
 
 BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "COBALT_JOBID", "PJM_JOBID")
@@ -37,7 +38,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def watching(args: argparse.Namespace, comm: Any) -> contextlib.AbstractContextManager[Any]:
+def watching(args: argparse.Namespace, comm: Communicator) -> contextlib.AbstractContextManager[Any]:
     """Return a block in which the ranks are watched, where they are to be and there are several.
 
     The block gives the communicator to use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def places(name: str, wrong: NDArray[np.bool_], result: Array, reference: Array,
     return f"\n    tokens {runs(tokens[local])} ({whose}){of_heads}; first, of token {tokens[first[2]]}: {number}"
 
 
-def runs(numbers: Any) -> str:
+def runs(numbers: Sequence[int] | Array) -> str:
     """Return ascending numbers as text, those in a row together."""
     if not len(numbers):
         return "none"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..arrays import Array
 
 LOW = np.uint64(0xFFFFFFFF)
 
@@ -22,7 +23,7 @@ def kept(
     return np.asarray(drawn >= math.floor(rate * 2**32))
 
 
-def random123(x0: Any, x1: Any, x2: Any, x3: Any, k0: int, k1: int) -> list[Any]:
+def random123(x0: Array, x1: Array, x2: Array, x3: Array, k0: int, k1: int) -> list[Array]:
     """Return philox4x32-10 of the words of a counter, uint64 below 2**32, and of a key: figure 2 of Salmon et al."""
     for _ in range(10):
         left, right = np.uint64(0xD2511F53) * x0, np.uint64(0xCD9E8D57) * x2

@@ -35,25 +35,26 @@ def visible(mask: Mask | Visible, queries: Positions, keys: Positions) -> Visibl
     return np.broadcast_to(meaning(mask, queries[:, None], keys[None]), (len(queries), len(keys)))
 
 
-def _full(mask: Any, query: Positions, key: Positions) -> Any:
+def _full(mask: Full, query: Positions, key: Positions) -> bool:
     return True
 
 
-def _causal(mask: Any, query: Positions, key: Positions) -> Any:
+def _causal(mask: Causal, query: Positions, key: Positions) -> NDArray[np.bool_]:
     return key <= query
 
 
-def _window(mask: Any, query: Positions, key: Positions) -> Any:
+def _window(mask: SlidingWindow, query: Positions, key: Positions) -> NDArray[np.bool_]:
     behind = query - key
     return (behind <= mask.left) & (-behind <= mask.right)
 
 
-def _documents(mask: Any, query: Positions, key: Positions) -> Any:
+def _documents(mask: Documents, query: Positions, key: Positions) -> NDArray[np.bool_]:
     document = np.array([number for number, length in enumerate(mask.lengths) for _ in range(length)], int)
     for positions in (query, key):
         if positions.max(initial=-1) >= len(document):
             raise ValueError(f"a token at {positions.max()} is in none of the documents of {len(document)} tokens")
-    return document[query] == document[key]
+    seen: NDArray[np.bool_] = document[query] == document[key]
+    return seen
 
 
 def _both(mask: Any, query: Positions, key: Positions) -> Any:

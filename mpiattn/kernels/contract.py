@@ -11,7 +11,7 @@ A kernel that computes its shares in memory of its own may let them wait until t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..arrays import Array
 from ..messages.parcel import Parcel
@@ -91,6 +91,6 @@ class Kernel(Protocol):
         ...
 
 
-def rows_of(block: Block, *arrays: Any) -> Sequence[Any]:
+def rows_of(block: Block, *arrays: Array) -> Sequence[Array]:
     """Return the rows of a chunk's arrays that a block's queries are."""
     return arrays if block.rows == ALL else [array[:, :, block.rows] for array in arrays]

@@ -13,7 +13,7 @@ from .device.comm import carrier
 from .observer import watched
 
 
-def private(comm: Any) -> Any:
+def private(comm: object) -> Any:
     """Return the duplicate of a communicator on which this package's messages never meet the caller's.
 
     MPI's is made once and kept with the communicator, see `private`; those that stand in for MPI's have a method that
@@ -41,7 +41,7 @@ def private(comm: Any) -> Any:
     return watched(duplicate(comm))
 
 
-def abandon(comm: Any, memory: object) -> None:
+def abandon(comm: object, memory: object) -> None:
     """Leave a private communicator to itself, and memory that messages under way on it may still read and write."""
     if hasattr(comm, "abandon"):
         comm.abandon(memory)

@@ -13,10 +13,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..arrays import Array
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 T = TypeVar("T")
 
@@ -28,6 +33,14 @@ class Request(Protocol):
     def Waitall(cls, requests: Sequence[Any], /) -> object: ...
     @classmethod
     def Testall(cls, requests: Sequence[Any], /) -> bool: ...
+
+
+class Window(Protocol):
+    """Memory that the ranks of a host share: `MPI.Win`, or what stands in for it."""
+
+    def Shared_query(self, rank: int, /) -> tuple[Any, int]: ...
+    def Fence(self) -> None: ...
+    def Free(self) -> None: ...
 
 
 class Communicator(Protocol):
@@ -121,19 +134,20 @@ def Testall(requests: Sequence[Request]) -> bool:
 PAGE = 4096  # bytes
 
 
-def Allocate_shared(comm: Any, nbytes: int) -> Any:
+def Allocate_shared(comm: Any, nbytes: int) -> Window:
     """Return a window with a part of that many bytes for each rank of a host, as `MPI.Win.Allocate_shared`.
 
     Each part begins on a page of its own, so in the memory of the processor whose rank first writes to it.
     """
     if hasattr(comm, "Allocate_shared"):
-        return comm.Allocate_shared(nbytes)
+        window: Window = comm.Allocate_shared(nbytes)
+        return window
     from mpi4py import MPI
 
     return MPI.Win.Allocate_shared(max(-(-nbytes // PAGE), 1) * PAGE, comm=comm)
 
 
-def Rows(buffer: NDArray[np.uint8]) -> Any:
+def Rows(buffer: NDArray[np.uint8]) -> object:
     """Describe a buffer of bytes to a send or a receive, whatever its size.
 
     An MPI-3 library counts elements in a C int and fails beyond 2**31-1 of them, so a larger buffer
@@ -142,14 +156,14 @@ def Rows(buffer: NDArray[np.uint8]) -> Any:
     return [buffer, 1, _rows(buffer.nbytes)] if _large(buffer) else buffer
 
 
-def Memory(address: int, nbytes: int) -> Any:
+def Memory(address: int, nbytes: int) -> object:
     """Describe memory, which may be a device's, to a send or a receive; at most 2**31-1 bytes."""
     from mpi4py import MPI
 
     return MPI.buffer.fromaddress(address, nbytes)
 
 
-def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int] | None = None) -> Any:
+def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int] | None = None) -> list[object]:
     """Describe a buffer of bytes to a collective: a piece of each rank, one after the other where not said otherwise.
 
     As in `Rows`, a larger buffer is counted in a unit that all pieces and their starts are multiples of.
@@ -160,20 +174,20 @@ def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int
     return [buffer, [size // unit for size in sizes], starts and [start // unit for start in starts], _bytes(unit)]
 
 
-def _large(buffer: Any) -> bool:
+def _large(buffer: Array) -> bool:
     """Whether MPI-3 can't count the bytes; an array without data, which has no strides, never meets MPI."""
     return int(buffer.nbytes) >= 2**31 and hasattr(buffer, "strides")
 
 
 @functools.cache
-def _bytes(nbytes: int) -> Any:
+def _bytes(nbytes: int) -> MPI.Datatype:
     from mpi4py import MPI
 
     return MPI.BYTE.Create_contiguous(nbytes).Commit()
 
 
 @functools.cache
-def _rows(nbytes: int) -> Any:
+def _rows(nbytes: int) -> MPI.Datatype:
     from mpi4py import MPI
 
     row = 2**20

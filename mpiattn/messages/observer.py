@@ -6,13 +6,15 @@ See `watch`.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Observer(Protocol):
     """What is told of communicators and passes."""
 
-    def watched(self, comm: Any) -> Any:
+    def watched(self, comm: T) -> T:
         """Return a communicator that is watched, in the place of a plain one."""
 
     def named(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -31,7 +33,7 @@ def set_observer(new: Observer | None) -> None:
     observer = new
 
 
-def watched(comm: Any) -> Any:
+def watched(comm: T) -> T:
     """Return a communicator that is watched, where a watch is active; else the given one."""
     return comm if observer is None else observer.watched(comm)
 

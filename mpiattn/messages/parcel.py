@@ -89,7 +89,7 @@ class Parcel:
         return self.views
 
     @property
-    def message(self) -> Any:
+    def message(self) -> object:
         """The parcel as a buffer argument of a send or a receive; what travels rounded is rounded now."""
         if self.sent_as is None:
             return self._message
@@ -99,7 +99,7 @@ class Parcel:
         return self.sent_as.message
 
     @functools.cached_property
-    def _message(self) -> Any:
+    def _message(self) -> object:
         return Rows(self.buffer) if self.uses is None else Tracked(self.buffer, self.uses)
 
     def release(self) -> None:

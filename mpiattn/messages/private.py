@@ -77,7 +77,9 @@ class PrivateComm(MPI.Intracomm):
         self.kept, self.owner = Kept(), None
         return self
 
-    def Create_cart(self, dims: Sequence[int], periods: Any = None, reorder: bool = False) -> PrivateCart:
+    def Create_cart(
+        self, dims: Sequence[int], periods: Sequence[bool] | None = None, reorder: bool = False
+    ) -> PrivateCart:
         """Return the grid of these dimensions."""
         make = partial(MPI.Intracomm.Create_cart, self, dims, periods, reorder)
         return self.kept.once(("Create_cart", *dims, *(periods or ()), reorder), lambda: PrivateCart(make()))

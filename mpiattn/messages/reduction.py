@@ -16,16 +16,17 @@ With 3 ranks, each with an array a, b, c of its own in 3 pieces:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from ..arrays import Array, namespace
-from .message import Communicator, Tag, Waitall
+from .message import Communicator, Request, Tag, Waitall
 from .parcel import Parcel
 
 
-def exchange(comm: Communicator, tag: Tag, leaving: Mapping[int, Parcel], arriving: Mapping[int, Parcel]) -> list[Any]:
+def exchange(
+    comm: Communicator, tag: Tag, leaving: Mapping[int, Parcel], arriving: Mapping[int, Parcel]
+) -> list[Request]:
     """Start to send other ranks a parcel each, and to receive theirs, where there is anything in it.
 
     A reduce-scatter, but for the sum: that is the caller's, once the messages have come.

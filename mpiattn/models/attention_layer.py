@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..algorithms import ALGORITHMS, Attention, Saved
 from ..algorithms.shares import gather, scatter
@@ -75,7 +76,7 @@ class AttentionLayer:
 
     def __init__(
         self, d_model: int, num_heads: int, grid_shape: tuple[int, int] | None = None, dropout: float = 0.0, *,
-        comm: Communicator | None = None, algorithm: str = "mesh", seed: int = 0, dtype: Any = np.float32,
+        comm: Communicator | None = None, algorithm: str = "mesh", seed: int = 0, dtype: DTypeLike = np.float32,
         **options: Any,
     ) -> None:  # fmt: skip
         if comm is None:

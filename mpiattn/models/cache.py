@@ -8,7 +8,7 @@ Of a prompt of 8 tokens, zigzag over 2 ranks, and tokens 8, 9, 10, which follow 
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Cache:
         Tokens of all ranks.
     """
 
-    def __init__(self, comm: Communicator, config: Config, like: Array, xp: Any) -> None:
+    def __init__(self, comm: Communicator, config: Config, like: Array, xp: ModuleType) -> None:
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
         self.config, self.xp = config, xp
         self.length = 0

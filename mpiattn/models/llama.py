@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..arrays import Array, namespace
 from ..problems.mask import Positions
@@ -203,7 +204,7 @@ def add(gradients: dict[str, Array], name: str, share: Array) -> None:
     gradients[name] = gradients[name] + share if name in gradients else share
 
 
-def initial(config: Config, seed: int, dtype: Any = np.float32) -> dict[str, Array]:
+def initial(config: Config, seed: int, dtype: DTypeLike = np.float32) -> dict[str, Array]:
     """Return weights to begin training with: normal with deviation 0.02, those back to x less with the depth; norms 1.
 
     Parameters

@@ -6,9 +6,11 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..arrays import Array
 from ..errors import InputError
@@ -61,7 +63,9 @@ class Model:
         On every rank alike, where a file is missing, cut or damaged, or its parts do not fit together.
     """
 
-    def __init__(self, comm: Communicator, name: str | Path, dtype: Any = np.float32, xp: Any = np) -> None:
+    def __init__(
+        self, comm: Communicator, name: str | Path, dtype: DTypeLike = np.float32, xp: ModuleType = np
+    ) -> None:
         self.comm = comm
         self.window: Any = None
         source = together(comm, lambda: opened(found(name)))

@@ -10,6 +10,7 @@ Which sequences a step has goes by the seed and the step alone, so the loss is t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Trainer:
     """
 
     def __init__(
-        self, comm: Communicator, plan: Plan, text: bytes, algorithm: str = "mesh", data: int = 1, xp: Any = np,
+        self, comm: Communicator, plan: Plan, text: bytes, algorithm: str = "mesh", data: int = 1, xp: ModuleType = np,
         **options: Any,
     ) -> None:  # fmt: skip
         ranks = comm.Get_size()

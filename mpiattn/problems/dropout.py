@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +77,7 @@ class Dropout:
         return np.transpose(kept)
 
 
-def philox(counter: Sequence[Any], key: tuple[int, int]) -> Sequence[Words]:
+def philox(counter: Sequence[Words], key: tuple[int, int]) -> Sequence[Words]:
     """Return the four words of Philox4x32-10 of a counter of four and a key of two; arrays are broadcast."""
     a, b, c, d = counter
     for r in range(ROUNDS):
@@ -88,9 +87,11 @@ def philox(counter: Sequence[Any], key: tuple[int, int]) -> Sequence[Words]:
     return a, b, c, d
 
 
-def _high(product: Any) -> Any:
-    return product >> np.uint64(32)
+def _high(product: Words) -> Words:
+    high: Words = product >> np.uint64(32)
+    return high
 
 
-def _low(product: Any) -> Any:
-    return product & np.uint64(WORD - 1)
+def _low(product: Words) -> Words:
+    low: Words = product & np.uint64(WORD - 1)
+    return low

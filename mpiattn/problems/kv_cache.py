@@ -90,7 +90,7 @@ def some_heads(specs: Sequence[Spec], heads: slice) -> list[Spec]:
     return [((shape[0], heads.stop - heads.start, *shape[2:]), dtype) for shape, dtype in specs]
 
 
-def span(positions: Any, shape: tuple[int, ...]) -> list[int]:
+def span(positions: Positions | None, shape: tuple[int, ...]) -> list[int]:
     """Return of a shard's positions: if they are given, if they are sound, the first, and one after the last."""
     if positions is None:
         return [0, 1, 0, 0]

@@ -169,7 +169,7 @@ class Documents(Mask):
 
     lengths: tuple[int, ...]
 
-    def __init__(self, lengths: Iterable[Any]) -> None:
+    def __init__(self, lengths: Iterable[int]) -> None:
         try:
             given = tuple(lengths)
         except TypeError:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +84,7 @@ class Problem:
     v_head_dim: int
     q_tokens: int
     kv_tokens: int
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     layout: str
     mask: Mask
     spread_heads: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
@@ -169,7 +168,7 @@ class Problem:
         return 0 < self.q_tokens == sum(map(len, self.q_positions))
 
     @property
-    def wide(self) -> np.dtype[Any]:
+    def wide(self) -> np.dtype[np.generic]:
         """The dtype of partial sums."""
         return accumulator(self.dtype)
 
@@ -239,13 +238,13 @@ class Problem:
         """dK, dV of one rank's keys, complete or partial sums, and complete dQ of its queries."""
         return (self.sent(self.d_kv(rank)) if partial else self.kv(rank)) + self.q(rank)
 
-    def _query(self, rank: int, dim: int, dtype: np.dtype[Any]) -> Spec:
+    def _query(self, rank: int, dim: int, dtype: np.dtype[np.generic]) -> Spec:
         return (self.batch, self.heads, len(self.q_positions[rank]), dim), dtype
 
-    def _key(self, rank: int, dim: int, dtype: np.dtype[Any]) -> Spec:
+    def _key(self, rank: int, dim: int, dtype: np.dtype[np.generic]) -> Spec:
         return (self.batch, self.kv_heads, len(self.kv_positions[rank]), dim), dtype
 
-    def _row(self, rank: int, dtype: np.dtype[Any]) -> Spec:
+    def _row(self, rank: int, dtype: np.dtype[np.generic]) -> Spec:
         return (self.batch, self.heads, len(self.q_positions[rank])), dtype
 
     def _rows(self, rank: int) -> list[Spec]:

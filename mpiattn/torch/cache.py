@@ -18,6 +18,7 @@ from transformers import LogitsProcessor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..algorithms import DecodeAttention
+from ..messages.message import Communicator
 from ..problems.mask import Causal, Positions, SlidingWindow
 from .arrays import queue_of, to_array, to_tensor
 from .hugging_face import GENERATING
@@ -38,7 +39,7 @@ class Generation:
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None, softcap: float | None,
-        sinks: Tensor | None, layer: int, **_: Any,
+        sinks: Tensor | None, layer: int, **_: object,
     ) -> Tensor:  # fmt: skip
         """Attend for a layer: the new queries to the cache of all ranks; first of all, the prompt's to its keys."""
         part = self.cache.layers[layer]
@@ -89,7 +90,7 @@ class Layer(DynamicLayer):
         self.total = 0
         """Tokens of the whole sequence so far."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Keep this rank's keys and values; return what the layer's attention takes."""
         call, comm = self.generation.prompt, self.generation.comm
         if call is not None:
@@ -128,7 +129,7 @@ class Layer(DynamicLayer):
 class SameScores(LogitsProcessor):
     """The scores of rank 0 on every rank: no last bit may part them."""
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

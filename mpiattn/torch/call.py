@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms import Attention
+from ..messages.message import Communicator
 from ..problems.dropout import Dropout
 from ..problems.mask import Causal, Documents, Mask, SlidingWindow
 from .batch import Batch
@@ -61,7 +62,7 @@ class SumOfRanks(torch.autograd.Function):
     """The sum of a number over the ranks, in their order; each goes back through its own."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, comm: Any) -> Tensor:
+    def forward(ctx: Any, own: Tensor, comm: Communicator) -> Tensor:
         """Return the sum, on every rank."""
         return torch.full_like(own, sum(comm.allgather(own.item())))
 

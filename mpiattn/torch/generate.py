@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..errors import InputError
+from ..messages.message import Communicator
 from .batch import fingerprint, laid_out
 from .cache import Generation, SameScores
 from .weights import refuse
@@ -75,7 +76,7 @@ def check(model: Any, input_ids: Any, attention_mask: Any, options: dict[str, An
 
 
 @contextlib.contextmanager
-def same_random_numbers(comm: Any) -> Iterator[None]:
+def same_random_numbers(comm: Communicator) -> Iterator[None]:
     """Let all ranks draw rank 0's random numbers, and go on with their own afterwards."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
     shared = comm.bcast([state.numpy() for state in states])

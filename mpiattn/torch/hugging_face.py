@@ -38,7 +38,7 @@ class Pattern:
 
 
 def pattern(
-    *_: Any, mask_function: Callable[..., Any] | None = None, local_size: int | None = None, **__: Any
+    *_: object, mask_function: Callable[..., Any] | None = None, local_size: int | None = None, **__: object
 ) -> Pattern:
     """Return what a mask function lets a query see; the arguments are those that transformers gives by name."""
 

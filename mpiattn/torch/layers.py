@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import algorithms
 from ..algorithms.options import Options, agree
 from ..errors import InputError
+from ..messages.message import Communicator
 from ..problems.dropout import Dropout
 from .function import attention
 from .weights import broadcast
@@ -120,7 +121,8 @@ class MeshAttention(AttentionLayer):
 
     def __init__(
         self, d_model: int, num_heads: int, grid_shape: tuple[int, int] | None = None, dropout: float = 0.0,
-        comm: Any = None, num_kv_heads: int | None = None, bias: bool = True, **options: Unpack[Options],
+        comm: Communicator | None = None, num_kv_heads: int | None = None, bias: bool = True,
+        **options: Unpack[Options],
     ) -> None:  # fmt: skip
         if comm is None:
             from mpi4py import MPI

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..algorithms.options import agree
 from ..algorithms.shares import gather, scatter
+from ..messages.message import Communicator
 from ..problems import layout as layouts
 from .arrays import to_array, to_tensor
 from .layers import AttentionLayer
@@ -47,7 +48,7 @@ class SequenceParallel(nn.Module):
         On every rank, where the modules of the ranks or the layouts of their layers differ.
     """
 
-    def __init__(self, module: nn.Module, comm: Any, layout: str | None = None) -> None:
+    def __init__(self, module: nn.Module, comm: Communicator, layout: str | None = None) -> None:
         super().__init__()
         inside = sorted({part.attention.layout for part in module.modules() if isinstance(part, AttentionLayer)})
         found = inside if layout is None else sorted({layout, *inside})
@@ -103,7 +104,7 @@ class Scatter(torch.autograd.Function):
     """The tokens of this rank, of rank 0's tensor; backward, rank 0 gets the gradients of all."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, comm: Any, layout: str, device: torch.device) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, comm: Communicator, layout: str, device: torch.device) -> Tensor:
         """Scatter the tokens of rank 0."""
         ctx.comm, ctx.layout, ctx.shape = comm, layout, whole.shape
         array = to_array(whole.cpu()) if comm.Get_rank() == 0 else None
@@ -121,7 +122,7 @@ class Gather(torch.autograd.Function):
     """The tokens of all ranks on rank 0, none elsewhere; backward, each rank gets the gradient of its tokens."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, comm: Any, layout: str) -> Tensor:
+    def forward(ctx: Any, own: Tensor, comm: Communicator, layout: str) -> Tensor:
         """Gather the tokens on rank 0."""
         ctx.comm, ctx.layout = comm, layout
         whole = gather(to_array(own.cpu()), comm, layout, axis=TOKENS)

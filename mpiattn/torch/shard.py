@@ -12,6 +12,7 @@ from torch import Tensor
 from ..algorithms import ALGORITHMS, Attention
 from ..algorithms.options import agree
 from ..errors import InputError
+from ..messages.message import Communicator
 from ..problems.mask import Causal, Mask
 from .batch import IGNORED, Batch, fingerprint, laid_out
 from .call import Call, SumOfRanks
@@ -44,7 +45,9 @@ class Output:
 class Sharded:
     """A model whose ranks share out the tokens of each batch; made by `shard`."""
 
-    def __init__(self, model: Any, comm: Any, algorithm: str, layout: str | None, data: int, **options: Any) -> None:
+    def __init__(
+        self, model: Any, comm: Communicator, algorithm: str, layout: str | None, data: int, **options: Any
+    ) -> None:
         agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
         self.model, self.algorithm, self.options = model, ALGORITHMS[algorithm], options
         self.comm = comm.Create_cart([data, comm.Get_size() // data], periods=[False, False], reorder=False)
@@ -185,7 +188,7 @@ class Sharded:
 
 
 def shard(
-    model: Any, comm: Any, algorithm: str = "mesh", rows: int | None = None, cols: int | None = None,
+    model: Any, comm: Communicator, algorithm: str = "mesh", rows: int | None = None, cols: int | None = None,
     layout: str | None = None, data: int = 1, **options: Any,
 ) -> Sharded:  # fmt: skip
     """Let the ranks share out the tokens that a causal language model of Hugging Face computes.

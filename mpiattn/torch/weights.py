@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..messages.message import Rows
+from ..messages.message import Communicator, Rows
 from ..messages.reduction import all_reduce
 from .arrays import to_array, to_tensor
 
@@ -19,14 +18,14 @@ BUCKET = 2**24
 """Numbers that are added up in one go."""
 
 
-def refuse(comm: Any, reason: str | None) -> None:
+def refuse(comm: Communicator, reason: str | None) -> None:
     """Raise the same InputError on every rank, where one of them has a reason to. One collective."""
     for rank, text in enumerate(comm.allgather(reason)):
         if text is not None:
             raise InputError(f"on rank {rank}, {text}")
 
 
-def broadcast(module: torch.nn.Module, comm: Any) -> None:
+def broadcast(module: torch.nn.Module, comm: Communicator) -> None:
     """Give every rank the weights and buffers of rank 0, to the last bit, by `MPI_Bcast`.
 
     Parameters
@@ -57,7 +56,7 @@ def broadcast(module: torch.nn.Module, comm: Any) -> None:
                 tensor.copy_(to_tensor(host).view(tensor.dtype).reshape(tensor.shape))
 
 
-def sum_gradients(module: torch.nn.Module, comm: Any) -> None:
+def sum_gradients(module: torch.nn.Module, comm: Communicator) -> None:
     """Add up the gradients of a module's weights over the ranks, in place, after `backward`.
 
     Each rank's backward gives the part of its own tokens. They are added up in float32, or in float64 where the

@@ -11,13 +11,14 @@ memory, it makes one that has the methods here, and no other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from ..kernels.contract import Kernel
 from ..messages import connection, message
-from ..messages.message import Communicator
+from ..messages.device.channel import Channel
+from ..messages.message import Communicator, Request
 from .buffers import arriving, nbytes, pieces
 from .events import Event, Trace, label
 from .kernel import TracedKernel
@@ -52,7 +53,7 @@ class TracedComm:
         self.trace = trace or Trace()
         self.ranks = ranks or list(range(comm.Get_size()))
 
-    def _request(self, request: Any, events: Sequence[Event]) -> TracedRequest:
+    def _request(self, request: Request, events: Sequence[Event]) -> TracedRequest:
         return TracedRequest(request, events, self.trace)
 
     def _derived(self, comm: Communicator) -> TracedComm:
@@ -74,7 +75,7 @@ class TracedComm:
         """Return the kernel, recorded; see `connection.kernel_on`."""
         return TracedKernel(connection.kernel_on(self.comm, kernel), self.trace)
 
-    def on_device(self, xp: ModuleType, mode: str) -> tuple[TracedComm, Any]:
+    def on_device(self, xp: ModuleType, mode: str) -> tuple[TracedComm, Channel]:
         """Return the same record around what carries device memory, which sees each message once."""
         inner, channel = connection.on_device(self.comm, xp, mode)
         return TracedComm(inner, self.trace, self.ranks), channel
@@ -116,7 +117,7 @@ class TracedComm:
         """Make a communicator of the ranks that give one color, in the order of their keys."""
         return self._derived(self.comm.Split(color, key))
 
-    def Split_type(self, split_type: Any, key: int = 0) -> TracedComm:
+    def Split_type(self, split_type: int, key: int = 0) -> TracedComm:
         """Make a communicator of the ranks that share something, such as a host."""
         return self._derived(self.comm.Split_type(split_type, key))
 
@@ -134,7 +135,7 @@ class TracedComm:
         """Start to receive into a buffer."""
         return self._post("receive", self.comm.Irecv, buf, source, tag)
 
-    def _post(self, kind: str, call: Any, buf: object, peer: int, tag: int) -> TracedRequest:
+    def _post(self, kind: str, call: Callable[..., Request], buf: object, peer: int, tag: int) -> TracedRequest:
         if peer < 0:  # beyond the edge of a grid: nothing travels
             return self._request(call(buf, peer, tag), [])
         event = Event(kind, label(tag), self.ranks[peer], nbytes(buf), message.clock())
@@ -151,7 +152,7 @@ class TracedComm:
         """Give each rank its piece of every other's; recvbuf is `message.Pieces`."""
         self._collective("Alltoallv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
-    def Iallgatherv(self, sendbuf: object, recvbuf: object) -> Any:
+    def Iallgatherv(self, sendbuf: object, recvbuf: object) -> TracedRequest:
         """Start to give every rank the pieces of all; recvbuf is `message.Pieces`."""
         return self._start("Iallgatherv", (sendbuf, recvbuf), pieces(recvbuf, self.Get_size()))
 
@@ -162,7 +163,7 @@ class TracedComm:
         self.trace.events += events
         return events
 
-    def _collective(self, name: str, arguments: Sequence[Any], sizes: Sequence[int]) -> None:
+    def _collective(self, name: str, arguments: Sequence[object], sizes: Sequence[int]) -> None:
         """Call a collective in which so many bytes come from each rank."""
         start = message.clock()
         getattr(self.comm, name)(*arguments)
@@ -170,7 +171,7 @@ class TracedComm:
         self._pieces(name, sizes, start, end)
         self.trace.events.append(Event("wait", name, -1, 0, start, end))
 
-    def _start(self, name: str, arguments: Sequence[Any], sizes: Sequence[int]) -> Any:
+    def _start(self, name: str, arguments: Sequence[object], sizes: Sequence[int]) -> TracedRequest:
         """Start a collective in which so many bytes come from each rank."""
         events = self._pieces(name, sizes, message.clock())
         return self._request(getattr(self.comm, name)(*arguments), events)
@@ -187,11 +188,11 @@ class TracedComm:
         """Exchange what ranks must agree on."""
         self._agree(self.comm.Allgather, sendbuf, recvbuf)
 
-    def allgather(self, value: Any) -> Any:
+    def allgather(self, value: object) -> Any:
         """Exchange what ranks must agree on."""
         return self._agree(self.comm.allgather, value)
 
-    def bcast(self, value: Any, root: int = 0) -> Any:
+    def bcast(self, value: object, root: int = 0) -> Any:
         """Tell all ranks what one knows."""
         return self._agree(self.comm.bcast, value, root)
 
@@ -199,7 +200,7 @@ class TracedComm:
         """Tell all ranks what one knows."""
         self._agree(self.comm.Bcast, buf, root)
 
-    def _agree(self, call: Any, *arguments: object) -> Any:
+    def _agree(self, call: Callable[..., Any], *arguments: object) -> Any:
         event = Event("agree", call.__name__, -1, 0, message.clock())
         self.trace.events.append(event)
         result = call(*arguments)
@@ -212,11 +213,12 @@ class TracedComm:
         """Wait for all ranks."""
         self.comm.Barrier()
 
-    def Ibarrier(self) -> Any:
+    def Ibarrier(self) -> Request:
         """Start to wait for all ranks."""
-        return self.comm.Ibarrier()
+        request: Request = self.comm.Ibarrier()
+        return request
 
-    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+    def gather(self, value: object, root: int = 0) -> list[Any] | None:
         """Give the root the objects of all."""
         result: list[Any] | None = self.comm.gather(value, root)
         return result

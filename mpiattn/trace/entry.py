@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .events import Event
@@ -35,13 +35,13 @@ def event_of(entry: Mapping[str, Any], ranks: int) -> tuple[int, Event]:
     return rank, Event(entry["cat"], more["name"], peer, nbytes, start / 1e6, end, block, owners=owners)
 
 
-def pair(values: Any) -> tuple[int, int]:
+def pair(values: Iterable[object]) -> tuple[int, int]:
     """Return two whole numbers, or raise an error."""
     first, second = (whole(value, -1, 2**62) for value in values)
     return first, second
 
 
-def whole(value: Any, least: int, most: int) -> int:
+def whole(value: object, least: int, most: int) -> int:
     """Return a whole number between two others, or raise ValueError."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{str(value)[:40]} is no whole number from {least} to {most}")

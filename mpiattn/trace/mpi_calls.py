@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 from .buffers import even_pieces, nbytes, pieces
 from .comm import TracedComm
@@ -110,11 +109,11 @@ def add_calls(cls: type[TracedComm]) -> type[TracedComm]:
     return cls
 
 
-def _collective(name: str, sizes: Sizes, collect: Callable[..., Any]) -> Callable[..., Any]:
+def _collective(name: str, sizes: Sizes, collect: Callable[..., object]) -> Callable[..., object]:
     """Return a method for a collective, which `collect` calls and records."""
     agreement, signature = getattr(TracedComm, name, None), inspect.signature(sizes)
 
-    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> object:
         if agreement is not None and self.trace.agreements:
             return agreement(self, *arguments, **named)
         in_order = signature.bind(self, *arguments, **named).args
@@ -123,20 +122,20 @@ def _collective(name: str, sizes: Sizes, collect: Callable[..., Any]) -> Callabl
     return _as(name, method)
 
 
-def _deriving(name: str) -> Callable[..., Any]:
+def _deriving(name: str) -> Callable[..., object]:
     """Return a method for a call that makes a communicator."""
 
-    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> object:
         return self._derived(getattr(self.comm, name)(*arguments, **named))
 
     return _as(name, method)
 
 
-def _uncounted(name: str) -> Callable[..., Any]:
+def _uncounted(name: str) -> Callable[..., object]:
     """Return a method for a call of which only is noted that it was made."""
     agreement = getattr(TracedComm, name, None)
 
-    def method(self: TracedComm, *arguments: object, **named: object) -> Any:
+    def method(self: TracedComm, *arguments: object, **named: object) -> object:
         if agreement is not None and self.trace.agreements:
             return agreement(self, *arguments, **named)
         self.trace.uncounted[name] += 1
@@ -145,6 +144,6 @@ def _uncounted(name: str) -> Callable[..., Any]:
     return _as(name, method)
 
 
-def _as(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _as(name: str, method: Callable[..., object]) -> Callable[..., object]:
     method.__name__, method.__doc__ = name, f"Call `MPI.Comm.{name}`; see `mpi_calls`."
     return method

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..messages import message
+from ..messages.message import Request
 from .events import Event, Trace
 
 
 class TracedRequest:
     """A request whose completion is recorded."""
 
-    def __init__(self, request: Any, events: Sequence[Event], trace: Trace) -> None:
+    def __init__(self, request: Request, events: Sequence[Event], trace: Trace) -> None:
         self.request, self.events, self.trace = request, events, trace
 
     @staticmethod

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..messages import message
+from ..messages.message import Window
 from .events import Event, Trace
 
 
 class TracedWindow:
     """A window of shared memory whose fences are recorded as waits; nothing is received."""
 
-    def __init__(self, window: Any, trace: Trace) -> None:
+    def __init__(self, window: Window, trace: Trace) -> None:
         self.window, self.trace = window, trace
 
-    def Shared_query(self, rank: int) -> Any:
+    def Shared_query(self, rank: int) -> tuple[Any, int]:
         """Return the memory of a rank's part, and its unit."""
         return self.window.Shared_query(rank)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ class VirtualArray:
 
     __slots__ = ("dtype", "nbytes", "ndim", "shape", "storage")
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], storage: HeldMemory) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], storage: HeldMemory) -> None:
         self.shape, self.dtype, self.storage = shape, dtype, storage
         self.nbytes, self.ndim = math.prod(shape) * dtype.itemsize, len(shape)
 
@@ -67,7 +68,7 @@ class VirtualArray:
         current().touch(2 * result.nbytes)
         return result
 
-    def __setitem__(self, index: Index, value: Any) -> None:
+    def __setitem__(self, index: Index, value: object) -> None:
         shape, _ = _indexed(self.shape, index)
         current().touch(2 * math.prod(shape) * self.dtype.itemsize)
 
@@ -114,13 +115,13 @@ class VirtualArray:
         """Return what an array without elements does: one without data is in whatever state costs least to ask for."""
         return initial
 
-    def _update(self, other: Any) -> VirtualArray:
+    def _update(self, other: object) -> VirtualArray:
         self.storage.rank.touch(2 * self.nbytes + getattr(other, "nbytes", 0))
         return self
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _update
 
-    def _combine(self, other: Any) -> VirtualArray:
+    def _combine(self, other: object) -> VirtualArray:
         return elementwise(self, other)
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _combine
@@ -135,7 +136,7 @@ class VirtualArray:
         current().touch(self.nbytes + result.nbytes)
         return result
 
-    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def __array_function__(self, function: Callable[..., object], types: object, args: Any, kwargs: Any) -> Any:
         """Stand in for the few NumPy functions that the algorithms call on arrays."""
         own = getattr(sys.modules[__name__], function.__name__, None)
         return NotImplemented if own is None else own(*args, **kwargs)
@@ -164,21 +165,21 @@ def _indexed(shape: tuple[int, ...], index: Index) -> tuple[tuple[int, ...], boo
     return (*result, *shape[axis:]), copied
 
 
-def empty(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+def empty(shape: int | Sequence[int], dtype: DTypeLike = float) -> VirtualArray:
     """Return an array of that shape and dtype."""
     kind = np.dtype(dtype)
     lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
     return VirtualArray(lengths, kind, HeldMemory(math.prod(lengths) * kind.itemsize))
 
 
-def full(shape: Any, value: float, dtype: DTypeLike = float) -> VirtualArray:
+def full(shape: int | Sequence[int], value: float, dtype: DTypeLike = float) -> VirtualArray:
     """Return an array of that shape and dtype; writing it takes time."""
     result = empty(shape, dtype)
     result.fill(value)
     return result
 
 
-def zeros(shape: Any, dtype: DTypeLike = float) -> VirtualArray:
+def zeros(shape: int | Sequence[int], dtype: DTypeLike = float) -> VirtualArray:
     """Return an array of that shape and dtype; writing it takes time."""
     return full(shape, 0, dtype)
 
@@ -193,7 +194,7 @@ def shape(array: VirtualArray) -> tuple[int, ...]:
     return array.shape
 
 
-def elementwise(*operands: Any) -> VirtualArray:
+def elementwise(*operands: object) -> VirtualArray:
     """Return an array for a number made of each element of all operands, in the widest of their dtypes."""
     arrays = [operand for operand in operands if isinstance(operand, VirtualArray)]
     widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)

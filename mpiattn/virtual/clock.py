@@ -11,7 +11,7 @@ import functools
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import greenlet
 
@@ -22,6 +22,8 @@ _running: list[Rank] = []
 
 POLL = 1e-7
 """Seconds that a first look at the state of messages takes."""
+
+T = TypeVar("T")
 
 
 def now() -> float | None:
@@ -145,7 +147,7 @@ class Agenda:
         else:
             due.append(event)
 
-    def run(self, ranks: Sequence[Rank], function: Callable[[Rank], Any]) -> tuple[list[Any], list[Rank]]:
+    def run(self, ranks: Sequence[Rank], function: Callable[[Rank], T]) -> tuple[list[T], list[Rank]]:
         """Call a function with each rank; return what each returned, and the ranks that wait for ever.
 
         Raises

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from ..machines.machine import Machine
 from .clock import Agenda, Rank
 from .comm import VirtualComm
 from .group import Group
 from .network import Network
+
+T = TypeVar("T")
 
 
 class Cluster:
@@ -30,7 +32,7 @@ class Cluster:
         self.network, self.agenda = Network(machine), Agenda(limit)
         self.ranks = [Rank(number, machine, self.agenda) for number in range(ranks)]
 
-    def run(self, function: Callable[[VirtualComm], Any]) -> list[Any]:
+    def run(self, function: Callable[[VirtualComm], T]) -> list[T]:
         """Call a function with each rank's communicator, and return what each returned.
 
         Raises
@@ -53,6 +55,6 @@ def reason(world: Group, rank: Rank) -> str:
     return " and ".join(messages[:2]) or "a collective that not all have called"
 
 
-def run(ranks: int, machine: Machine, function: Callable[[VirtualComm], Any]) -> list[Any]:
+def run(ranks: int, machine: Machine, function: Callable[[VirtualComm], T]) -> list[T]:
     """Call a function with the communicator of each rank of a new cluster, and return what each returned."""
     return Cluster(ranks, machine).run(function)

@@ -8,7 +8,7 @@ to be busy at once. All that a call does is done by the rank that comes last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from ..arrays import Array
 from .clock import Rank
 from .group import Group, Meeting
 from .messages import Request, copy
+
+T = TypeVar("T")
 
 
 class Collectives:
@@ -67,11 +69,11 @@ class Collectives:
         """Start to wait for all ranks."""
         return self._meet("Barrier", None, lambda _: self.group.seconds(self.group.depth, 0))[0]
 
-    def allgather(self, value: object) -> list[Any]:
+    def allgather(self, value: T) -> list[T]:
         """Give every rank the objects of all."""
         return list(self._tell("allgather", value))
 
-    def gather(self, value: object, root: int = 0) -> list[Any] | None:
+    def gather(self, value: T, root: int = 0) -> list[T] | None:
         """Give the root the objects of all."""
         values = self._tell("gather", value)
         return list(values) if self.place == root else None

@@ -6,6 +6,7 @@ An algorithm runs on it unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from mpi4py import MPI
@@ -36,7 +37,7 @@ class WatchedWindow:
 def _blocking(name: str) -> Any:
     """Return a method that records a collective which waits for other ranks."""
 
-    def method(self: WatchedComm, *arguments: Any, **named: Any) -> Any:
+    def method(self: WatchedComm, *arguments: object, **named: object) -> Any:
         return self.blocking(name, getattr(self.comm, name), *arguments, **named)
 
     method.__name__, method.__doc__ = name, f"As `MPI.Comm.{name}`."
@@ -46,7 +47,7 @@ def _blocking(name: str) -> Any:
 def _deriving(name: str) -> Any:
     """Return a method that makes a communicator, which is watched too."""
 
-    def method(self: WatchedComm, *arguments: Any, **named: Any) -> Any:
+    def method(self: WatchedComm, *arguments: object, **named: object) -> Any:
         comm = self.blocking(name, getattr(self.comm, name), *arguments, **named)
         return comm if comm == MPI.COMM_NULL else self.derived(comm, name)
 
@@ -79,23 +80,23 @@ class WatchedComm:
 
     # Messages
 
-    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Any:
+    def Isend(self, buf: object, dest: int, tag: int = 0) -> message.Request:
         """Start to send a buffer."""
         return self._posted(SEND, self.comm.Isend(buf, dest, tag), buf, dest, tag)
 
-    def Irecv(self, buf: Any, source: int, tag: int = 0) -> Any:
+    def Irecv(self, buf: object, source: int, tag: int = 0) -> message.Request:
         """Start to receive into a buffer."""
         return self._posted(RECEIVE, self.comm.Irecv(buf, source, tag), buf, source, tag)
 
-    def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
+    def Send(self, buf: object, dest: int, tag: int = 0) -> None:
         """Send a buffer."""
         message.Waitall([self.Isend(buf, dest, tag)])
 
-    def Recv(self, buf: Any, source: int, tag: int = 0) -> None:
+    def Recv(self, buf: object, source: int, tag: int = 0) -> None:
         """Receive into a buffer."""
         message.Waitall([self.Irecv(buf, source, tag)])
 
-    def _posted(self, kind: int, request: Any, buf: Any, peer: int, tag: int) -> Any:
+    def _posted(self, kind: int, request: message.Request, buf: Any, peer: int, tag: int) -> message.Request:
         recorder, counts = self.recorder, self.counts
         key = (peer * PEER + tag) * 2 + kind
         counts[key] = number = counts.get(key, 0) + 1
@@ -107,21 +108,21 @@ class WatchedComm:
 
     # Collectives
 
-    def Iallgatherv(self, sendbuf: Any, recvbuf: Any) -> Any:
+    def Iallgatherv(self, sendbuf: object, recvbuf: object) -> message.Request:
         """Start to give every rank the pieces of all."""
         return self._started("Iallgatherv", self.comm.Iallgatherv(sendbuf, recvbuf))
 
-    def Ibarrier(self) -> Any:
+    def Ibarrier(self) -> message.Request:
         """Start to wait for all ranks."""
         return self._started("Ibarrier", self.comm.Ibarrier())
 
-    def _started(self, name: str, request: Any) -> Any:
+    def _started(self, name: str, request: message.Request) -> message.Request:
         recorder = self.recorder
         recorder.posts = post = recorder.posts + 1
         recorder.write(Kind.START, recorder.name(name), self.number, -1, self._collective(), post, 0)
         return numbered(request, recorder, post)
 
-    def blocking(self, name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def blocking(self, name: str, call: Callable[..., Any], *arguments: object, **named: object) -> Any:
         """Call a collective that waits for other ranks."""
         recorder = self.recorder
         recorder.step = step = recorder.step + 1
@@ -160,7 +161,7 @@ class WatchedComm:
             return self if inner is self.comm else inner
         return WatchedComm(inner, self.recorder, self.ranks, f"{self.path}.private")
 
-    def on_device(self, xp: Any, mode: str) -> tuple[WatchedComm, Any]:
+    def on_device(self, xp: ModuleType, mode: str) -> tuple[WatchedComm, Any]:
         """Return what carries device memory, watched: each message once, by its own name."""
         inner, channel = connection.on_device(self.comm, xp, mode)
         return WatchedComm(inner, self.recorder, self.ranks, self.path), channel

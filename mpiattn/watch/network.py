@@ -21,7 +21,7 @@ class Connection:
         self.pending = b""
         self.lost = False
 
-    def send(self, **line: Any) -> None:
+    def send(self, **line: object) -> None:
         """Send a line; where the other side is not there any more, note it."""
         try:
             self.socket.sendall(json.dumps(line).encode() + b"\n")

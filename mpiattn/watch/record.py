@@ -141,7 +141,7 @@ class Recorder:
             self._say(error=error[-4000:])
         self.head[2] = state
 
-    def _say(self, **facts: Any) -> None:
+    def _say(self, **facts: object) -> None:
         line = json.dumps(facts).encode() + b"\n"
         start = self.head[3]
         if start + len(line) <= TEXT:  # what has no room there has no name

@@ -34,7 +34,7 @@ class WatchedRequest(MPI.Request):
         requests[0].recorder.write(Kind.DONE, 0, 0, 0, 0, 0, 0)
         return True
 
-    def Wait(self, status: Any = None) -> Literal[True]:
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for this one."""
         begin(self.recorder, [self])
         MPI.Request.Wait(self, status)
@@ -45,7 +45,7 @@ class WatchedRequest(MPI.Request):
 class WatchedTransfer:
     """What stands in for a request of MPI's, such as `device.channel.Transfer`."""
 
-    def __init__(self, request: Any, recorder: Recorder, post: int) -> None:
+    def __init__(self, request: message.Request, recorder: Recorder, post: int) -> None:
         self.request, self.recorder, self.post = request, recorder, post
 
     @staticmethod
@@ -61,7 +61,7 @@ class WatchedTransfer:
         return message.Testall([request.request for request in requests])
 
 
-def numbered(request: Any, recorder: Recorder, post: int) -> Any:
+def numbered(request: message.Request, recorder: Recorder, post: int) -> message.Request:
     """Return a request with the number of its message."""
     if not isinstance(request, MPI.Request):
         return WatchedTransfer(request, recorder, post)

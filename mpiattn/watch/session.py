@@ -128,7 +128,7 @@ class watch:
             if reason:
                 raise InputError(f"rank {rank} can't be watched: {reason}")
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         observer.set_observer(None)
         text = "".join(traceback.format_exception_only(error)).strip() if error else ""
         self.recorder.state(State.RAISED if error else State.LEFT, text)

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import cupy
+from numpy.typing import DTypeLike
 
 from mpiattn.arrays import accumulator
 from mpiattn.arrays.places import Places
@@ -70,7 +71,7 @@ def put(array: Array, places: Places, part: Array) -> None:
         copy(array[:, :, there], part[:, :, here])
 
 
-def cast(array: Array, dtype: Any) -> Array:
+def cast(array: Array, dtype: DTypeLike) -> Array:
     """Return a sum of rows, rounded to a dtype."""
     result = cupy.empty(array.shape, dtype)
     copy(result, array)

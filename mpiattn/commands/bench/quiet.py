@@ -11,11 +11,11 @@ class Nothing:
     """A request for a message that nobody sends."""
 
     @staticmethod
-    def Waitall(requests: Any) -> None:
+    def Waitall(requests: object) -> None:
         """Wait for nothing."""
 
     @staticmethod
-    def Testall(requests: Any) -> bool:
+    def Testall(requests: object) -> bool:
         """Say that nothing is left to wait for."""
         return True
 

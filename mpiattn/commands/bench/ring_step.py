@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...arrays.softmax import LSE
+from ...kernels.contract import Progress
 from ...kernels.numpy.kernel import NumpyKernel
-from ...messages.message import Communicator, Tag, Testall, Waitall
+from ...messages.message import Communicator, Request, Tag, Testall, Waitall
 from ...messages.parcel import Parcel
 from ...problems.block import Block
 from ...problems.mask import Full
@@ -41,12 +42,12 @@ class RingStep:
         self.q = np.random.default_rng(0).standard_normal((1, HEADS, queries, HEAD_DIM), np.float32)
         self.block = Block(Full(), np.arange(queries), self.keys)
 
-    def post(self) -> list[Any]:
+    def post(self) -> list[Request]:
         """Post the receive, then the send."""
         arriving = self.comm.Irecv(self.arriving.message, self.source, Tag.KV)
         return [arriving, self.comm.Isend(self.leaving.message, self.dest, Tag.KV)]
 
-    def compute(self, progress: Any = None) -> None:
+    def compute(self, progress: Progress | None = None) -> None:
         """Attend to a block."""
         out, lse = np.zeros_like(self.q), np.full(self.q.shape[:3], -np.inf, LSE)
         k, v = self.near.arrays

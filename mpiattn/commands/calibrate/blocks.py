@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,9 @@ QUEUED = 10
 
 
 def rates(
-    comm: Communicator, shape: tuple[int, int, int, int], dtype: Any, name: str | None, rounds: int, xp: ModuleType
-) -> tuple[float, float, float]:
+    comm: Communicator, shape: tuple[int, int, int, int], dtype: np.dtype[np.generic], name: str | None, rounds: int,
+    xp: ModuleType,
+) -> tuple[float, float, float]:  # fmt: skip
     """Return the operations per second of a block, forward and backward, all ranks at once.
 
     And the seconds that a rank spends to queue a call, before the device can start; 0 without a GPU. Queries, keys

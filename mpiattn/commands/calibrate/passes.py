@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ...arrays import accumulator
 from ...arrays.operations import cast, of
@@ -26,7 +26,7 @@ def copies(comm: Communicator, rounds: int, xp: ModuleType) -> float:
     return 2 * size / median(comm, rounds, lambda: xp.copyto(target, source), xp)
 
 
-def launches(comm: Communicator, dtype: Any, head_dim: int, rounds: int, xp: ModuleType) -> float:
+def launches(comm: Communicator, dtype: DTypeLike, head_dim: int, rounds: int, xp: ModuleType) -> float:
     """Return the seconds that it takes to start a pass over arrays: the mean of a gather, a copy, a sum, a rounding."""
     shape = 1, 1, 8, head_dim
     part, total = cast(xp.ones(shape, np.float32), dtype), xp.ones(shape, accumulator(dtype))

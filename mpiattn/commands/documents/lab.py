@@ -7,13 +7,14 @@ import math
 import os
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ...algorithms import ALGORITHMS
+from ...arrays import Array
 from ...messages.message import Communicator
 from ...problems.layout import positions
 from .. import charts
@@ -71,7 +72,10 @@ def measure(args: argparse.Namespace, comm: Communicator) -> Report | None:
     return None if rank else written(args, size, rows)
 
 
-def standard(x: Any, weights: Any) -> Any:
+T = TypeVar("T")
+
+
+def standard(x: Array, weights: Sequence[Array]) -> Any:
     """Return the lab's standard attention."""
     q, k, v = (x @ weight for weight in weights)
     scores = q @ k.transpose(0, 2, 1) / math.sqrt(DIM)
@@ -79,7 +83,7 @@ def standard(x: Any, weights: Any) -> Any:
     return scores / scores.sum(-1, keepdims=True) @ v
 
 
-def peak(work: Callable[[], Any]) -> tuple[Any, int]:
+def peak(work: Callable[[], T]) -> tuple[T, int]:
     """Return what a function returns, and the most bytes that it had allocated."""
     tracemalloc.start()
     result = work()

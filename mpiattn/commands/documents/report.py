@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 from tabulate import tabulate
 
@@ -45,7 +48,7 @@ class Report:
             text if not options else f"Why it differs from the documents: `{command}` says it of its own numbers."
         )
 
-    def figure(self, panels: int = 1, width: float = 7) -> list[Any]:
+    def figure(self, panels: int = 1, width: float = 7) -> list[Axes]:
         """Add a figure, so many inches wide, and return the axes of its panels, side by side."""
         self.drawing, axes = charts.figure(width, 4.5, panels)
         self.note(f"![{self.stem.name}]({self.stem.name}.png)")

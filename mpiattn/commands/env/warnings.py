@@ -40,7 +40,7 @@ def first_of_host(environ: Mapping[str, str]) -> bool:
     return next((environ[name] for name in LOCAL_RANKS if name in environ), "0") == "0"
 
 
-def mixture_warnings(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+def mixture_warnings(ranks: Sequence[Mapping[str, object]]) -> list[str]:
     """Warn when the ranks don't run the same software."""
     warnings = []
     for name in SOFTWARE:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ... import machines
 from ...machines import writing
 from ...machines.machine import Machine
+from ...messages.message import Communicator
 from ...planner.candidates import tile
 from ...planner.search import plan
 from ...planner.task import Task
@@ -69,7 +69,7 @@ def task_of(args: argparse.Namespace, machine: Machine) -> Task:
     )  # fmt: skip
 
 
-def main(args: argparse.Namespace, comm: Any = None) -> int:
+def main(args: argparse.Namespace, comm: Communicator | None = None) -> int:
     """Print the candidates in the order of their time, and why the first one is; on rank 0 alone."""
     if comm is not None and comm.Get_rank() > 0:
         return 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mpiattn.arrays import accumulator
 from mpiattn.arrays.cupy.passes import THREADS, compiled
@@ -134,7 +135,7 @@ def _norms(q: Array, k: Array) -> list[Array]:
     return [norms(q), norms(k).max(axis=2) if k.size else cupy.zeros(k.shape[:2])]
 
 
-def _narrow(array: Array, dtype: Any) -> Array:
+def _narrow(array: Array, dtype: DTypeLike) -> Array:
     """Return an array of the shape and this dtype to be written: the same one, if that is its dtype."""
     return array if array.dtype == dtype else cupy.empty(array.shape, dtype)
 

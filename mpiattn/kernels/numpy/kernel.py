@@ -181,7 +181,7 @@ class NumpyKernel(Sums):
             score += shift
         return score, slope
 
-    def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[Any]) -> Array:
+    def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[np.generic]) -> Array:
         """Return what dropout multiplies a tile of weights by: 0 or 1 / (1 - rate)."""
         assert self.dropout is not None
         kept = self.dropout.kept(batch, self.first_head + head, queries, keys)

@@ -17,7 +17,7 @@ class Work:
     def __init__(self) -> None:
         self.held: dict[str, Array] = {}
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
         """Return an uninitialised array that lives until its name is asked for again."""
         size = math.prod(shape)
         held = self.held.get(name)
@@ -25,14 +25,14 @@ class Work:
             held = self.held[name] = np.empty(size, dtype)
         return held[:size].reshape(shape)
 
-    def with_ones(self, name: str, rows: Array, dtype: np.dtype[Any]) -> Array:
+    def with_ones(self, name: str, rows: Array, dtype: np.dtype[np.generic]) -> Array:
         """Copy keys or values, (tokens, dim), to (tokens, dim + 1) with ones in the last column."""
         result = self.buffer(name, (rows.shape[0], rows.shape[1] + 1), dtype)
         result[:, :-1] = rows
         result[:, -1] = 1
         return result
 
-    def query(self, rows: Array, factor: float, dtype: np.dtype[Any]) -> Array:
+    def query(self, rows: Array, factor: float, dtype: np.dtype[np.generic]) -> Array:
         """Copy queries, (tokens, dim), to (dim + 1, tokens), times a factor; the last row is the caller's to fill."""
         result = self.buffer("query", (rows.shape[1] + 1, rows.shape[0]), dtype)
         result[:-1] = rows.T

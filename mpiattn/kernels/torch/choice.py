@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from typing import Any
 
 import numpy as np
 
+from mpiattn.kernels.contract import Kernel
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Full
+from mpiattn.problems.problem import Problem
 
 MUCH = 1.5
 """How many times as fast it must be: less could be noise, and other bits from run to run."""
@@ -19,7 +20,7 @@ SIZE = 1, 1, 384, 64
 """Shape of what is measured."""
 
 
-def reason(problem: Any, needs: set[str]) -> str:
+def reason(problem: Problem, needs: set[str]) -> str:
     """Return why torch's kernel can't do a problem, nothing where it can."""
     if needs:
         return f"it has no {' and '.join(sorted(needs))}"
@@ -38,7 +39,7 @@ def importable() -> bool:
 
 
 @functools.cache
-def faster(dtype: Any) -> bool:
+def faster(dtype: np.dtype[np.generic]) -> bool:
     """Return whether torch's kernel is much faster for a dtype of two bytes; torch is not loaded to find out."""
     if "torch" not in sys.modules or dtype.itemsize != 2 or not importable():
         return False
@@ -48,7 +49,7 @@ def faster(dtype: Any) -> bool:
     return seconds(NumpyKernel(), dtype) > MUCH * seconds(TorchKernel(), dtype)
 
 
-def seconds(kernel: Any, dtype: Any) -> float:
+def seconds(kernel: Kernel, dtype: np.dtype[np.generic]) -> float:
     """Return the least time of three that a kernel takes for a small block."""
     q, k, v = np.random.default_rng(0).standard_normal((3, *SIZE)).astype(dtype)
     block, times = Block(Full(), np.arange(SIZE[2]), np.arange(SIZE[2])), []

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from mpiattn.arrays import accumulator
@@ -120,7 +120,7 @@ def spread(kv: Tensor, heads: int) -> Tensor:
     return kv if kv.shape[1] == heads else kv.repeat_interleave(heads // kv.shape[1], dim=1)
 
 
-def bias(part: Part, dtype: Any) -> Tensor | None:
+def bias(part: Part, dtype: DTypeLike) -> Tensor | None:
     """Return what is added to the scores of a part: -inf where a query does not see a key."""
     if part.visible is None:
         return None

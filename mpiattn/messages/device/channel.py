@@ -4,14 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..message import Communicator
 from ..parcel import Tracked, Uses
 from . import pinned
 from .probe import takes_device_memory
+
+
+class Event(Protocol):
+    """An event of CUDA."""
+
+    def record(self, stream: Stream | None, /) -> None:
+        """Let it pass when what is queued so far is done."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has come to it."""
+        ...
+
+
+class Stream(Protocol):
+    """A stream of CUDA."""
+
+    @property
+    def ptr(self) -> int:
+        """Its handle."""
+        ...
+
 
 MODES = ("auto", "device", "host")
 
@@ -42,12 +66,12 @@ class Channel:
         self.on_device = mode == "device" or (mode == "auto" and takes_device_memory(comm, xp))
         self.under_way: list[Transfer] = []
         self.out, self.back = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
-        self.slots: list[Any] = []
+        self.slots: list[NDArray[np.uint8]] = []
         self.segment = None if self.on_device else pinned.Segment.of(comm, xp)
 
-    def mark(self, stream: Any = None) -> Any:
+    def mark(self, stream: Stream | None = None) -> Event:
         """Return an event that passes when the device has done all that was queued so far."""
-        event = self.xp.cuda.Event(disable_timing=True)
+        event: Event = self.xp.cuda.Event(disable_timing=True)
         event.record(stream)
         return event
 
@@ -61,13 +85,13 @@ class Channel:
         self.opened.clear()
         return buf.uses.event if isinstance(buf, Tracked) else event
 
-    def slot(self) -> Any:
+    def slot(self) -> NDArray[np.uint8]:
         """Return a piece of pinned memory, bytes of the host."""
         if self.slots:
             return self.slots.pop()
         return np.frombuffer(self.xp.cuda.alloc_pinned_memory(pinned.PIECE), np.uint8, pinned.PIECE)
 
-    def copy(self, to: int, source: int, size: int, stream: Any) -> Any:
+    def copy(self, to: int, source: int, size: int, stream: Stream) -> Event:
         """Queue a copy between host and device; return the event of its end."""
         default = 4  # cudaMemcpyDefault: the pointers say which way
         self.xp.cuda.runtime.memcpyAsync(to, source, size, default, stream.ptr)
@@ -77,7 +101,7 @@ class Channel:
 class Transfer:
     """A message or a collective under way; `steps` brings it on, and yields while there is nothing to do."""
 
-    def __init__(self, channel: Channel, steps: Iterator[None], buffer: Any = None) -> None:
+    def __init__(self, channel: Channel, steps: Iterator[None], buffer: object = None) -> None:
         self.channel, self.steps = channel, steps
         self.buffer = buffer  # lives as long as the message
         self.done = False

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..message import Memory, Testall, constant
+from ..message import Memory, Request, Testall, constant
 from ..parcel import Tracked
 from . import pinned, staging
-from .channel import Channel, Transfer
+from .channel import Channel, Event, Transfer
 
 Array = Any
 
@@ -73,7 +73,7 @@ class DeviceComm:
         """Start to receive into a buffer, once the device no longer needs it."""
         return self._start("receive", self.comm.Irecv, buf, source, tag)
 
-    def _start(self, kind: str, post: Callable[..., Any], buf: object, peer: int, tag: int) -> Transfer:
+    def _start(self, kind: str, post: Callable[..., Request], buf: object, peer: int, tag: int) -> Transfer:
         array = _array(buf)
         if isinstance(array, np.ndarray):
             return Transfer(self.channel, _posted([post(buf, peer, tag)]))
@@ -96,7 +96,7 @@ class DeviceComm:
         return Transfer(self.channel, steps, array)
 
     def _on_device(
-        self, post: Callable[..., Any], pointer: int, size: int, peer: int, tag: int, ready: Any
+        self, post: Callable[..., Request], pointer: int, size: int, peer: int, tag: int, ready: Event
     ) -> Iterator[None]:
         while not ready.done:
             yield
@@ -160,7 +160,7 @@ def _parts(buf: Any) -> list[Array]:
     return [data[start * width : (start + n) * width] for start, n in zip(starts, counts, strict=False)]
 
 
-def _posted(requests: Sequence[Any]) -> Iterator[None]:
+def _posted(requests: Sequence[Request]) -> Iterator[None]:
     while not Testall(requests):
         yield
 

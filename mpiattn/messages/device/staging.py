@@ -17,6 +17,7 @@ import numpy as np
 
 from ..message import Communicator, Testall
 from . import pinned
+from .channel import Channel, Event
 from .pinned import Segment
 
 SLOTS = 4  # pieces of a message under way at a time
@@ -31,7 +32,7 @@ def pieces(pointer: int, size: int) -> Pieces:
     return deque((pointer + begin, min(pinned.PIECE, size - begin)) for begin in range(0, size, pinned.PIECE))
 
 
-def send(comm: Communicator, channel: Any, pieces: Pieces, dest: int, tag: int, ready: Any) -> Iterator[None]:
+def send(comm: Communicator, channel: Channel, pieces: Pieces, dest: int, tag: int, ready: Event) -> Iterator[None]:
     """Copy pieces to the host, and send each as soon as it is there."""
     while not ready.done:  # waiting on the stream would hold up other messages
         yield
@@ -49,7 +50,9 @@ def send(comm: Communicator, channel: Any, pieces: Pieces, dest: int, tag: int, 
         yield
 
 
-def receive(comm: Communicator, channel: Any, pieces: Pieces, source: int, tag: int, ready: Any) -> Iterator[None]:
+def receive(
+    comm: Communicator, channel: Channel, pieces: Pieces, source: int, tag: int, ready: Event
+) -> Iterator[None]:
     """Receive pieces on the host, and copy each to the device as soon as it is there."""
     receiving, copying = deque[Any](), deque[Any]()
     while pieces or receiving or copying:
@@ -66,7 +69,7 @@ def receive(comm: Communicator, channel: Any, pieces: Pieces, source: int, tag: 
 
 
 def shared_send(
-    comm: Communicator, channel: Any, segment: Segment, pieces: Pieces, dest: int, tag: int, back: int, ready: Any
+    comm: Communicator, channel: Channel, segment: Segment, pieces: Pieces, dest: int, tag: int, back: int, ready: Event
 ) -> Iterator[None]:
     """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
     there = comm.Irecv(NOTHING, dest, tag + back)
@@ -92,14 +95,14 @@ def shared_send(
 
 def shared_receive(
     comm: Communicator,
-    channel: Any,
+    channel: Channel,
     segment: Segment,
     part: str,
     pieces: Pieces,
     source: int,
     tag: int,
     back: int,
-    ready: Any,
+    ready: Event,
 ) -> Iterator[None]:
     """Copy pieces from the slots of the sender, whose name is `part`, and tell it that they are free again."""
     receiving, copying, told = deque[Any](), deque[Any](), [comm.Isend(NOTHING, source, tag + back)]
