@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array
+Words = NDArray[np.uint64]
 
 LOW = np.uint64(0xFFFFFFFF)
 
@@ -23,7 +23,7 @@ def kept(
     return np.asarray(drawn >= math.floor(rate * 2**32))
 
 
-def random123(x0: Array, x1: Array, x2: Array, x3: Array, k0: int, k1: int) -> list[Array]:
+def random123(x0: Words, x1: Words, x2: Words, x3: Words, k0: int, k1: int) -> list[Words]:
     """Return philox4x32-10 of the words of a counter, uint64 below 2**32, and of a key: figure 2 of Salmon et al."""
     for _ in range(10):
         left, right = np.uint64(0xD2511F53) * x0, np.uint64(0xCD9E8D57) * x2
