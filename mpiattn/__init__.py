@@ -39,7 +39,7 @@ from .messages.hosts import use_gpu
 from .planner import auto, choose
 from .problems.dropout import Dropout
 from .problems.mask import Causal, Documents, Full, Mask, SlidingWindow
-from .watch.session import watch
+from .trace.watch.session import watch
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,11 @@ from fault_table import run as run_table
 from launch import mpiexec, mpiexec_path
 
 from mpiattn.trace.file import read as read_trace
-from mpiattn.watch.cause import cause
-from mpiattn.watch.graph import edges
-from mpiattn.watch.record import CAPACITY, Kind, Recorder, State, Steps
-from mpiattn.watch.report import report
-from mpiattn.watch.state import Doing, Wait, read
+from mpiattn.trace.watch.cause import cause
+from mpiattn.trace.watch.graph import edges
+from mpiattn.trace.watch.record import CAPACITY, Kind, Recorder, State, Steps
+from mpiattn.trace.watch.report import report
+from mpiattn.trace.watch.state import Doing, Wait, read
 
 PROGRAM = Path(__file__).parent / "faulty.py"
 SECONDS = 2.0

@@ -41,7 +41,7 @@ def beside() -> float:
     ticks = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"mpiattn.watch.monitor" in (process / "cmdline").read_bytes():
+            if b"mpiattn.trace.watch.monitor" in (process / "cmdline").read_bytes():
                 fields = (process / "stat").read_text().rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])
         except OSError:

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ..messages.message import Communicator
-from ..watch.session import watch
+from ..trace.watch.session import watch
 
 BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "COBALT_JOBID", "PJM_JOBID")
 """Variables by which Slurm, PBS, LSF, Grid Engine, Cobalt and Fujitsu's system tell a batch job its number."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
-from ..errors import WriteError
+from ...errors import WriteError
 from .graph import stuck
 from .host import Host, handle
 from .network import call
@@ -186,8 +186,8 @@ def said(doing: Doing) -> bool:
 def keep(ranks: dict[int, Doing], offsets: dict[str, float], text: str, file: str) -> None:
     """Write the last steps of all ranks to a file, and the report with them."""
     # All that needs NumPy, which a monitor loads here only.
-    from ..machines.writing import write_text
-    from ..trace.file import document
+    from ...machines.writing import write_text
+    from ..file import document
     from .timeline import traces
 
     whole = document(traces(ranks, offsets))

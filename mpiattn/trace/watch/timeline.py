@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..trace.events import Event, Trace
+from ..events import Event, Trace
 from .record import Kind
 from .state import Doing
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mpi4py import MPI
 
-from ..messages import message
+from ...messages import message
 from .record import Kind, Recorder
 
 LOW = 2**64 - 1  # posts of a wait that a record has room for

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..messages import connection, message
+from ...messages import connection, message
 from .record import Kind, Recorder
 from .request import numbered
 

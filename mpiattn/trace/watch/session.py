@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..messages import observer
-from ..messages.message import Tag, constant
+from ...errors import InputError
+from ...messages import observer
+from ...messages.message import Tag, constant
 from .record import Kind, Recorder, State
 
 BOOT = """\
@@ -27,7 +27,7 @@ import sys, types
 package = types.ModuleType("mpiattn")  # without its __init__: the monitor starts in 30 ms, and loads no MPI
 package.__path__ = [sys.argv[1]]
 sys.modules["mpiattn"] = package
-from mpiattn.watch.monitor import main
+from mpiattn.trace.watch.monitor import main
 sys.exit(main())
 """
 
@@ -176,7 +176,7 @@ def memory_folder() -> str:
 
 def begin(settings: dict[str, Any], handles: list[int]) -> None:
     """Start the process that watches the ranks of this host."""
-    package = str(Path(__file__).parent.parent)
+    package = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", BOOT, package], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         pass_fds=handles, start_new_session=True, text=True,
