@@ -161,7 +161,6 @@ def count_any(signature: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return sum(isinstance(n, ast.Name) and n.id == "Any" for kind in types if kind for n in ast.walk(kind))
 
 
-@pytest.mark.xfail(reason="being brought down", strict=True)
 def test_any_in_signatures() -> None:
     """Count the word Any in the annotations of arguments and results, of methods and inner functions too."""
     counts = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def numbered(q: Array, given: Given) -> list[int]:
     return [unknown, FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
 
 
-def drawn(dropout: Any) -> list[int]:
+def drawn(dropout: Dropout | None) -> list[int]:
     """Return as integers whether there is dropout, its rate and its seed."""
     if dropout is None:
         return [NONE, 0, 0]

@@ -146,7 +146,9 @@ class GatheredMeshAttention(Attention):
         line.Alltoallv(sent, received)
         return own, [arriving[place] for place in np.flatnonzero(users[rank] & others)]
 
-    def pieces(self, name: str, specs: Sequence[Sequence[Spec]], moved: Sequence[bool]) -> tuple[list[Parcel], Any]:
+    def pieces(
+        self, name: str, specs: Sequence[Sequence[Spec]], moved: Sequence[bool]
+    ) -> tuple[list[Parcel], list[object]]:
         """Return a parcel for each rank in one aligned buffer, and the buffer as collectives take it."""
         sizes = [nbytes(spec) for spec in specs]
         *starts, end = itertools.accumulate((-(-size // 8) * 8 for size in sizes), initial=0)

@@ -36,7 +36,7 @@ def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
     return where
 
 
-def owned_heads(place: Any) -> slice:
+def owned_heads(place: Sequence[slice]) -> slice:
     """Return which heads a rank's share has, as a slice, from where it lies in a whole array of four axes."""
     return place[1] if len(place) > 1 else slice(None)
 

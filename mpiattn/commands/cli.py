@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from .. import __version__, machines, virtual
 from ..errors import InputError, WriteError
+from ..messages.message import Communicator
 from . import chosen, ending, run, signals, watching
 from .bench import command as bench
 from .calibrate import command as calibrate
@@ -100,7 +101,7 @@ def world() -> Any:
     return MPI.COMM_WORLD
 
 
-def parse(argv: Sequence[str] | None, comm: Any) -> argparse.Namespace | int:
+def parse(argv: Sequence[str] | None, comm: Communicator | None) -> argparse.Namespace | int:
     """Return the options, or the exit status where there is nothing to do; rank 0 parses and prints."""
     result: argparse.Namespace | int | None = None
     if comm is None or comm.Get_rank() == 0:
@@ -120,7 +121,7 @@ def blas_threads(command: str) -> int | None:
     return None if command == "env" or "OMP_NUM_THREADS" in os.environ else 1
 
 
-def run_command(args: argparse.Namespace, comm: Any) -> int:
+def run_command(args: argparse.Namespace, comm: Communicator | None) -> int:
     """Run the command that was parsed; return the exit status."""
     module, needs_mpi, _ = COMMANDS[args.command]
     if args.command in VIRTUAL:

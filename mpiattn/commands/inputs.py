@@ -38,7 +38,7 @@ class Inputs:
     v: Array
     d_out: Array
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return what the input is, for people and for JSON."""
         return {
             "name": self.name,

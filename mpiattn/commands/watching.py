@@ -38,7 +38,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def watching(args: argparse.Namespace, comm: Communicator) -> contextlib.AbstractContextManager[Any]:
+def watching(args: argparse.Namespace, comm: Communicator | None) -> contextlib.AbstractContextManager[Any]:
     """Return a block in which the ranks are watched, where they are to be and there are several.
 
     The block gives the communicator to use.

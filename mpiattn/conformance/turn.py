@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -64,7 +63,7 @@ class Turn:
                         count.take("sink_gradient")
             self.problem = getattr(attention, "problem", None) or self.posed()
 
-    def shares_of(self, attention: Any, names: Sequence[str]) -> dict[str, shares.Where]:
+    def shares_of(self, attention: object, names: Sequence[str]) -> dict[str, shares.Where]:
         """Return where each array's shares lie: as the implementation says, else by the layout."""
         if not hasattr(attention, "owned"):
             return dict.fromkeys(names, shares.by_tokens(self.case.layout, self.size))
@@ -76,7 +75,7 @@ class Turn:
         share: Array = self.xp.asarray(np.ascontiguousarray(whole[self.places[name](whole.shape, self.rank)]))
         return share
 
-    def keep(self, **results: Any) -> None:
+    def keep(self, **results: Array) -> None:
         """Keep results, as NumPy's arrays."""
         self.results |= {name: np.asarray(on_host(result)) for name, result in results.items()}
 

@@ -57,7 +57,7 @@ def _documents(mask: Documents, query: Positions, key: Positions) -> NDArray[np.
     return seen
 
 
-def _both(mask: Any, query: Positions, key: Positions) -> Any:
+def _both(mask: Intersection, query: Positions, key: Positions) -> NDArray[np.bool_]:
     return visible(mask.first, query[:, 0], key[0]) & visible(mask.second, query[:, 0], key[0])
 
 

@@ -71,7 +71,7 @@ class Table:
             raise self.wrong(key, f"must be a table, [{self._name(key)}]")
         return Table(value, self.text, self.where, self._name(key))
 
-    def fields(self, kind: Any) -> dict[str, Any]:
+    def fields(self, kind: type) -> dict[str, Any]:
         """Take the numbers, texts and truths that a dataclass has; what has a default may be left out."""
         takes: dict[str, Callable[[str], Any]] = {
             "float": self._number,

@@ -55,7 +55,7 @@ class Config:
             raise InputError(f"rope_type {self.rope_scaling['rope_type']!r}: only default, linear and llama3 are known")
 
     @classmethod
-    def from_json(cls, given: Any) -> Config:
+    def from_json(cls, given: object) -> Config:
         """Return what a config.json says, or raise InputError where it is no Llama's."""
         if not isinstance(given, dict) or given.get("model_type") not in ("llama", "mistral"):
             kind = given.get("model_type") if isinstance(given, dict) else given
@@ -124,7 +124,7 @@ class Config:
         return plain.astype(np.float32)
 
 
-def check_sizes(sizes: Mapping[str, Any]) -> None:
+def check_sizes(sizes: Mapping[str, object]) -> None:
     """Raise InputError where one of these is no size."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -83,7 +83,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 

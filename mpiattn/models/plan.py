@@ -127,7 +127,7 @@ class Plan:
         return {"model": {name: value for name, value in model.items() if value is not None}, "training": training}
 
 
-def known(what: str, given: Mapping[str, Any], names: set[str]) -> None:
+def known(what: str, given: Mapping[str, object], names: set[str]) -> None:
     """Raise InputError where a key is not one of these."""
     for key in given:
         if key not in names:

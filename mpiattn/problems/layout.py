@@ -7,7 +7,6 @@ empty ranks need no special case anywhere else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ def check(layout: str, ranks: int = 0) -> str:
     return layout
 
 
-def positions(layout: str, tokens: Any, ranks: int, rank: int) -> Positions:
+def positions(layout: str, tokens: object, ranks: int, rank: int) -> Positions:
     """Return the global positions that `rank` owns, ascending.
 
     Parameters

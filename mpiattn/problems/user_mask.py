@@ -144,7 +144,7 @@ class TabulatedMask(Mask):
             )
 
 
-def held(mask: Any) -> Any:
+def held(mask: object) -> Any:
     """Return a mask as the package keeps it: a user's as a `UserMask`, all else as it is; None is no limit."""
     if mask is None:
         return Full()
@@ -194,7 +194,7 @@ def _checked(name: str, mask: Mask, queries: Positions) -> tuple[NDArray[np.int6
     return _bound(f"lo of the mask {name}", lo, queries), _bound(f"hi of the mask {name}", hi, queries)
 
 
-def _bound(what: str, given: Any, queries: Positions) -> NDArray[np.int64]:
+def _bound(what: str, given: object, queries: Positions) -> NDArray[np.int64]:
     """Return one of the bounds as int64 up to `END`."""
     bound = given if isinstance(given, np.ndarray) else None
     if bound is None or bound.shape != queries.shape:

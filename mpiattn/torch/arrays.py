@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +22,7 @@ ON_GPUS = {
 """Dtypes of tensors on CUDA devices that algorithms take, and those of CuPy."""
 
 
-def to_array(tensor: Any) -> Array:
+def to_array(tensor: Tensor) -> Array:
     """Return a tensor as an array in the same memory, or as a copy where its numbers lie in another order.
 
     Parameters
@@ -65,7 +66,7 @@ def to_tensor(array: Array) -> Tensor:
     return tensor.view(torch.bfloat16) if brain else tensor
 
 
-def queue_of(tensor: Any) -> contextlib.AbstractContextManager[object]:
+def queue_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which CuPy queues its work where torch does: on a tensor's device, its current stream there.
 
     Torch calls `backward` in a thread of its own, where CuPy's current device and stream may be others.
@@ -83,7 +84,7 @@ def queue_of(tensor: Any) -> contextlib.AbstractContextManager[object]:
     return stack
 
 
-def external(cupy: Any, stream: Any) -> Any:
+def external(cupy: ModuleType, stream: Any) -> Any:
     """Return torch's stream as CuPy's, by the name that this version of CuPy has for it."""
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(stream)

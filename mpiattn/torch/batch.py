@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +95,7 @@ def unpadded(attention_mask: Tensor) -> Tensor:
     return kept
 
 
-def fingerprint(tensor: Any) -> tuple[Any, ...] | None:
+def fingerprint(tensor: Tensor) -> tuple[object, ...] | None:
     """Return what differs where a tensor does: shape, dtype, checksum."""
     if not isinstance(tensor, Tensor):
         return None if tensor is None else (type(tensor).__name__,)

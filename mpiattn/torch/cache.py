@@ -30,7 +30,7 @@ DECODES_WITH: dict[str, Any] = {"kernel": None, "gpu_messages": "auto"}
 class Generation:
     """One call of `generate`: the ranks' parts of the cache, and what attends to them."""
 
-    def __init__(self, sharded: Any, prompt: Any) -> None:
+    def __init__(self, sharded: Any, prompt: Tensor) -> None:
         self.sharded, self.prompt = sharded, prompt
         self.comm = sharded.sequence
         self.decoders: dict[tuple[Any, ...], DecodeAttention] = {}

@@ -23,7 +23,7 @@ def check(algorithm: str, data: int, ranks: int) -> None:
         raise ValueError(f"{ranks} ranks do not make {data} groups: choose from {fits}")
 
 
-def check_model(model: Any) -> None:
+def check_model(model: torch.nn.Module) -> None:
     """Raise ValueError where tokens of a model meet elsewhere than in attention, or in one that can't be split."""
     name, config = type(model).__name__, model.config.get_text_config()
     kinds: Sequence[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
         raise ValueError(f"{name} can't be split over ranks by tokens: it {' and '.join(wrong)}")
 
 
-def check_tensors(model: Any, tensors: dict[str, Any]) -> None:
+def check_tensors(model: torch.nn.Module, tensors: dict[str, object]) -> None:
     """Raise InputError where these are no tensors on the model's device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "input_ids"):

@@ -60,7 +60,7 @@ def generate(sharded: Any, input_ids: Tensor, attention_mask: Tensor | None = No
     return result
 
 
-def check(model: Any, input_ids: Any, attention_mask: Any, options: dict[str, Any]) -> None:
+def check(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> None:
     """Raise InputError where generation over ranks can't do what is asked for."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise InputError("input_ids must be a tensor (batch, tokens), with a token at least")

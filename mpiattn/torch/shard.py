@@ -46,7 +46,7 @@ class Sharded:
     """A model whose ranks share out the tokens of each batch; made by `shard`."""
 
     def __init__(
-        self, model: Any, comm: Communicator, algorithm: str, layout: str | None, data: int, **options: Any
+        self, model: torch.nn.Module, comm: Communicator, algorithm: str, layout: str | None, data: int, **options: Any
     ) -> None:
         agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
         self.model, self.algorithm, self.options = model, ALGORITHMS[algorithm], options
@@ -98,7 +98,7 @@ class Sharded:
         loss = torch.nn.functional.cross_entropy(wide, own, ignore_index=IGNORED, reduction="sum") / targets
         return Output(SumOfRanks.apply(loss, self.comm), logits, places)
 
-    def agreed(self, *given: Any) -> tuple[Batch, Call, int]:
+    def agreed(self, *given: object) -> tuple[Batch, Call, int]:
         """Return the batch, what its layers need, and the targets of all groups; raise InputError on every rank."""
         batch, reason = None, None
         names = "input_ids", "labels", "attention_mask", "position_ids"
@@ -188,8 +188,8 @@ class Sharded:
 
 
 def shard(
-    model: Any, comm: Communicator, algorithm: str = "mesh", rows: int | None = None, cols: int | None = None,
-    layout: str | None = None, data: int = 1, **options: Any,
+    model: torch.nn.Module, comm: Communicator, algorithm: str = "mesh", rows: int | None = None,
+    cols: int | None = None, layout: str | None = None, data: int = 1, **options: Any,
 ) -> Sharded:  # fmt: skip
     """Let the ranks share out the tokens that a causal language model of Hugging Face computes.
 

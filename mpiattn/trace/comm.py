@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..kernels.contract import Kernel
 from ..messages import connection, message
@@ -24,6 +24,8 @@ from .events import Event, Trace, label
 from .kernel import TracedKernel
 from .request import TracedRequest
 from .window import TracedWindow
+
+T = TypeVar("T")
 
 
 class TracedComm:
@@ -188,9 +190,10 @@ class TracedComm:
         """Exchange what ranks must agree on."""
         self._agree(self.comm.Allgather, sendbuf, recvbuf)
 
-    def allgather(self, value: object) -> Any:
+    def allgather(self, value: T) -> list[T]:
         """Exchange what ranks must agree on."""
-        return self._agree(self.comm.allgather, value)
+        values: list[T] = self._agree(self.comm.allgather, value)
+        return values
 
     def bcast(self, value: object, root: int = 0) -> Any:
         """Tell all ranks what one knows."""
@@ -218,7 +221,7 @@ class TracedComm:
         request: Request = self.comm.Ibarrier()
         return request
 
-    def gather(self, value: object, root: int = 0) -> list[Any] | None:
+    def gather(self, value: T, root: int = 0) -> list[T] | None:
         """Give the root the objects of all."""
-        result: list[Any] | None = self.comm.gather(value, root)
+        result: list[T] | None = self.comm.gather(value, root)
         return result

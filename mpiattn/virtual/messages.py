@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from .clock import POLL, Rank
 from .network import Route
 
@@ -187,7 +188,7 @@ def hand_over(rank: Rank) -> None:
     rank.pending.clear()
 
 
-def copy(source: Any, target: Any) -> None:
+def copy(source: Array, target: Array) -> None:
     """Move the bytes of a message, if it has any."""
     if isinstance(source, np.ndarray):
         data = source.reshape(-1).view(np.uint8)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mpiattn.arrays import accumulator
 
@@ -40,7 +41,9 @@ def _module(wide: str, dtype: str) -> Any:
 
 
 @functools.cache
-def compiled(name: str, wide: Any, dtype: Any, *more: Any) -> Any:
+def compiled(
+    name: str, wide: np.dtype[np.generic], dtype: np.dtype[np.generic], *more: int | np.dtype[np.generic]
+) -> Any:
     """Return a pass; `more` are its numbers at a time, and further types."""
     a, t, *others = (str(x) if isinstance(x, int) else TYPES[np.dtype(x).name] for x in (wide, dtype, *more))
     return _module(a, t).get_function(f"{name}<{', '.join((a, t, *others))}>")
@@ -60,7 +63,7 @@ class Place(NamedTuple):
         return cls(array.shape, array.strides, array.itemsize, array.data.ptr % VECTOR == 0)
 
     @classmethod
-    def packed(cls, shape: Sequence[int], dtype: Any) -> Place:
+    def packed(cls, shape: Sequence[int], dtype: DTypeLike) -> Place:
         """Return that of a new array."""
         size = np.dtype(dtype).itemsize
         return cls(tuple(shape), tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))), size)
@@ -84,7 +87,7 @@ class RowPass:
         The first one of four axes says which rows there are.
     """
 
-    def __init__(self, name: str, wide: Any, dtype: Any, *places: Place) -> None:
+    def __init__(self, name: str, wide: np.dtype[np.generic], dtype: np.dtype[np.generic], *places: Place) -> None:
         batch, heads, tokens, dim = next(place.shape for place in places if len(place.shape) == 4)
         rows = batch * heads * tokens
         vector = VECTOR // np.dtype(wide).itemsize
@@ -108,7 +111,9 @@ class RowPass:
             self.function(self.grid, (THREADS,), (*arguments, *self.numbers, *more))
 
 
-def packed_pass(name: str, dtype: Any, arrived: Any, result: Array) -> Callable[..., None]:
+def packed_pass(
+    name: str, dtype: np.dtype[np.generic], arrived: np.dtype[np.generic], result: Array
+) -> Callable[..., None]:
     """Return a pass over sums of shares of a dtype; all its arrays are without gaps.
 
     Parameters

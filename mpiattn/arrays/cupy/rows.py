@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import cupy
+import numpy as np
 from numpy.typing import DTypeLike
 
 from mpiattn.arrays import accumulator
@@ -21,7 +22,7 @@ QUEUED = True
 _prepared = functools.lru_cache(maxsize=2**12)(RowPass)
 
 
-def _rows(name: str, wide: Any, dtype: Any, *arrays: Array) -> None:
+def _rows(name: str, wide: np.dtype[np.generic], dtype: np.dtype[np.generic], *arrays: Array) -> None:
     _prepared(name, wide, dtype, *map(Place.of, arrays))(*(array.data.ptr for array in arrays))
 
 

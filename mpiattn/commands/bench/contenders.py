@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...algorithms import ALGORITHMS, Attention
-from ...arrays import accumulator
+from ...algorithms.saved import Saved
+from ...arrays import Array, accumulator
 from ...arrays.operations import cast
 from ...arrays.softmax import LSE
 from ...messages.message import Communicator
@@ -64,7 +65,7 @@ class Setting:
     mask: Mask
     options: dict[str, Any]
 
-    def random(self, heads: int, tokens: int) -> Any:
+    def random(self, heads: int, tokens: int) -> Array:
         """Return random numbers, (1, heads, tokens, head_dim); in NumPy the same on all ranks, as decode asks."""
         shape = (1, heads, tokens, self.head_dim)
         if self.xp is np:
@@ -96,7 +97,10 @@ def algorithm(setting: Setting, label: str, name: str, arguments: dict[str, Any]
             silence(attention)
         forward = partial(attention.forward, own["q"], own["k"], own["v"])
 
-        def both(attention: Attention = attention, own: Any = own, forward: Any = forward) -> None:
+        def both(
+            attention: Attention = attention, own: dict[str, Array] = own,
+            forward: Callable[[], tuple[Array, Saved]] = forward,
+        ) -> None:  # fmt: skip
             _, saved = forward()
             attention.backward(own["out"], saved)
 
@@ -105,7 +109,7 @@ def algorithm(setting: Setting, label: str, name: str, arguments: dict[str, Any]
     return result
 
 
-def _size(index: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+def _size(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, int]:
     """Return heads and tokens of a share."""
     share = np.broadcast_to(np.int8(0), shape)[index]
     return share.shape[1], share.shape[2]

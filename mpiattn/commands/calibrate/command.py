@@ -17,7 +17,6 @@ import argparse
 import platform
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -108,7 +107,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
-def complete(args: argparse.Namespace, xp: ModuleType) -> tuple[list[int], list[Any]]:
+def complete(args: argparse.Namespace, xp: ModuleType) -> tuple[list[int], list[np.dtype[np.generic]]]:
     """Set what wasn't given to what suits NumPy or GPUs; return sizes of blocks, ascending, and dtypes."""
     for name, value in DEFAULTS[xp.__name__].items():
         if getattr(args, name) is None:

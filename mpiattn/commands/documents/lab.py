@@ -37,9 +37,10 @@ def measure(args: argparse.Namespace, comm: Communicator) -> Report | None:
             x = np.random.default_rng(tokens).standard_normal((BATCH, tokens, MODEL), np.float32)
             own = np.ascontiguousarray(x[:, positions("contiguous", tokens, size, rank)])
 
-            def ours(own: Any = own) -> Any:
+            def ours(own: Array = own) -> Array:
                 q, k, v = (np.ascontiguousarray(own @ weight)[:, None] for weight in weights)
-                return ring.forward(q, k, v)[0]
+                out: Array = ring.forward(q, k, v)[0]
+                return out
 
             seconds: dict[str, list[float]] = {"standard": [], "ring": []}
             for _ in range(args.iterations):

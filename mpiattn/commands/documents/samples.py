@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...arrays import Array
 from ...arrays.softmax import merge
 from ...conformance import oracle
 from ...problems.mask import Full
@@ -37,16 +39,16 @@ class Sample:
         self.right, _ = oracle.attention(self.q, self.k, self.v, Full())
         self.parts = np.split(np.arange(TOKENS), DEVICES)
 
-    def error(self, result: Any) -> str:
+    def error(self, result: Array) -> str:
         """Return a result's error as text."""
         return f"{np.abs(result - self.right).max() / np.abs(self.right).max():.2f}"
 
-    def blocks(self, part: Any, queries: Any = slice(None)) -> Any:
+    def blocks(self, part: Array, queries: slice | NDArray[np.int64] = slice(None)) -> Any:
         """Return the attention of queries to the keys of one part, normalised on its own."""
         return attention(self.q[:, :, queries], self.k[:, :, part], self.v[:, :, part])
 
 
-def attention(q: Any, k: Any, v: Any) -> Any:
+def attention(q: Array, k: Array, v: Array) -> Any:
     """Return softmax(q k^T / sqrt(d)) v."""
     weights = np.exp(q @ np.swapaxes(k, -1, -2) / np.sqrt(DIM))
     return weights / weights.sum(-1, keepdims=True) @ v
@@ -112,7 +114,7 @@ def article() -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def merged_error(sample: Sample, parts: Sequence[Any]) -> str:
+def merged_error(sample: Sample, parts: Sequence[Array]) -> str:
     """Return the error of blocks that are merged as this package does."""
     out, lse = np.zeros(sample.q.shape), np.full(sample.q.shape[:-1], -np.inf)
     for part in parts:  # keys alone: the positions of a full mask don't matter

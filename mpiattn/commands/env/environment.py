@@ -72,7 +72,7 @@ def _library() -> dict[str, str]:
     }
 
 
-def _rank(rank: int) -> dict[str, Any]:
+def _rank(rank: int) -> dict[str, object]:
     """Describe this process; it must have imported NumPy, whose BLAS library is asked for its threads."""
     blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
     # threadpoolctl doesn't know every BLAS (Apple's, for one): then its name is known from the build alone.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def group(ranks: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[tuple[Any, ...], list[int]]]:
+def group(ranks: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[tuple[object, ...], list[int]]]:
     """Return the ranks (their numbers) that have the same values under these names."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for one in ranks:

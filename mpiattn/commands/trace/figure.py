@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def draw_timeline(axes: Axes, traces: Sequence[Trace], title: str = "") -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> None:
+def _messages(axes: Axes, traces: Sequence[Trace], x: Callable[[float], float], beside_by: float) -> None:
     """An arrow from the call that posted a send to the call that found its receive complete, named by its owner."""
     arrows = [flow for flow in flows(traces) if flow[3].end == flow[3].end]  # seen to arrive
     named = owners.of_messages(traces, arrows)
@@ -115,7 +115,7 @@ def _messages(axes: Axes, traces: Sequence[Trace], x: Any, beside_by: float) -> 
         axes.plot([], [], color=MESSAGES.get(name, OTHER), label=f"message {name}")
 
 
-def _labels(axes: Axes, traces: Sequence[Trace], x: Any, duration: float) -> None:
+def _labels(axes: Axes, traces: Sequence[Trace], x: Callable[[float], float], duration: float) -> None:
     """Name the blocks, where there is room: the owners of queries and keys, or the first position of both."""
     for rank, trace in enumerate(traces):
         for event in trace.events:
@@ -124,7 +124,7 @@ def _labels(axes: Axes, traces: Sequence[Trace], x: Any, duration: float) -> Non
                 axes.text(x((event.start + event.end) / 2), rank, text, ha="center", va="center", fontsize=8)
 
 
-def _phases(axes: Axes, trace: Trace, x: Any) -> None:
+def _phases(axes: Axes, trace: Trace, x: Callable[[float], float]) -> None:
     """Mark where rank 0's phases begin, and name them if there are several."""
     spans: list[Event] = [event for event in trace.events if event.kind == "phase"]
     for number, span in enumerate(spans):

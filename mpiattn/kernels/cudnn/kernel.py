@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numpy.typing import DTypeLike
+import numpy as np
 
 from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout
@@ -39,7 +39,7 @@ class CudnnKernel:
 
     name = "cudnn"
 
-    def __init__(self, scale: float | None, dtype: DTypeLike, rounds: bool = True) -> None:
+    def __init__(self, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True) -> None:
         self.sums, self.plain = WaitingSums(dtype, rounds), CupyKernel(scale)
         self.begin, self.settle, self.complete = self.sums.begin, self.sums.settle, self.sums.complete
         self.calls = Calls(scale, self.sums, self.plain)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import cupy
-from numpy.typing import DTypeLike
+import numpy as np
 
 from mpiattn.arrays.cupy.passes import packed_pass
 from mpiattn.messages.parcel import Parcel
@@ -57,7 +57,7 @@ class WaitingSums(Sums):
         Whether complete sums may be rounded to it: nothing is added to them elsewhere.
     """
 
-    def __init__(self, dtype: DTypeLike, rounds: bool = True) -> None:
+    def __init__(self, dtype: np.dtype[np.generic], rounds: bool = True) -> None:
         self.dtype, self.rounds = dtype, rounds
         self.waiting: dict[int, Waiting] = {}
 

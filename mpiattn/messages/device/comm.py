@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ..message import Memory, Request, Testall, constant
 from ..parcel import Tracked
 from . import pinned, staging
 from .channel import Channel, Event, Transfer
+
+if TYPE_CHECKING:
+    from ..private import PrivateComm
 
 Array = Any
 
@@ -56,7 +59,7 @@ class DeviceComm:
         """Make a communicator of the ranks that give one color, in the order of their keys."""
         return self._derived(self.comm.Split(color, key))
 
-    def _derived(self, comm: Any) -> DeviceComm:
+    def _derived(self, comm: PrivateComm) -> DeviceComm:
         """Return the carrier of a communicator: one, as it numbers its messages."""
         carriers = comm.kept.carriers
         if self.channel.mode not in carriers:
@@ -136,7 +139,7 @@ class DeviceComm:
         return Transfer(self.channel, _completed(transfers))
 
 
-def carrier(comm: Any, xp: ModuleType, mode: str) -> tuple[DeviceComm, Channel]:
+def carrier(comm: PrivateComm, xp: ModuleType, mode: str) -> tuple[DeviceComm, Channel]:
     """Return what carries device memory over a private communicator, and its channel; kept with it once made."""
     carriers = comm.kept.carriers
     if mode not in carriers:

@@ -12,6 +12,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ...messages import connection, message
+from ...messages.device.channel import Channel
 from .record import Kind, Recorder
 from .request import numbered
 
@@ -23,7 +24,7 @@ PEER = 2**32  # tags are smaller
 class WatchedWindow:
     """A window of shared memory whose fences are recorded."""
 
-    def __init__(self, window: Any, comm: WatchedComm) -> None:
+    def __init__(self, window: message.Window, comm: WatchedComm) -> None:
         self.window, self.comm = window, comm
 
     def Fence(self) -> None:
@@ -161,16 +162,16 @@ class WatchedComm:
             return self if inner is self.comm else inner
         return WatchedComm(inner, self.recorder, self.ranks, f"{self.path}.private")
 
-    def on_device(self, xp: ModuleType, mode: str) -> tuple[WatchedComm, Any]:
+    def on_device(self, xp: ModuleType, mode: str) -> tuple[WatchedComm, Channel]:
         """Return what carries device memory, watched: each message once, by its own name."""
         inner, channel = connection.on_device(self.comm, xp, mode)
         return WatchedComm(inner, self.recorder, self.ranks, self.path), channel
 
-    def derived(self, comm: Any, how: str) -> WatchedComm:
+    def derived(self, comm: MPI.Comm, how: str) -> WatchedComm:
         """Return a communicator of some of these ranks, watched."""
         return WatchedComm(comm, self.recorder, self.translate(comm), f"{self.path}.{how}")
 
-    def translate(self, comm: Any) -> tuple[int, ...]:
+    def translate(self, comm: MPI.Comm) -> tuple[int, ...]:
         """Return the rank in the first watched communicator of each rank of another; -1 of those that it lacks."""
         here, there = self.comm.Get_group(), comm.Get_group()
         ranks = there.Translate_ranks(range(comm.size), here)

@@ -13,14 +13,16 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import InputError
 from ...messages import observer
 from ...messages.message import Tag, constant
 from .record import Kind, Recorder, State
+
+T = TypeVar("T")
 
 BOOT = """\
 import sys, types
@@ -160,7 +162,7 @@ class watch:
         recorder.write(Kind.END, number, 0, 0, 0, 0, 0)
 
 
-def attempt(work: Any) -> tuple[Any, str]:
+def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     """Return what `work` returns, or why it can't."""
     try:
         return work(), ""
