@@ -1,4 +1,4 @@
-"""What the ranks of a communicator tell each other before the first message of a pass.
+"""Words of the ranks of a communicator to each other before the first message of a pass.
 
 Each describes what it was given in integers, and one collective brings all of them to every rank. Functions of them
 alone, in `posed`, say what fits. So every rank says the same.
@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 
 class Agreement:
-    """What the ranks of a communicator tell each other before the first message of a pass."""
+    """Words of the ranks of a communicator to each other before the first message of a pass."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self.batch: object = None
         self.told: dict[bytes, NDArray[np.int64]] = {}
-        """What all ranks said when this one said the same of the same batch; see `trust`."""
+        """Answers of all ranks from when this one said the same of the same batch; see `trust`."""
 
     def trust(self, batch: object) -> None:
         """Ask each thing once for a batch, or with None each time.

@@ -60,7 +60,7 @@ class AllGatherAttention(Attention):
         return [{}, {"head_groups": 2}]
 
     def plan(self, problem: Problem) -> None:
-        """Cut the heads in groups, and make room for the K/V of two groups, those of all ranks one after the other."""
+        """Cut the heads in groups, and make room for the K/V of two groups, of all ranks one after the other."""
         self.groups = problem.by_heads(min(self.head_groups, problem.kv_heads))
         self.owners = range(self.size)
         parts = [part for *_, part in self.groups]

@@ -1,4 +1,4 @@
-"""What every algorithm is to those who call it: how it is built, forward, backward, and its end."""
+"""The base of every algorithm: how it is built and called, forward, backward, and its end."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ class Attention:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What must be the same of the attention that saves and the one that goes back."""
+        """Settings that must be the same in `forward` and in the `backward` that uses its result."""
         return type(self).__name__, self.layout, self.mask, self.scale, self.softcap
 
     def prepare(self, problem: Problem, like: Array, dropout: Dropout | None = None) -> Problem:

@@ -30,7 +30,7 @@ class Buffers:
     def renew(self, problem: Problem | None, xp: ModuleType, opened: list[Uses] | None = None) -> None:
         """Give back all memory, and have it for another problem of arrays of that namespace from now on.
 
-        `opened` is that of the channel of messages between GPUs, where there is one.
+        `opened` is `Channel.opened`, where messages go between GPUs.
         """
         self.problem, self.xp = problem, xp
         self.opened = [] if opened is None else opened
@@ -49,9 +49,9 @@ class Buffers:
         buffers : int
             Parcel s lives in buffer s % buffers; with 0 each has a buffer of its own.
         anew : bool
-            The algorithm asks for `parcel.arrays` again before each call of the kernel. On GPUs, which do later what
-            is queued, a message of the parcel then waits only for what was queued on the parcel's own buffer, and one
-            buffer more lets messages run ahead of the queue.
+            Whether the algorithm asks for `parcel.arrays` again before each call of the kernel. On GPUs, where work is
+            queued, a message then waits only for work on its own parcel's buffer, and there is one buffer more, so that
+            messages run ahead of the queue.
         """
         tracked = anew and of(self.xp).QUEUED
         count = min(buffers + (tracked and buffers > 0), len(specs)) or len(specs)
@@ -72,7 +72,7 @@ class Buffers:
         return result
 
     def sums(self, name: str, specs: Sequence[list[Spec]], buffers: int = 0, anew: bool = False) -> list[Parcel]:
-        """Return parcels of partial sums: as `parcels`, but each may travel as another, which is rounded."""
+        """Return parcels of partial sums; where partials are narrow, each has a second one to travel in, rounded."""
         sums, travelling = self.parcels(name, specs, buffers, anew), self.travelling(specs)
         if travelling != list(specs):
             for own, rounded in zip(sums, self.parcels(f"rounded {name}", travelling, buffers, anew), strict=True):
@@ -101,5 +101,5 @@ class Buffers:
 
 
 def _different(specs: Sequence[Sequence[Spec]]) -> list[Sequence[Spec]]:
-    """Leave out what equals the one before it."""
+    """Return the lists of specs, without each that equals the list before it."""
     return [group for number, group in enumerate(specs) if not number or group != specs[number - 1]]

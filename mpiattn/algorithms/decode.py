@@ -60,7 +60,7 @@ class DecodeAttention(Attention):
     Parameters
     ----------
     comm, options
-        See `Attention`; the layout, that of the cache, is contiguous by default.
+        See `Attention`; the layout is the cache's, contiguous by default.
     combine : {"allreduce", "tree", "alltoall"}
         Two all-reduces, which spread the bytes and the sums over the ranks; or a tree there and back, which does
         with fewer messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to
@@ -99,7 +99,7 @@ class DecodeAttention(Attention):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What must be the same of the attention that saves and the one that goes back."""
+        """Settings that must be the same in `forward` and in the `backward` that uses its result."""
         return *super().identity, self.combine == "alltoall"
 
     def forward(
@@ -181,7 +181,7 @@ class DecodeAttention(Attention):
         return d_q, d_k, d_v
 
     def to_heads(self, problem: Problem, out: Array, lse: Array) -> tuple[Array, Array]:
-        """Send each rank its heads of the own part; return those of this rank, merged in the order of the ranks."""
+        """Send each rank its heads of this rank's part; return this rank's heads, merged in the order of the ranks."""
         ranks, whole = range(self.size), problem.o(self.rank)
         leaving = self.buffers.parcels("leaving O", [some_heads(whole, heads) for heads in self.heads])
         arriving = self.buffers.parcels("arriving O", [leaving[self.rank].specs for _ in ranks])
@@ -211,7 +211,7 @@ class DecodeAttention(Attention):
         return total.arrays
 
     def finish(self, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Saved]:
-        """Return what `forward` returns; sinks are those of the heads of out."""
+        """Return what `forward` returns; sinks are of the heads of out."""
         if self.sinks is not None and self.combine == "alltoall":
             self.sinks = self.sinks[self.heads[self.rank]]
         return super().finish(q, k, v, out, lse)

@@ -158,7 +158,7 @@ class DoubleRingAttention(Attention):
         return d_q, d_k, d_v
 
     def pass_sums(self, window: int, step: int) -> Posted:
-        """Post the sums that follow K/V: those for this step's K/V arrive, those of the step before move on."""
+        """Post the sums that follow K/V: the sum for this step's K/V arrives, the sum of the step before moves on."""
         source, dest = self.row.Shift(0, 1)
         ways, sums = self.along[window], self.d_kv[window]
         requests, arrived = self.send_home(window, step - 1)
@@ -171,7 +171,7 @@ class DoubleRingAttention(Attention):
         return requests, arrived
 
     def send_home(self, window: int, step: int) -> Posted:
-        """Post the sums that were complete at that step: one goes home, the share of the own one arrives."""
+        """Post the sums that were complete at that step: one goes home, a share of this rank's own arrives."""
         requests, arrived = [], []
         if self.back[window].summed(step) and self.back[window].ends(step):
             source = self.grid.Get_cart_rank([self.r + window, self.c + step])

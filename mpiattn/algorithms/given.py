@@ -1,4 +1,4 @@
-"""What `forward` is given beside q, k, v, and how the ranks agree on it: in the collective that describes these."""
+"""Options of `forward` beside q, k, v, on which the ranks agree in the collective that describes q, k, v."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NONE, FITS, WRONG = 0, 1, 2
 
 
 class Given(TypedDict, total=False):
-    """What `forward` takes beside q, k, v; see `base.Attention.forward`."""
+    """Options that `forward` takes beside q, k, v; see `base.Attention.forward`."""
 
     sinks: Array | None
     dropout: Dropout | None

@@ -39,7 +39,7 @@ class HybridAttention(UlyssesAttention):
     Parameters
     ----------
     comm, options
-        See `Attention`. The layout is that of the groups' chunks; each rank has a run of its group's.
+        See `Attention`. The layout says which chunk each group has; each rank has a run of its group's.
     ulysses : int, optional
         Ranks of a group; by default what `rows` and `cols` leave, or the grid nearest to a square.
     rows, cols : int, optional

@@ -162,7 +162,7 @@ class MeshAttention(Attention):
         return d_q, d_k, d_v
 
     def slots(self, name: str, specs: Sequence[list[Spec]], ways: Sequence[Travel], *own: Array) -> list[Parcel]:
-        """Return parcels for the chunks of a row or a column, with the own one in slot 0 if it travels."""
+        """Return parcels for the chunks of a row or a column, with this rank's own chunk in slot 0 if it travels."""
         slots = self.buffers.parcels(name, specs, anew=True)
         if ways[0].leaves:
             slots[0].pack(*own)
@@ -172,7 +172,7 @@ class MeshAttention(Attention):
         self, line: Cartesian, sums: Sequence[Parcel], shares: Sequence[Parcel], ways: Sequence[Travel], tag: Tag,
         hop: int,
     ) -> list[Request]:  # fmt: skip
-        """Post one hop of the sums on their way home: that of slot `hop` leaves, one for slot `hop + 1` arrives.
+        """Post one hop of the sums on their way home: the sum in slot `hop` leaves, one for slot `hop + 1` arrives.
 
         The sum for an owner starts at the first user of its chunk and passes the others, who add what they have
         in this slot; the last user sends it to the owner, to slot 0.

@@ -86,7 +86,7 @@ class GatheredMeshAttention(Attention):
         self.kv_users = tiles[:, :, :, self.c].any(axis=1).T  # the same in the column
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Attend all queries of the row to all keys of the column, and merge what the row has for the own ones."""
+        """Attend the row's queries to the column's keys; merge the row's partial results of this rank's queries."""
         [all_q] = self.all_gather(self.row, "q", [problem.q(o) for o in self.q_owners], self.q_places, q)
         all_k, all_v = self.all_gather(self.col, "kv", [problem.kv(o) for o in self.kv_owners], self.kv_places, k, v)
         out, lse = self.buffers.state(all_q)
@@ -101,7 +101,7 @@ class GatheredMeshAttention(Attention):
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
-        """Compute what the tile adds to dQ of the row and to dK, dV of the column, and add up the own ones."""
+        """Compute the tile's part of the row's dQ and of the column's dK, dV; add up the sums of this rank's chunks."""
         specs = [problem.q_backward(owner) for owner in self.q_owners]
         all_lse, all_delta, all_q, all_d_out = self.all_gather(
             self.row, "q backward", specs, self.q_places, lse, delta, q, d_out

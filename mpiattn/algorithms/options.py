@@ -1,4 +1,4 @@
-"""What an algorithm is built with, and how its ranks agree on it: one collective, before there is any message."""
+"""Options that an algorithm is built with, and one collective in which its ranks agree on them before any message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..problems.scalars import real, text
 
 
 class Options(TypedDict, total=False):
-    """What every algorithm's constructor takes; see `base.Attention`."""
+    """Options of every algorithm's constructor; see `base.Attention`."""
 
     layout: str | None
     mask: Mask | None
@@ -31,7 +31,7 @@ Check = partial[Any]
 def agree(comm: Communicator, *checks: Check) -> None:
     """Raise the same InputError on every rank where a check fails on one, or its arguments differ between ranks.
 
-    The first such check decides, and of the ranks with which something is wrong the first. One collective.
+    The error is that of the first check that fails, on the first rank where it fails. This takes one collective.
     """
     everything = comm.allgather([(", ".join(map(text, check.args)), _wrong(check)) for check in checks])
     for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not

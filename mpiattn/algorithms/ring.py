@@ -14,7 +14,7 @@ one that does sends the sum home. With 3 ranks, rank 0:
     2      dkv 1          block of kv 1           dkv 2
     3      dkv 0, home    own block, second half                      dkv 1, to rank 1
 
-Below, hop h is that of the K/V which are here at step h: those of the h-th rank before this one.
+Below, hop h means the K/V that are here at step h: they have made h hops, from the h-th rank before this one.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class RingAttention(Attention):
         return d_q, d_k, d_v
 
     def pass_sums(self, step: int, sums: list[Parcel], arriving: list[Parcel]) -> list[Request]:
-        """Post the dK/dV, one step behind the K/V: those of hop step - 1 leave, those that join hop step arrive."""
+        """Post the dK/dV, one step behind the K/V: the sum of hop step - 1 leaves, the one of hop step arrives."""
         hop, posted = step - 1, []
         if step > 0 and self.ways[hop].summed(hop):
             # This rank's part was computed while the sum of the ranks before arrived: now they are added.

@@ -1,4 +1,4 @@
-"""What `backward` needs of `forward`, and whether it is still what `forward` left."""
+"""The state that `forward` leaves for `backward`, and a check that it is unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .posed import described, show
 
 @dataclass(frozen=True)
 class Saved:
-    """What `backward` needs of `forward`: this rank's share of everything, nothing that grows with n.
+    """The state that `forward` leaves for `backward`: this rank's share of everything, nothing that grows with n.
 
     `out` and `lse` belong to the queries that `forward` was given; `lse` is the natural logarithm of the sum of
     exponentials of each query's scores, its sink included, float64, (batch, heads, tokens), -inf where there are none.
@@ -36,7 +36,7 @@ class Saved:
     sinks: Array | None = None
     dropout: Dropout | None = None
     by: tuple[object, ...] = ()
-    """Of the attention that gives it: `Attention.identity`."""
+    """The attention that made it: its `Attention.identity`."""
     print: int = 0
     """Fingerprint of q, k, v and out."""
 

@@ -52,7 +52,7 @@ class UlyssesAttention(Attention):
         self.group, self.members = comm, list(range(comm.Get_size()))
 
     def plan(self, problem: Problem) -> None:
-        """Say which heads each rank of the group has, and where its tokens lie in those of the whole group."""
+        """Say which heads each rank of the group has, and where its tokens lie among the whole group's."""
         self.place = self.group.Get_rank()
         self.rank = self.members[self.place]
         shares = problem.by_heads(len(self.members))
@@ -157,7 +157,7 @@ class UlyssesAttention(Attention):
 
 
 SpecOf = Callable[[Problem, int], list[Spec]]
-"""What travels of a problem from or to a rank."""
+"""Shapes and dtypes of the arrays of a problem that travel from or to a rank."""
 
 Contents = Iterable[Iterable[Array]]
-"""For each rank of the group the arrays that it is sent; made one by one, they take memory for one rank at a time."""
+"""Arrays for each rank of the group; they are made rank by rank, so that only one rank's take memory at a time."""

@@ -14,7 +14,7 @@ from .places import Places
 
 
 class Operations(Protocol):
-    """What differs between kinds of arrays; the modules `plain` and `cupy.rows` are two."""
+    """Functions that differ between kinds of arrays; the modules `plain` and `cupy.rows` are two."""
 
     QUEUED: bool
     """Whether work on arrays is queued, and done later than it is called."""

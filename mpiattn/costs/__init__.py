@@ -1,4 +1,4 @@
-"""What each rank receives and holds in each algorithm: in closed form, exact for any lengths; no MPI.
+"""Costs of each algorithm: what a rank receives and holds, in closed form, exact for any lengths; no MPI.
 
 - `traffic`: messages and bytes that a rank receives
 - `memory`: bytes of what a rank holds; `peak`: the most at one moment
@@ -44,10 +44,10 @@ FORMULAS: dict[str, Any] = {
 }
 
 COSTS: dict[str, Callable[..., Costs]] = {name: module.costs for name, module in FORMULAS.items()}
-"""What a rank receives, by the algorithm's name."""
+"""Function for the traffic that a rank receives, by the algorithm's name."""
 
 AHEAD = ("ring", "hybrid")
 """Algorithms that have a buffer more for what travels where work is queued, on GPUs; see `algorithms.buffers`."""
 
 PASSES: dict[str, Callable[..., tuple[Pass, Pass]]] = {name: module.memory for name, module in FORMULAS.items()}
-"""What a rank holds beside its results, forward and backward, by the algorithm's name."""
+"""Function for the memory that a rank holds beside its results, by the algorithm's name."""

@@ -20,7 +20,7 @@ def costs(problem: Problem, rank: int) -> Costs:
 
 
 def memory(problem: Problem, rank: int) -> tuple[Pass, Pass]:
-    """On rank 0 what arrived, all of it joined, its results, and these in parts."""
+    """Return the memory: on rank 0 what arrived, the arrays joined of it, and the results, also in parts."""
     ranks = range(problem.ranks)
     inputs = [problem.q(r) + problem.kv(r) for r in ranks]
     inputs_backward = [problem.q_backward(r) + problem.kv(r) for r in ranks]

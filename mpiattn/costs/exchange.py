@@ -22,7 +22,7 @@ def costs(problem: Problem, rank: int, members: Sequence[int]) -> Costs:
 
 
 def memory(problem: Problem, rank: int, members: Sequence[int], inner: tuple[Pass, Pass]) -> tuple[Pass, Pass]:
-    """What is exchanged in a group, forth and back, and what is joined of it, beside what is done inside."""
+    """Return the memory of an exchange in a group: pieces there and back, arrays joined of them, and the inner pass."""
     own, others, partial = _parts(problem, rank, members)
 
     def exchanged(spec: Callable[[Problem, int], list[Spec]]) -> int:
@@ -50,7 +50,7 @@ def memory(problem: Problem, rank: int, members: Sequence[int], inner: tuple[Pas
 
 
 def _parts(problem: Problem, rank: int, members: Sequence[int]) -> tuple[Problem, list[Problem], bool]:
-    """Return the problem of a rank's heads, those of the others in the group, and whether K/V heads are in several."""
+    """Return the problem of a rank's heads, of the others in the group, and whether K/V heads are in several."""
     parts = [part for *_, part in problem.by_heads(len(members))]
     partial = sum(part.kv_heads for part in parts) > problem.kv_heads
     own = parts.pop(members.index(rank))

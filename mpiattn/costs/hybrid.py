@@ -21,7 +21,7 @@ def costs(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1) -
 
 
 def memory(problem: Problem, rank: int, ulysses: int, rows: int, cols: int = 1, ahead: int = 0) -> tuple[Pass, Pass]:
-    """What is exchanged in the group, and a ring or a mesh of the ranks with the same heads; `ahead`: see `ring`."""
+    """Return the memory of the exchange in the group and of the ring or mesh of equal heads; `ahead`: see `ring`."""
     chunks, number = _chunks(problem, rank, ulysses, rows * cols), rank // ulysses
     inner = Pass(), Pass()
     if chunks.heads:

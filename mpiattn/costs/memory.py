@@ -41,7 +41,7 @@ from ..problems.problem import Problem
 
 @dataclass(frozen=True)
 class Pass:
-    """What an algorithm holds in one pass, in bytes, beside its results.
+    """Memory that an algorithm holds in one pass, in bytes, beside its results.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ def largest(parcels: Sequence[Sequence[Spec]]) -> int:
 
 
 def turns(parcels: Sequence[Sequence[Spec]], buffers: int) -> int:
-    """Return the bytes of so many buffers in which the parcels take turns."""
+    """Return the bytes of a number of buffers in which parcels take turns: each is as large as its largest parcel."""
     return sum(largest(parcels[start::buffers]) for start in range(buffers))
 
 
@@ -80,7 +80,7 @@ def sums(problem: Problem, parcels: Sequence[list[Spec]], buffers: int) -> int:
 
 
 def arriving(problem: Problem, parcels: Sequence[list[Spec]]) -> int:
-    """Return the bytes of buffers for sums that arrive: the own one, which is the first, and the others in turns."""
+    """Return the bytes of buffers for sums that arrive: one for the rank's own, the first, and one for all others."""
     return nbytes(problem.sent(parcels[0])) + largest([problem.sent(parcel) for parcel in parcels])
 
 

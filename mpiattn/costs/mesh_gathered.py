@@ -30,7 +30,7 @@ def costs(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
 
 
 def memory(problem: Problem, rank: int, rows: int, cols: int) -> tuple[Pass, Pass]:
-    """The tile's Q and K/V as they arrive and joined, its sums, these in parts, and those of the own ones."""
+    """The tile's Q and K/V as they arrive and joined, its sums, these in parts, and the sums of its own chunks."""
 
     def padded(parcels: Sequence[Sequence[Spec]]) -> int:
         return sum(-(-nbytes(parcel) // 8) * 8 for parcel in parcels)

@@ -17,7 +17,7 @@ def costs(problem: Problem, rank: int) -> Costs:
 
 
 def memory(problem: Problem, rank: int, ahead: int = 0) -> tuple[Pass, Pass]:
-    """Two buffers of K/V; backward two of dK/dV, the own ones, and two for those that arrive.
+    """Return the memory: two buffers of K/V; backward two of dK/dV, one of the rank's own, and two for arriving sums.
 
     `ahead` is the number of further buffers of K/V and of dK/dV with which messages run ahead of a GPU's queue.
     """

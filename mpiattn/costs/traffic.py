@@ -1,4 +1,4 @@
-"""What each rank receives in each algorithm: messages and bytes.
+"""Traffic that each rank receives in each algorithm: messages and bytes.
 
 With n ranks, equal lengths, a full mask, one dtype and g query heads per K/V head, in units of a rank's Q
 (and without the lse and delta rows):
@@ -39,7 +39,7 @@ from ..problems.travel import Travel
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank receives."""
+    """Messages and bytes that one rank receives."""
 
     messages: int = 0
     nbytes: int = 0
@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one rank receives, forward and backward."""
+    """Traffic that one rank receives, forward and backward."""
 
     forward: Traffic
     backward: Traffic
@@ -85,12 +85,12 @@ def passing(ways: Sequence[Travel], place: int, owners: Sequence[int], parcel: C
 
 
 def sent(problem: Problem, sums: Callable[[int], list[Spec]]) -> Callable[[int], list[Spec]]:
-    """Return what says of each rank how its partial sums travel."""
+    """Return a function of the rank: shapes and dtypes of its partial sums as they travel."""
     return lambda rank: problem.sent(sums(rank))
 
 
 def allreduce(spec: Spec, ranks: int, rank: int) -> Traffic:
-    """Return the traffic of an all-reduce of an array: each one's share of the own part, and all other parts."""
+    """Return the traffic of an all-reduce of an array: this rank's part from every other rank, then all other parts."""
     shape, dtype = spec
     parts: list[list[Spec]] = [[((length,), dtype)] for length in even(math.prod(shape), ranks)]
     own = parts.pop(rank)

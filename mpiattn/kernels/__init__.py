@@ -14,7 +14,7 @@ KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn")}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
 LACKS = {"cudnn": {"softcap", "dropout"}, "torch": {"softcap", "dropout"}}
-"""What a kernel can't do, of softcap and dropout."""
+"""Features, of softcap and dropout, that a kernel lacks."""
 
 
 def check(name: str | None) -> None:

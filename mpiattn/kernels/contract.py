@@ -1,4 +1,4 @@
-"""What an algorithm asks of a kernel, whatever computes: NumPy, CuPy, cuDNN, or nothing, in virtual time.
+"""The methods of a kernel, whatever computes: NumPy, CuPy, cuDNN, or nothing, in virtual time.
 
 Arrays are (batch, heads, tokens, head_dim); k and v may have fewer heads, which divide those of q. All that is not
 q, k, v is passed by name. A block says which of the rows are computed, and which keys each of them sees.

@@ -12,7 +12,7 @@ from ..messages.parcel import Parcel
 
 
 class Sums:
-    """What a kernel does with sums, unless it lets its shares wait."""
+    """Methods on sums for a kernel that adds its shares at once."""
 
     def remember(self, delta: Array, out: Array) -> None:
         """Do nothing: delta is what is used."""

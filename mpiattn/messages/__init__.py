@@ -1,4 +1,4 @@
-"""What goes over a communicator.
+"""Messages over a communicator.
 
 - `connection`: what an algorithm asks of the communicator that it is built on; `private`: its duplicate
 - `observer`: the watch that is active, if one is; see `watch`

@@ -1,4 +1,4 @@
-"""What an algorithm asks of the communicator that it is built on: MPI's, a traced one, or a virtual one.
+"""Requests of an algorithm to the communicator that it is built on: MPI's, a traced one, or a virtual one.
 
 Those that stand in for MPI's answer by methods of the same names.
 """

@@ -1,4 +1,4 @@
-"""What the algorithm files need of MPI: a communicator's methods, and what goes beyond them.
+"""MPI for the algorithm files: a communicator's methods, tags, waiting, and descriptions of buffers.
 
 It imports MPI where only MPI's own objects will do, so that virtual ranks need none.
 
@@ -44,7 +44,7 @@ class Window(Protocol):
 
 
 class Communicator(Protocol):
-    """What is asked of a communicator: these methods, which are mpi4py's.
+    """A communicator: the methods of mpi4py that are used here.
 
     An `MPI.Intracomm` has them, and so have those that stand in for it: `trace.comm.TracedComm`, which records,
     `device.comm.DeviceComm`, which carries device memory, and `virtual.VirtualComm`. Buffers are arrays, or what
@@ -88,7 +88,7 @@ class Cartesian(Communicator, Protocol):
 
 
 class Tag(enum.IntEnum):
-    """What a message carries; shown in traces."""
+    """Contents of a message; shown in traces."""
 
     Q = 1
     KV = 2

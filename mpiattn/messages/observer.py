@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Observer(Protocol):
-    """What is told of communicators and passes."""
+    """Methods by which a watch learns of communicators and passes."""
 
     def watched(self, comm: T) -> T:
         """Return a communicator that is watched, in the place of a plain one."""

@@ -17,15 +17,15 @@ from .message import Rows
 
 
 class Uses:
-    """What a GPU has still to do with a buffer: all that was queued before `event` was recorded.
+    """Work of a GPU on a buffer that may not be done: all that was queued before `event` was recorded.
 
-    Work on a buffer is queued right after its arrays are asked for. So the channel that records the next event, see
-    `device.channel.Channel.ready`, sets it for all buffers that were opened since the last one.
+    Work on a buffer is queued right after its arrays are asked for. So each event that `device.channel.Channel.ready`
+    records is the last one for all buffers that were opened since the event before it.
 
     Parameters
     ----------
     opened : list of Uses
-        The channel's: those of the buffers that are open.
+        `Channel.opened`: the buffers that were opened since the last event.
     """
 
     def __init__(self, opened: list[Uses]) -> None:
@@ -41,7 +41,7 @@ class Uses:
 
 @dataclass(frozen=True)
 class Tracked:
-    """A buffer as a message of which it is known when the GPU last had to do with it."""
+    """A buffer to send or receive, with the event after the GPU's last work on it."""
 
     buffer: Any
     uses: Uses
@@ -58,7 +58,7 @@ class Parcel:
     Parameters
     ----------
     specs : sequence of (shape, dtype)
-        With the widest dtype first nothing is lost between them, where the next one must be aligned.
+        The widest dtype comes first: then no bytes are lost to the alignment of the next one.
     buffer : uint8, at least the sum of the sizes, optional
         Storage to use; several parcels may take turns in it. A new NumPy array by default.
     uses : Uses, optional

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made", bound="PrivateComm")
 
 ABANDONED: list[tuple[object, object]] = []
-"""What messages under way may still use; nobody can say when they end."""
+"""Communicators and memory that messages under way may still use; nobody can say when they end."""
 
 Key = tuple[object, ...]
 
@@ -27,7 +27,7 @@ PAGE = 4096  # bytes
 
 
 class Kept:
-    """What is kept with a private communicator: those made of it, each once, and what carries device memory over it."""
+    """Communicators made of a private one, each once, and those that carry device memory over it."""
 
     def __init__(self) -> None:
         self.made: dict[Key, PrivateComm] = {}

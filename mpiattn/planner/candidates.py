@@ -1,4 +1,4 @@
-"""What can be chosen: the algorithms' own variants, those on grids with each way to place them on nodes."""
+"""Candidates to choose from: the algorithms' own variants, those on grids with each way to place them on nodes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def placement(self) -> str:
-        """How it lies on the nodes, as text."""
+        """Its placement on the nodes, as text."""
         if self.inside is None:
             return "in order"
         return f"{self.inside[0]} x {self.inside[1]}"

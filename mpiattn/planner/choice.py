@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a communicator, the same on every rank.
+    """The choice for a communicator, the same on every rank.
 
     Attributes
     ----------

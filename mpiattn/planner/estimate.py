@@ -1,4 +1,4 @@
-"""How long a candidate roughly takes, and what it holds, in closed form: which candidates are worth a run."""
+"""Rough time and memory of a candidate in closed form, which say which candidates are worth a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXCHANGE = 8
 
 
 class Hops(NamedTuple):
-    """How many messages of a kind a rank receives one after the other, in each pass: along its row, its column."""
+    """Numbers of messages of a kind that a rank receives one after another, in each pass: along its row, its column."""
 
     row: int
     col: int

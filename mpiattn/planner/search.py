@@ -26,14 +26,14 @@ TRIES, TIES = 4, 2
 """Variants of one algorithm that are run, those with the best estimates; and of those with the same estimate."""
 
 SLOWER, FIRST = 1.5, 4
-"""How many times as long as the fastest so far a candidate may take; and how many the first of its algorithm."""
+"""Times as long as the fastest so far that a candidate may take, and that the first of its algorithm may take."""
 
 FEW, ALIKE = 6, 3
-"""Of a quick plan: candidates that are run, and how many of one algorithm."""
+"""Candidates that a quick plan runs, and how many of them of one algorithm."""
 
 GAIN, UNSURE = 1.05, 1.25
-"""Of a quick plan: how many times as fast is worth a run, where the kernel's time allows it, and how far off estimates
-are at most."""
+"""Gain in speed for which a quick plan runs a candidate, where the kernel's time allows it, and the largest error of an
+estimate."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ def plan(
 
 
 class _Search:
-    """What is known after some candidates have run."""
+    """Results after some candidates have run."""
 
     def __init__(self, task: Task, machine: Machine, ranks: int, memory: float) -> None:
         self.task, self.machine, self.ranks, self.memory = task, machine, ranks, memory

@@ -16,7 +16,7 @@ from .task import Task
 
 @dataclass
 class Outcome:
-    """What a candidate takes in virtual time; seconds and bytes of the rank with the most.
+    """Cost of a candidate in virtual time; seconds and bytes of the rank with the most.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What is to be planned."""
+"""The task that is planned for: attention of a whole sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..problems.scalars import whole
 from ..problems.user_mask import UserMask, held
 
 MOST = 2**31 - 1
-"""Of all sizes: the positions of so many tokens take 16 GiB."""
+"""The largest size of any kind: the positions of so many tokens take 16 GiB."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Task:
     backward : bool
         Whether to plan for forward and backward together.
     layout : str, optional
-        By default that of the algorithms.
+        The algorithms' own default if not given.
     kv_tokens, v_head_dim : int, optional
-        By default those of the queries.
+        The same as the queries' if not given.
     partials : {"wide", "narrow"}
         How partial sums travel; see `Attention`.
 

@@ -48,7 +48,7 @@ class Block:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of a query and a key the mask leaves."""
+        """Number of pairs of a query and a key that the mask leaves."""
         if self._pairs is None:
             start, stop = self.runs
             self._pairs = int(np.maximum(stop - start, 0).sum())

@@ -57,7 +57,7 @@ class CacheProblem(Problem):
 
     @cached_property
     def pairs(self) -> NDArray[np.int64]:
-        """As in `Problem`, of positions that aren't the layout's."""
+        """Pairs that the mask leaves of each block, as in `Problem`, at the positions of the cache."""
         return counts(self.mask, self.q_positions, self.kv_positions)
 
     def keys(self, rank: int) -> Positions:

@@ -26,7 +26,7 @@ from .scalars import plain, whole
 Positions = NDArray[np.int64]
 
 END = int(np.iinfo(np.int64).max)
-"""As a bound: no limit. Positions are less."""
+"""A bound that is no limit; positions are less."""
 
 
 class Mask:
@@ -256,7 +256,7 @@ FORMS = "full, causal, window=LEFT[,RIGHT] (inf: no limit), documents=LENGTH,LEN
 """The texts that `parse` takes."""
 
 HELP = f"{FORMS} (default %(default)s)"
-"""Of an option `--mask`."""
+"""Forms that the option `--mask` takes."""
 
 
 def parse(text: str) -> Mask:

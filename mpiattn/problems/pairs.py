@@ -1,4 +1,4 @@
-"""How many pairs of a query and a key a mask leaves: of one block, or of all blocks at once."""
+"""Numbers of pairs of a query and a key that a mask leaves: of one block, or of all blocks at once."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from .pairs import counts
 GRAIN = 128  # queries: a multiple of them is what kernels take best
 
 PARTIALS = ("wide", "narrow")
-"""How partial sums travel: as they are added up, or rounded to the dtype of the input."""
+"""Ways in which partial sums travel: as they are added up, or rounded to the dtype of the input."""
 
 
 def _kept(method: Callable[[Problem, int], list[Spec]]) -> Callable[[Problem, int], list[Spec]]:
@@ -126,7 +126,7 @@ class Problem:
 
     @cached_property
     def pairs(self) -> NDArray[np.int64]:
-        """How many pairs the mask leaves of each block: (query chunks, key chunks)."""
+        """Pairs that the mask leaves of each block: int64, (query chunks, key chunks)."""
         return _pairs(self.mask, self.layout, self.q_tokens, self.kv_tokens, self.ranks)
 
     def block(self, q_owner: int, kv_owner: int, rows: slice = ALL) -> Block | None:

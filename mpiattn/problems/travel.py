@@ -1,4 +1,4 @@
-"""How far chunks travel round a ring: no further than to the last rank whose queries or keys the mask gives them.
+"""The ways of chunks round a ring: no further than to the last rank whose queries or keys the mask gives them.
 
 All is counted in hops: at hop 0 a chunk is at its owner, at hop h at the h-th rank after it. Behind a chunk goes a sum,
 to which each rank that uses the chunk adds its part:
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Travel:
-    """How far a chunk goes round its ring.
+    """The way of a chunk round its ring.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ def travels(users: NDArray[np.bool_], start: int = 1) -> list[Travel]:
     users : bool, (owners, places)
         Whether the rank at a place of the ring uses the chunk of an owner.
     start : int
-        The first hop that counts: 0 where the chunk begins its way at another rank than its owner.
+        The first hop that counts: 0 where a chunk begins at another rank than its owner, as in a double ring.
     """
     return _travels(users.astype(bool).tobytes(), len(users), start)
 

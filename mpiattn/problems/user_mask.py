@@ -42,12 +42,12 @@ class UserMask(Mask):
 
     @property
     def causal(self) -> bool:
-        """What the class says."""
+        """The property of the user's class."""
         return _says(self.mask, "causal")
 
     @property
     def windowed(self) -> bool:
-        """What the class says."""
+        """The property of the user's class."""
         return _says(self.mask, "windowed")
 
     def tabulated(self, queries: Positions, query_tokens: int, key_tokens: int) -> TabulatedMask:
@@ -116,12 +116,12 @@ class TabulatedMask(Mask):
 
     @property
     def causal(self) -> bool:
-        """What the mask says."""
+        """The property of the user's mask."""
         return self.says[0]
 
     @property
     def windowed(self) -> bool:
-        """What the mask says."""
+        """The property of the user's mask."""
         return self.says[1]
 
     def holds(self, queries: Positions, query_tokens: int, key_tokens: int) -> bool:

@@ -79,5 +79,5 @@ def fill(rows: int, cols: int, messages: list[Op], costs: HopTimes) -> tuple[Ste
 
 
 def _whole(time: float, block: float, most: int) -> int:
-    """How many of `most` blocks fit into a time."""
+    """Return how many of `most` blocks fit into a time."""
     return most if block * most <= time else min(most, math.floor(time / block * (1 + CLOSE)))

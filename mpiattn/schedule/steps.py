@@ -1,4 +1,4 @@
-"""What a schedule consists of, and the time that it takes.
+"""Steps of a schedule, and the time that it takes.
 
 In a rank's own coordinates Q slot j is the Q chunk that has travelled j hops along the grid row, and KV slot
 i the K/V chunk that has travelled i hops along the grid column; slot 0 is its own. The tile is all blocks
@@ -16,7 +16,7 @@ from ..arrays.softmax import LSE
 
 
 class Op(str, enum.Enum):
-    """What travels in one hop; a backward Q brings dO, delta and LSE."""
+    """Contents of one hop's message; a backward Q brings dO, delta and LSE."""
 
     Q = "Q"
     KV = "KV"

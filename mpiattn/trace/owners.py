@@ -82,7 +82,7 @@ def _passed_on(flows: Sequence[Flow]) -> dict[int, int] | None:
 
 
 def _coming_home(flows: Sequence[Flow]) -> dict[int, int] | None:
-    """What a rank receives is in its next send, but for what comes last, which is its own."""
+    """Name the owners of sums: a sum that a rank receives is in its next send; the last one to arrive is its own."""
     sends, receives = _in_order(flows)
     receive_of = {id(sent): (dest, arrived) for _, sent, dest, arrived in flows}
     found: dict[int, int] = {}

@@ -116,7 +116,7 @@ class Rank:
 
 
 class Due(Protocol):
-    """What can be on the agenda."""
+    """An entry of the agenda."""
 
     def happen(self, time: float) -> None:
         """Do what is due at that time, in seconds."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """What all ranks of a group call together; of `comm.VirtualComm`."""
+    """Collectives of `comm.VirtualComm`, which all ranks of a group call together."""
 
     def __init__(self, group: Group, rank: Rank) -> None:
         self.group, self.me = group, rank
@@ -54,7 +54,7 @@ class Collectives:
         return request, meeting
 
     def _tell(self, name: str, value: object) -> list[Any]:
-        """Bring an object that takes no time but latency; return those of all."""
+        """Bring an object that takes no time but latency; return the objects of all ranks."""
         request, meeting = self._meet(name, value, lambda _: self.group.seconds(self.group.depth, 0))
         request.Wait()
         return meeting.values

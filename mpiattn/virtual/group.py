@@ -1,4 +1,4 @@
-"""What the communicators of several ranks share: who they are, their lanes, where they meet, and what that takes."""
+"""State that the communicators of several ranks share: the ranks, their lanes, their collective calls and the costs."""
 
 from __future__ import annotations
 

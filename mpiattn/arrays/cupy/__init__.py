@@ -1,4 +1,4 @@
-"""What CuPy has no fast function for: passes over rows of numbers, fused.
+"""Passes over rows of numbers for which CuPy has no fast function: fused kernels.
 
 - `passes`: the passes of `fused.cu`, compiled and queued
 - `rows`: copies, sums, roundings and merges of rows

@@ -50,7 +50,7 @@ def compiled(
 
 
 class Place(NamedTuple):
-    """How an array lies in memory: its shape, strides in bytes, bytes of a number, whether it begins a vector."""
+    """Layout of an array in memory: its shape, strides in bytes, bytes of a number, whether it begins a vector."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -59,12 +59,12 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, array: Array) -> Place:
-        """Return that of an array."""
+        """Return the layout of an array."""
         return cls(array.shape, array.strides, array.itemsize, array.data.ptr % VECTOR == 0)
 
     @classmethod
     def packed(cls, shape: Sequence[int], dtype: DTypeLike) -> Place:
-        """Return that of a new array."""
+        """Return the layout of a new array, contiguous."""
         size = np.dtype(dtype).itemsize
         return cls(tuple(shape), tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))), size)
 

@@ -1,4 +1,4 @@
-"""What computes a piece of a block: prepared for arrays of some shapes, then called with any such arrays."""
+"""Calls that compute a piece of a block: prepared for arrays of some shapes, then called with any such arrays."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TOGETHER = 4  # shares that one pass adds up
 
 
 class Share(NamedTuple):
-    """What a call computed: rows of tokens first, first + 1, ..., and the lse of each where they are of an output."""
+    """Result of a call: rows of tokens first, first + 1, ..., and, of an output, the lse of each row."""
 
     rows: Array
     lse: Array | None
@@ -47,7 +47,7 @@ def first_token(total: Array, array: Array) -> int | None:
 
 
 class WaitingSums(Sums):
-    """Sums of shares of a narrower dtype, that of the inputs; those of a sum that was begun wait.
+    """Sums of shares in the dtype of the inputs, which is narrower; the shares of a sum that was begun wait.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ class Bounds(NamedTuple):
 
 
 class BoundsOf:
-    """The bounds of blocks; those of the last ones are kept."""
+    """The bounds of blocks; the bounds of the last blocks are kept."""
 
     KEPT = 1024
 

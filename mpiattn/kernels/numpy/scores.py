@@ -34,7 +34,7 @@ STEEP = LARGE[8]  # beyond, raw scores are products of slices
 
 
 class Form(NamedTuple):
-    """How scores are computed.
+    """The way in which scores are computed.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Form(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """What a product of a scaled query and a key is multiplied by."""
+        """Factor of the product of a scaled query and a key."""
         return 1 / self.softcap if self.softcap else 1 if self.raw else LOG2E
 
     @property

@@ -14,7 +14,7 @@ from mpiattn.problems.mask import Full
 from mpiattn.problems.problem import Problem
 
 MUCH = 1.5
-"""How many times as fast it must be: less could be noise, and other bits from run to run."""
+"""Speed, relative to NumPy's kernel, that it must have: less could be noise, and other bits from run to run."""
 
 SIZE = 1, 1, 384, 64
 """Shape of what is measured."""

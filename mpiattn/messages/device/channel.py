@@ -47,7 +47,7 @@ def check_mode(mode: str) -> None:
 
 
 class Channel:
-    """What the communicators of one algorithm share: how messages go, and those under way.
+    """State that the communicators of one algorithm share: the way of messages, and the messages under way.
 
     Parameters
     ----------

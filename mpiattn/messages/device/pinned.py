@@ -24,11 +24,11 @@ class Segment:
     parts : dict
         Address of each rank's slots, by the name of the rank; see `name`.
     free : list of int
-        Those of the own slots that nothing is in.
+        Numbers of this rank's slots that hold nothing.
     """
 
     known: ClassVar[dict[tuple[str, ...], Segment | None]] = {}
-    """By the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
+    """Segments by the names of the ranks; they are kept until the process ends, as no rank knows when all have done."""
 
     def __init__(self, host: Communicator, names: Sequence[str], xp: ModuleType) -> None:
         self.window = Allocate_shared(host, SHARED * PIECE)
@@ -47,7 +47,7 @@ class Segment:
 
     @classmethod
     def of(cls, comm: Communicator, xp: ModuleType) -> Segment | None:
-        """Return that of the ranks of a communicator that are on this host; None where it can't be had."""
+        """Return the segment of this host's ranks of a communicator; None where memory can't be shared or pinned."""
         host = comm.Split_type(constant("COMM_TYPE_SHARED"))
         names = tuple(host.allgather(name()))
         if names not in cls.known:

@@ -38,7 +38,7 @@ def survives_probe() -> bool:
 
 
 found: list[bool] = []
-"""What was found out about the MPI library, once it was."""
+"""Result of the probe of the MPI library, in a list that is empty before it."""
 
 
 def takes_device_memory(comm: Any, xp: ModuleType) -> bool:
