@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from .clock import Rank
 from .group import Group, Meeting
-from .messages import Request, copy
+from .messages import VirtualRequest, copy
 
 T = TypeVar("T")
 
@@ -37,13 +37,13 @@ class Collectives:
         """Return this rank."""
         return self.place
 
-    def _meet(self, name: str, value: object, finish: Callable[[Meeting], float]) -> tuple[Request, Meeting]:
+    def _meet(self, name: str, value: object, finish: Callable[[Meeting], float]) -> tuple[VirtualRequest, Meeting]:
         """Bring a value to a collective call; the last rank to come finishes it and says how long it takes."""
         self.calls += 1
         meeting = self.group.meetings.setdefault(self.calls, Meeting(name, self.Get_size()))
         if meeting.name != name:
             raise RuntimeError(f"rank {self.place} calls {name}, where others have called {meeting.name}")
-        request = Request(self.me)
+        request = VirtualRequest(self.me)
         meeting.values[self.place] = value
         meeting.requests.append(request)
         if len(meeting.requests) == self.Get_size():
@@ -65,7 +65,7 @@ class Collectives:
         """Wait for all ranks."""
         self._tell("Barrier", None)
 
-    def Ibarrier(self) -> Request:
+    def Ibarrier(self) -> VirtualRequest:
         """Start to wait for all ranks."""
         return self._meet("Barrier", None, lambda _: self.group.seconds(self.group.depth, 0))[0]
 
@@ -111,7 +111,7 @@ class Collectives:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""
         self.Iallgatherv(sendbuf, recvbuf).Wait()
 
-    def Iallgatherv(self, sendbuf: object, recvbuf: Sequence[Any]) -> Request:
+    def Iallgatherv(self, sendbuf: object, recvbuf: Sequence[Any]) -> VirtualRequest:
         """Start to give every rank the pieces of all."""
 
         def finish(meeting: Meeting) -> float:

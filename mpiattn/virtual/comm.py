@@ -13,7 +13,7 @@ from .clock import Rank
 from .collectives import Collectives
 from .group import Group
 from .kernel import ClockedKernel, VirtualKernel
-from .messages import Lane, Request
+from .messages import Lane, VirtualRequest
 
 NOBODY = -1
 """The rank beyond the edge of a grid that does not wrap around: messages to it and from it are done at once."""
@@ -41,7 +41,7 @@ class VirtualComm(Collectives):
 
     # Messages
 
-    def Isend(self, buf: object, dest: int, tag: int = 0) -> Request:
+    def Isend(self, buf: object, dest: int, tag: int = 0) -> VirtualRequest:
         """Start to send a buffer."""
         if dest == NOBODY:
             return self._nothing()
@@ -50,7 +50,7 @@ class VirtualComm(Collectives):
             lane = self.outgoing[(dest << 32) + tag] = self.group.lane(self.place, dest, int(tag))
         return self._post(buf, lane, lane.send)
 
-    def Irecv(self, buf: object, source: int, tag: int = 0) -> Request:
+    def Irecv(self, buf: object, source: int, tag: int = 0) -> VirtualRequest:
         """Start to receive into a buffer."""
         if source == NOBODY:
             return self._nothing()
@@ -59,20 +59,20 @@ class VirtualComm(Collectives):
             lane = self.incoming[(source << 32) + tag] = self.group.lane(source, self.place, int(tag))
         return self._post(buf, lane, lane.receive)
 
-    def _post(self, buf: object, lane: Lane, take: Callable[[Request], None]) -> Request:
+    def _post(self, buf: object, lane: Lane, take: Callable[[VirtualRequest], None]) -> VirtualRequest:
         """Give a lane a message to take: now, or where MPI works only while it is called, then."""
         rank = self.me
         rank.clock += rank.overhead
-        request = Request(rank, lane, buf[0] if type(buf) is list else buf)
+        request = VirtualRequest(rank, lane, buf[0] if type(buf) is list else buf)
         if rank.progress:
             take(request)
         else:
             rank.pending.append((request, take))
         return request
 
-    def _nothing(self) -> Request:
+    def _nothing(self) -> VirtualRequest:
         self.me.clock += self.me.overhead
-        request = Request(self.me)
+        request = VirtualRequest(self.me)
         request.done = request.posted
         return request
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..machines.machine import LEVELS
 from .clock import Rank
-from .messages import Lane, Request
+from .messages import Lane, VirtualRequest
 from .network import INSIDE, Network
 
 
@@ -17,7 +17,7 @@ class Meeting:
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.values: list[Any] = [None] * size
-        self.requests: list[Request] = []
+        self.requests: list[VirtualRequest] = []
         self.result: Any = None
 
 
@@ -45,7 +45,7 @@ class Group:
             self.lanes[key] = Lane(key, self.network.route(sender.number, receiver.number), sender)
         return self.lanes[key]
 
-    def waiting(self) -> Iterator[Request]:
+    def waiting(self) -> Iterator[VirtualRequest]:
         """Return the messages without a partner, those of the groups made from this one included."""
         for lane in self.lanes.values():
             yield from lane.sent + lane.received

@@ -23,7 +23,7 @@ UNKNOWN = math.inf
 """When something is done that nobody can tell yet."""
 
 
-class Request:
+class VirtualRequest:
     """A message that a rank has posted, a send or a receive, or its part in a collective.
 
     Attributes
@@ -35,7 +35,7 @@ class Request:
         Seconds.
     waited : bool
         Whether its rank waits for it.
-    partner : Request or None
+    partner : VirtualRequest or None
         Of a send: the receive that takes it.
     arrived : float
         Of a send: when its last byte is there.
@@ -50,10 +50,10 @@ class Request:
         self.posted = rank.clock
         self.done = self.arrived = UNKNOWN
         self.waited = False
-        self.partner: Request | None = None
+        self.partner: VirtualRequest | None = None
 
     @staticmethod
-    def Waitall(requests: Sequence[Request]) -> None:
+    def Waitall(requests: Sequence[VirtualRequest]) -> None:
         """Move the rank's clock to where every request is complete."""
         rank = requests[0].rank
         if rank.pending:
@@ -75,7 +75,7 @@ class Request:
         rank.waiting += rank.clock - start
 
     @staticmethod
-    def Testall(requests: Sequence[Request]) -> bool:
+    def Testall(requests: Sequence[VirtualRequest]) -> bool:
         """Let messages travel up to now, and say if all requests are complete."""
         rank = requests[0].rank
         rank.clock += rank.poll
@@ -116,7 +116,7 @@ class Request:
         if self.done == UNKNOWN:
             self.complete(left)
 
-    def deliver(self, receive: Request) -> None:
+    def deliver(self, receive: VirtualRequest) -> None:
         """Complete the receive of a send."""
         nbytes = self.buffer.nbytes
         if receive.buffer.nbytes < nbytes:
@@ -146,14 +146,14 @@ class Lane:
         self.name, self.route = name, route
         self.agenda, self.eager = sender.agenda, sender.machine.eager
         # Without a partner: there are never both.
-        self.sent: list[Request] = []
-        self.received: list[Request] = []
+        self.sent: list[VirtualRequest] = []
+        self.received: list[VirtualRequest] = []
 
     def __str__(self) -> str:
         source, dest, tag = self.name
         return f"from rank {source} to rank {dest} with tag {tag}"
 
-    def send(self, request: Request) -> None:
+    def send(self, request: VirtualRequest) -> None:
         """Take a send; it is on its way as soon as its receive is posted, or now."""
         if request.buffer.nbytes < self.eager:
             request.buffer = request.buffer.copy()
@@ -164,14 +164,14 @@ class Lane:
         else:
             self.sent.append(request)
 
-    def receive(self, request: Request) -> None:
+    def receive(self, request: VirtualRequest) -> None:
         """Take a receive."""
         if self.sent:
             self.pair(self.sent.pop(0), request)
         else:
             self.received.append(request)
 
-    def pair(self, send: Request, receive: Request) -> None:
+    def pair(self, send: VirtualRequest, receive: VirtualRequest) -> None:
         """Bring a send and its receive together; the message is ready when both are posted."""
         send.partner = receive
         if send.done == UNKNOWN:

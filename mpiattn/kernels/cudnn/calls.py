@@ -13,7 +13,7 @@ from mpiattn.arrays.softmax import LSE
 
 from ..cupy.kernel import CupyKernel
 from .pieces import Piece
-from .plans import Plan, build
+from .plans import Graph, build
 from .scratch import Scratch
 from .waiting import WaitingSums
 
@@ -104,7 +104,7 @@ class Calls:
 
         return forward if len(arrays) == FORWARD else backward
 
-    def _plan(self, piece: Piece, q: Array, *places: Place) -> Plan | None:
+    def _plan(self, piece: Piece, q: Array, *places: Place) -> Graph | None:
         scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
         return build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *places)
 

@@ -15,7 +15,7 @@ from .library import handle_of, loaded
 from .scratch import Scratch
 
 
-class Plan:
+class Graph:
     """A built graph of cuDNN: forward or backward attention of one shape."""
 
     def __init__(self, graph: Any, tensors: Sequence[Any]) -> None:
@@ -32,7 +32,7 @@ class Plan:
 
 
 @functools.cache
-def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *places: Place) -> Plan | None:
+def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *places: Place) -> Graph | None:
     """Return the plan for q, k, v (forward), or for q, k, v, d_out, out (backward); None where cuDNN has none."""
     cudnn, _ = loaded()
     half, single = getattr(cudnn.data_type, "HALF" if dtype == "float16" else "BFLOAT16"), cudnn.data_type.FLOAT
@@ -78,4 +78,4 @@ def build(device: int, dtype: str, scale: float, causal: bool, left: int | None,
         graph.build_plans()
     except (cudnn.cudnnGraphNotSupportedError, RuntimeError):
         return None
-    return Plan(graph, ends)
+    return Graph(graph, ends)

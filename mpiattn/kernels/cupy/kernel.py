@@ -24,7 +24,7 @@ from ..contract import Progress, rows_of
 from ..sums import Sums
 from .bounds import Bounds, BoundsOf
 from .products import product
-from .tiles import Tile, tiles
+from .tiles import HeadTile, tiles
 
 Array = Any
 
@@ -104,8 +104,9 @@ class CupyKernel(Sums):
         return float(1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale)
 
     def _softmax(
-        self, name: str, tile: Tile, batch: int, bounds: Bounds, factors: Sequence[Array], score: Array, *arrays: Array
-    ) -> None:
+        self, name: str, tile: HeadTile, batch: int, bounds: Bounds, factors: Sequence[Array], score: Array,
+        *arrays: Array,
+    ) -> None:  # fmt: skip
         """Run a pass over a tile of scores, the product of these queries and keys; of whose norms, see `_norms`."""
         query, key, query_norms, key_norms = factors
         group, dim = query.shape[1] // (tile.queries.stop - tile.queries.start), query.shape[2]

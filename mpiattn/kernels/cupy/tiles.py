@@ -12,7 +12,7 @@ QUERIES, KEYS = 2048, 4096  # the largest tile of one head
 TILE_BYTES = 2**28  # of the scores of all heads of a tile
 
 
-class Tile(NamedTuple):
+class HeadTile(NamedTuple):
     """Some heads of K/V, the queries of their groups, and keys that some of the queries see."""
 
     heads: slice
@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     keys: slice
 
 
-def tiles(bounds: Bounds, kv_heads: int, group: int, itemsize: int) -> Iterator[Tile]:
+def tiles(bounds: Bounds, kv_heads: int, group: int, itemsize: int) -> Iterator[HeadTile]:
     """Yield the tiles that cover a block, leaving out what no query sees."""
     for queries in _cut(0, len(bounds.start), QUERIES):
         start, stop = bounds.start[queries], bounds.stop[queries]
@@ -29,7 +29,7 @@ def tiles(bounds: Bounds, kv_heads: int, group: int, itemsize: int) -> Iterator[
             for keys in _cut(int(start[some].min()), int(stop[some].max()), KEYS):
                 size = (queries.stop - queries.start) * (keys.stop - keys.start) * group * itemsize
                 for heads in _cut(0, kv_heads, max(TILE_BYTES // size, 1)):
-                    yield Tile(heads, queries, keys)
+                    yield HeadTile(heads, queries, keys)
 
 
 def _cut(begin: int, end: int, size: int) -> list[slice]:

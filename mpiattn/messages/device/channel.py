@@ -15,10 +15,10 @@ from . import pinned
 from .probe import takes_device_memory
 
 
-class Event(Protocol):
+class CudaEvent(Protocol):
     """An event of CUDA."""
 
-    def record(self, stream: Stream | None, /) -> None:
+    def record(self, stream: CudaStream | None, /) -> None:
         """Let it pass when what is queued so far is done."""
         ...
 
@@ -28,7 +28,7 @@ class Event(Protocol):
         ...
 
 
-class Stream(Protocol):
+class CudaStream(Protocol):
     """A stream of CUDA."""
 
     @property
@@ -69,9 +69,9 @@ class Channel:
         self.slots: list[NDArray[np.uint8]] = []
         self.segment = None if self.on_device else pinned.Segment.of(comm, xp)
 
-    def mark(self, stream: Stream | None = None) -> Event:
+    def mark(self, stream: CudaStream | None = None) -> CudaEvent:
         """Return an event that passes when the device has done all that was queued so far."""
-        event: Event = self.xp.cuda.Event(disable_timing=True)
+        event: CudaEvent = self.xp.cuda.Event(disable_timing=True)
         event.record(stream)
         return event
 
@@ -91,7 +91,7 @@ class Channel:
             return self.slots.pop()
         return np.frombuffer(self.xp.cuda.alloc_pinned_memory(pinned.PIECE), np.uint8, pinned.PIECE)
 
-    def copy(self, to: int, source: int, size: int, stream: Stream) -> Event:
+    def copy(self, to: int, source: int, size: int, stream: CudaStream) -> CudaEvent:
         """Queue a copy between host and device; return the event of its end."""
         default = 4  # cudaMemcpyDefault: the pointers say which way
         self.xp.cuda.runtime.memcpyAsync(to, source, size, default, stream.ptr)

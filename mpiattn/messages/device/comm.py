@@ -13,7 +13,7 @@ import numpy as np
 from ..message import Memory, Request, Testall, constant
 from ..parcel import Tracked
 from . import pinned, staging
-from .channel import Channel, Event, Transfer
+from .channel import Channel, CudaEvent, Transfer
 
 if TYPE_CHECKING:
     from ..private import PrivateComm
@@ -99,7 +99,7 @@ class DeviceComm:
         return Transfer(self.channel, steps, array)
 
     def _on_device(
-        self, post: Callable[..., Request], pointer: int, size: int, peer: int, tag: int, ready: Event
+        self, post: Callable[..., Request], pointer: int, size: int, peer: int, tag: int, ready: CudaEvent
     ) -> Iterator[None]:
         while not ready.done:
             yield

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..message import Communicator, Testall
 from . import pinned
-from .channel import Channel, Event
+from .channel import Channel, CudaEvent
 from .pinned import Segment
 
 SLOTS = 4  # pieces of a message under way at a time
@@ -32,7 +32,7 @@ def pieces(pointer: int, size: int) -> Pieces:
     return deque((pointer + begin, min(pinned.PIECE, size - begin)) for begin in range(0, size, pinned.PIECE))
 
 
-def send(comm: Communicator, channel: Channel, pieces: Pieces, dest: int, tag: int, ready: Event) -> Iterator[None]:
+def send(comm: Communicator, channel: Channel, pieces: Pieces, dest: int, tag: int, ready: CudaEvent) -> Iterator[None]:
     """Copy pieces to the host, and send each as soon as it is there."""
     while not ready.done:  # waiting on the stream would hold up other messages
         yield
@@ -51,7 +51,7 @@ def send(comm: Communicator, channel: Channel, pieces: Pieces, dest: int, tag: i
 
 
 def receive(
-    comm: Communicator, channel: Channel, pieces: Pieces, source: int, tag: int, ready: Event
+    comm: Communicator, channel: Channel, pieces: Pieces, source: int, tag: int, ready: CudaEvent
 ) -> Iterator[None]:
     """Receive pieces on the host, and copy each to the device as soon as it is there."""
     receiving, copying = deque[Any](), deque[Any]()
@@ -69,8 +69,9 @@ def receive(
 
 
 def shared_send(
-    comm: Communicator, channel: Channel, segment: Segment, pieces: Pieces, dest: int, tag: int, back: int, ready: Event
-) -> Iterator[None]:
+    comm: Communicator, channel: Channel, segment: Segment, pieces: Pieces, dest: int, tag: int, back: int,
+    ready: CudaEvent,
+) -> Iterator[None]:  # fmt: skip
     """Copy pieces to own slots, once the receiver is there: so no slot waits for a message that comes later."""
     there = comm.Irecv(NOTHING, dest, tag + back)
     while not (ready.done and Testall([there])):
@@ -94,16 +95,9 @@ def shared_send(
 
 
 def shared_receive(
-    comm: Communicator,
-    channel: Channel,
-    segment: Segment,
-    part: str,
-    pieces: Pieces,
-    source: int,
-    tag: int,
-    back: int,
-    ready: Event,
-) -> Iterator[None]:
+    comm: Communicator, channel: Channel, segment: Segment, part: str, pieces: Pieces, source: int, tag: int,
+    back: int, ready: CudaEvent,
+) -> Iterator[None]:  # fmt: skip
     """Copy pieces from the slots of the sender, whose name is `part`, and tell it that they are free again."""
     receiving, copying, told = deque[Any](), deque[Any](), [comm.Isend(NOTHING, source, tag + back)]
     while pieces or receiving or copying:
