@@ -296,7 +296,7 @@ class Attention:
         """Plan for a problem of arrays like this one, unless it is the last one."""
         xp = arrays.namespace(like)
         same = problem == self.problem and xp is self.buffers.xp
-        if not same and of(xp).QUEUED and self.channel is None:
+        if not same and of(xp).QUEUED and self.channel is None:  # arrays of a GPU, for the first time
             self.comm, self.channel = on_device(self.comm, xp, self.gpu_messages)
             self.connect(self.comm)
         if not same:
@@ -320,6 +320,7 @@ class Attention:
     def choose(self, problem: Problem, xp: ModuleType, dropout: Dropout | None) -> None:
         """Choose the kernel for a problem of arrays of that namespace."""
         options = self.scale, self.kernel_name, self.softcap, dropout, self.final
+        # Arrays without data have no kernel here: `kernel_on` takes that of their virtual communicator.
         known = xp.__name__ in kernels.KERNELS
         self.kernel = kernel_on(self.comm, kernels.choose(xp.__name__, problem, *options) if known else None)
 

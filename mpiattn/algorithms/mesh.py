@@ -22,6 +22,9 @@ a time; a block is computed while a later message is under way. Forward on the 2
     4                                                                    2, 3
     5     O hop 1   out 1 so far, from rank 2      out 2, to rank 1      1, 3
     6     O hop 2   out 0 so far, from rank 2      out 1, home to rank 1 0, 3
+
+Backward, {Q, dO, lse, delta} travel the row and K/V the column; dQ returns along the row as O does here, dK/dV along
+the column. A mask shortens ways: `ring.py` explains `reaches`, `summed`, `joined`, `ends` and `leaves`.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ class MeshAttention(Attention):
         self.q_owners = [self.r * a + (self.c - hop) % a for hop in range(a)]
         self.kv_owners = [(self.r - hop) % b * a + self.c for hop in range(b)]
         needed = problem.needed.reshape(b, a, b, a)  # row and column of the queries, then of the keys
+        # A rank of the row uses a Q chunk where any key chunk of its own column needs it, and K/V the other way round.
         in_row, in_col = travels(needed[self.r].any(axis=1)), travels(needed[:, :, :, self.c].any(axis=1).T)
         self.q_ways = [in_row[(self.c - hop) % a] for hop in range(a)]
         self.kv_ways = [in_col[(self.r - hop) % b] for hop in range(b)]
@@ -102,7 +106,7 @@ class MeshAttention(Attention):
         kvs = self.slots("kv", [problem.kv(owner) for owner in self.kv_owners], self.kv_ways, k, v)
         specs = [problem.o(owner) for owner in self.q_owners]
         outs = self.buffers.sums("o", specs, anew=True)  # (batch, heads, tokens, v_head_dim), (batch, heads, tokens)
-        shares = self.buffers.arriving("o", specs)
+        shares = self.buffers.arriving("o", specs)  # by slot: where the sum of other ranks of the row arrives
         for state in outs:
             self.kernel.begin(*state.arrays)
         for step, tasks in self.forward_steps:
@@ -115,7 +119,7 @@ class MeshAttention(Attention):
                     posted = self.collect(self.row, outs, shares, self.q_ways, Tag.O, step.hop)
                 case _:
                     posted = []
-            for i, j, block in tasks:
+            for i, j, block in tasks:  # KV slot, Q slot; slot 0 is read where the caller has it
                 [q_j], (k_i, v_i) = qs[j].arrays if j else [q], kvs[i].arrays if i else [k, v]
                 (out, lse), progress = outs[j].arrays, partial(Testall, posted)
                 self.kernel.forward(q_j, k_i, v_i, block=block, out=out, lse=lse, progress=progress)
@@ -180,11 +184,12 @@ class MeshAttention(Attention):
         size, rank, posted = line.Get_size(), line.Get_rank(), []
         source, dest = line.Shift(0, 1)
         if ways[hop].summed(hop):
+            # This rank's part is complete, and so is the sum that arrived one hop before: now they are added.
             self.kernel.settle(sums[hop], *([shares[hop].arrays] if ways[hop].joined(hop) else []))
             posted.append(line.Isend(sums[hop].message, (rank - hop) % size if ways[hop].ends(hop) else dest, tag))
         if hop + 1 < size and ways[hop + 1].joined(hop + 1):
             posted.append(line.Irecv(shares[hop + 1].message, source, tag))
-        if ways[0].ends(hop):
+        if ways[0].ends(hop):  # the last user of the own chunk, hop ranks on, sends its sum now
             posted.append(line.Irecv(shares[0].message, (rank + hop) % size, tag))
         return posted
 

@@ -14,7 +14,10 @@ one that does sends the sum home. With 3 ranks, rank 0:
     2      dkv 1          block of kv 1           dkv 2
     3      dkv 0, home    own block, second half                      dkv 1, to rank 1
 
-Below, hop h means the K/V that are here at step h: they have made h hops, from the h-th rank before this one.
+Below, hop h means the K/V that are here at step h: they have made h hops, from the h-th rank before this one. A mask
+shortens ways: `ways[h].reaches(h)` says that these K/V make hop h, as a rank there or beyond uses them; `summed(h)`
+that this rank sends a sum of their dK/dV, `joined(h)` that a sum of the ranks before arrives for it to add to, `ends(h)`
+that this rank is the last to add to it and sends it home. `ways[0].leaves` says that this rank's own K/V go anywhere.
 """
 
 from __future__ import annotations
@@ -57,10 +60,10 @@ class RingAttention(Attention):
         Two buffers of K/V take turns: one is computed with while the other receives. On GPUs there is a third.
         """
         self.owners = [(self.rank - hop) % self.size for hop in range(self.size)]
-        ways = travels(problem.needed.T)
+        ways = travels(problem.needed.T)  # needed: bool, (query chunks, key chunks), False where the mask empties it
         self.ways = [ways[owner] for owner in self.owners]
         self.kv = self.buffers.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
-        self.blocks = [problem.block(self.rank, owner) for owner in self.owners]
+        self.blocks = [problem.block(self.rank, owner) for owner in self.owners]  # None where the mask empties it
         self.backward_blocks = [*self.blocks, None]  # there is one step more
         if self.size > 1 and self.ways[0].ends(self.size - 1):
             # The own sum comes home in the last step: half of the own block is left for that time.
@@ -74,7 +77,7 @@ class RingAttention(Attention):
         if self.ways[0].leaves:
             self.kv[0].pack(k, v)
         for step, block in enumerate(self.blocks):
-            posted = self.pass_kv(step)
+            posted = self.pass_kv(step)  # under way while the block is computed
             if block:
                 near = self.kv[step].arrays if step else (k, v)
                 progress = partial(Testall, posted)
@@ -99,6 +102,7 @@ class RingAttention(Attention):
         [d_q] = self.buffers.parcels("d_q", [problem.d_q(self.rank)])[0].arrays  # (batch, heads, tokens, head_dim)
         specs = [problem.d_kv(owner) for owner in self.owners]
         [own] = self.buffers.parcels("own d_kv", specs[:1])  # (batch, kv_heads, tokens, head_dim and v_head_dim)
+        # By hop: this rank's part, and the place where the sum of the ranks before it arrives.
         sums = [own, *self.buffers.sums("d_kv", specs, buffers=2, anew=True)[1:]]
         arriving = self.buffers.arriving("d_kv", specs)
         self.kernel.begin(d_q)
@@ -108,7 +112,7 @@ class RingAttention(Attention):
             hop = step if step < self.size else 0  # in the last step the own block again
             posted = self.pass_kv(step) + self.pass_sums(step, sums, arriving)
             if step < self.size:
-                self.kernel.begin(*sums[step].arrays)
+                self.kernel.begin(*sums[step].arrays)  # its buffer held the sum of hop step - 2, which has left
             if block:
                 near, (d_k, d_v) = self.kv[hop].arrays if hop else (k, v), sums[hop].arrays
                 progress = partial(Testall, posted)
@@ -128,10 +132,10 @@ class RingAttention(Attention):
         if step > 0 and self.ways[hop].summed(hop):
             # This rank's part was computed while the sum of the ranks before arrived: now they are added.
             self.kernel.settle(sums[hop], *([arriving[hop].arrays] if self.ways[hop].joined(hop) else []))
-            dest = self.owners[hop] if self.ways[hop].ends(hop) else self.dest
+            dest = self.owners[hop] if self.ways[hop].ends(hop) else self.dest  # home, or on
             posted.append(self.ring.Isend(sums[hop].message, dest, Tag.D_KV))
         if step < self.size and self.ways[step].joined(step):
             posted.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
-        if hop > 0 and self.ways[0].ends(hop):
+        if hop > 0 and self.ways[0].ends(hop):  # the last user of the own K/V, hop ranks on, sends their sum now
             posted.append(self.ring.Irecv(arriving[0].message, (self.rank + hop) % self.size, Tag.D_KV))
         return posted
