@@ -16,8 +16,8 @@ one that does sends the sum home. With 3 ranks, rank 0:
 
 Below, hop h means the K/V that are here at step h: they have made h hops, from the h-th rank before this one. A mask
 shortens ways: `ways[h].reaches(h)` says that these K/V make hop h, as a rank there or beyond uses them; `summed(h)`
-that this rank sends a sum of their dK/dV, `joined(h)` that a sum of the ranks before arrives for it to add to, `ends(h)`
-that this rank is the last to add to it and sends it home. `ways[0].leaves` says that this rank's own K/V go anywhere.
+that this rank sends a sum of their dK/dV, `joined(h)` that a sum of the ranks before arrives for it to add to, and
+`ends(h)` that this rank is the last to do so and sends it home. `ways[0].leaves`: this rank's own K/V go anywhere.
 """
 
 from __future__ import annotations
