@@ -82,7 +82,7 @@ class Attention:
     """
 
     copied: frozenset[str] = frozenset()
-    """Which of "q", "k", "v", "out" are the same on every rank, as are their gradients; see `owned`."""
+    """Names, of "q", "k", "v", "out", of the arrays that are the same on every rank, as are their gradients; see `owned`."""
 
     kernel: Kernel
 
@@ -125,7 +125,7 @@ class Attention:
         self.final = True
         """Whether what it computes is the result, and not a part of another algorithm's sums."""
         self.ended = ""
-        """Why it can't be used any more."""
+        """The reason why it can't be used any more, or nothing."""
 
     # For those who call it
 

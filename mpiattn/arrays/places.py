@@ -1,4 +1,4 @@
-"""Where a chunk's tokens lie among others: as indices, and as runs with even steps."""
+"""Places of a chunk's tokens among others: as indices, and as runs with even steps."""
 
 from __future__ import annotations
 

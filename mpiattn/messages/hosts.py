@@ -1,4 +1,4 @@
-"""Which ranks share a host, and which of its GPUs each of them uses."""
+"""Hosts: the ranks that share one, and the GPU that each of them uses."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def Pieces(buffer: NDArray[np.uint8], sizes: Sequence[int], starts: Sequence[int
 
 
 def _large(buffer: Array) -> bool:
-    """Whether MPI-3 can't count the bytes; an array without data, which has no strides, never meets MPI."""
+    """Return whether MPI-3 can't count the bytes; an array without data, which has no strides, never meets MPI."""
     return int(buffer.nbytes) >= 2**31 and hasattr(buffer, "strides")
 
 

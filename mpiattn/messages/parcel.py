@@ -75,7 +75,7 @@ class Parcel:
         self.sent_as: Parcel | None = None
         """The parcel in which this one's numbers travel, rounded, if they do."""
         self.rounded = False
-        """Whether they are there already: a kernel may have put them nowhere else."""
+        """Whether `sent_as` holds the numbers already: a kernel may have put them nowhere else."""
         self.views: list[Array] = [
             self.buffer[start : start + nbytes([spec])].view(spec[1]).reshape(spec[0])
             for start, spec in zip(starts, specs, strict=True)

@@ -30,7 +30,7 @@ END = int(np.iinfo(np.int64).max)
 
 
 class Mask:
-    """Which keys each query attends to, as one interval of positions; the base of masks of your own.
+    """A mask: the keys that each query attends to, as one interval of positions; the base of masks of your own.
 
     A mask of your own has a method `bounds`, and may have the others. For each problem it is asked once, for all
     queries; what does not keep to the contract below raises the same InputError on every rank. A prefix-LM mask:

@@ -120,7 +120,7 @@ class Problem:
 
     @cached_property
     def needed(self) -> NDArray[np.bool_]:
-        """Which blocks the mask leaves something of: (query chunks, key chunks)."""
+        """Whether the mask leaves something of each block: bool, (query chunks, key chunks)."""
         result: NDArray[np.bool_] = self.pairs > 0
         return result
 

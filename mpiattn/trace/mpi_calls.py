@@ -1,4 +1,4 @@
-"""Which of MPI's calls say how many bytes arrive from whom, which make other communicators, and which say neither.
+"""MPI's calls: those that say how many bytes arrive from whom, that make communicators, and that do neither.
 
 `add_calls` gives the class of a traced communicator a method for each of them.
 """

@@ -1,4 +1,4 @@
-"""Whose queries, keys and sums are in the blocks and the messages of a trace."""
+"""Owners of the queries, keys and sums in the blocks and the messages of a trace."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LONGEST_POLL = 1e-3
 """Seconds: each look in vain at the state of messages takes twice as long as the one before, so that polling ends."""
 
 UNKNOWN = math.inf
-"""When something is done that nobody can tell yet."""
+"""The time of an end that nobody can tell yet."""
 
 
 class VirtualRequest:

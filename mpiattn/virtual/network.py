@@ -22,7 +22,7 @@ class Port:
 
     def __init__(self) -> None:
         self.free = 0.0
-        """When it has served all messages so far, in seconds."""
+        """The time, in seconds, when it has served all messages so far."""
 
     def serve(self, ready: float, seconds: float) -> float:
         """Serve a message that is ready at that time; return when that is done."""

@@ -1,4 +1,4 @@
-"""Which pieces a block is cut into: rectangles that cuDNN can do, whole ones or bounded by diagonals.
+"""Pieces that a block is cut into: rectangles that cuDNN can do, whole ones or bounded by diagonals.
 
 Blocks of the zigzag and striped layouts under a causal mask, and those of sliding windows, take one or two.
 """

@@ -1,4 +1,4 @@
-"""Which keys each query of a block sees, kept on the device for all calls with the same block."""
+"""Bounds of the keys that each query of a block sees, kept on the device for all calls with the same block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tiles a block is computed in, so that memory grows with the tokens and not with their square."""
+"""Tiles that a block is computed in, so that memory grows with the tokens and not with their square."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a tile of scores to the weights of the softmax, in place.
+"""Scores of a tile and their weights in the softmax, in place.
 
 Scores are kept in log2 and in the accumulators' dtype, where these are precise enough for them: rounded to float32,
 one of 20,000 is off by 1e-3, and so is the probability that backward finds by it, once more and otherwise. Larger

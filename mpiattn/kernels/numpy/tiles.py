@@ -1,4 +1,4 @@
-"""Which tiles of a block are computed: those that the mask leaves, and which of their queries see which keys."""
+"""Tiles of a block: those that the mask leaves, with the keys that each query sees in them."""
 
 from __future__ import annotations
 
