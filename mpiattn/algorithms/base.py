@@ -82,7 +82,7 @@ class Attention:
     """
 
     copied: frozenset[str] = frozenset()
-    """Names, of "q", "k", "v", "out", of the arrays that are the same on every rank, as are their gradients; see `owned`."""
+    """Arrays, of "q", "k", "v", "out", that are the same on every rank, as are their gradients; see `owned`."""
 
     kernel: Kernel
 

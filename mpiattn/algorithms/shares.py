@@ -18,7 +18,7 @@ from ..messages.parcel import Parcel
 from ..problems import layout as layouts
 
 Where = Callable[[tuple[int, ...], int], Any]
-"""A function that says where a rank's share of a whole array lies: called with the whole's shape and the rank, returns an index."""
+"""A function of a whole array's shape and a rank: the index at which the rank's share lies."""
 
 
 def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
