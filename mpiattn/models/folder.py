@@ -83,11 +83,6 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
 def alike(config: Config, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """Raise InputError where the weights of a file are not those that the config asks for."""
     for name, shape in config.shapes.items():

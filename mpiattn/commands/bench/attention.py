@@ -83,6 +83,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         chosen.on_grid(asked, args, comm.Get_size())
     if min(args.heads, args.head_dim, args.rounds) < 1:
         raise InputError("--heads, --head-dim and --rounds are at least 1")
+    if args.no_torch and not on_gpu:
+        raise InputError("--no-torch does nothing on CPUs, where torch is not measured")
     on_root(comm, lambda: writing.check(args.json))
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
 

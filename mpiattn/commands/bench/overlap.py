@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from ...errors import InputError
 from ...machines import writing
 from ...messages.message import Communicator
+from .. import terminal
 from ..env.environment import environment
 from ..root import on_root
 from .ring_step import HEAD_DIM, HEADS, RingStep, measure
@@ -70,7 +69,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             times = [1e3 * result[name] for name in columns]
             shares = [f"{result['overlap']:.0%}", f"{result['wait_share']:.2%}", f"{result['mean_wait_share']:.2%}"]
             rows.append([result["ratio"], "Testall" if result["progress"] else "none", *times, *shares])
-        print(tabulate(rows, headers=[*headers, "overlap", "wait", "mean wait"], floatfmt=("g", "", *[".2f"] * 5)))
+        names = [*headers, "overlap", "wait", "mean wait"]
+        print(terminal.table(rows, names, ["mean wait ms", "mean wait"], floatfmt=("g", "", *[".2f"] * 5, "", "", "")))
     if args.json:
         document: dict[str, Any] = {"command": " ".join(["mpiattn", *sys.argv[1:]]), "environment": surroundings}
         document |= {"bytes": step.near.buffer.nbytes, "results": results}

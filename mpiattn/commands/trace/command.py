@@ -10,12 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
 from ...errors import InputError
 from ...trace.events import Trace
 from ...trace.file import read
-from .. import charts
+from .. import charts, terminal
 from ..terminal import width
 from .figure import draw_trace
 from .report import matrix, phases, summary, timeline
@@ -69,4 +67,5 @@ def show(traces: Sequence[Trace], columns: int) -> None:
     print(timeline(traces, columns), end="\n\n")
     print(summary(traces), end="\n\n")
     print(f"{unit} from rank (row) to rank (column), {bytes_sent.sum() / divisor:.4g} in all")
-    print(tabulate(table, headers=["", *map(str, range(len(traces)))], disable_numparse=True, stralign="right"))
+    headers = ["", *map(str, range(len(traces)))]
+    print(terminal.table(table, headers, headers[:1:-1], disable_numparse=True, stralign="right"))
