@@ -15,7 +15,8 @@ from small_llama import SHARE_TOKENS
 
 from mpiattn import ALGORITHMS, Causal
 from mpiattn.commands.root import patiently
-from mpiattn.models.folder import SINGLE, write_json
+from mpiattn.machines.writing import write_json
+from mpiattn.models.folder import SINGLE
 from mpiattn.models.generation import Generator
 from mpiattn.models.model import Model, found
 
