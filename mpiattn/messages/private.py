@@ -82,7 +82,7 @@ class PrivateComm(MPI.Intracomm):
     ) -> PrivateCart:
         """Return the grid of these dimensions."""
         make = partial(MPI.Intracomm.Create_cart, self, dims, periods, reorder)
-        return self.kept.once(("Create_cart", *dims, *(periods or ()), reorder), lambda: PrivateCart(make()))
+        return self.kept.once(("Create_cart", tuple(dims), tuple(periods or ()), reorder), lambda: PrivateCart(make()))
 
     def Split(self, color: int = 0, key: int = 0) -> PrivateComm:
         """Return the communicator of the ranks of this color, in the order of their keys."""
@@ -119,7 +119,7 @@ class PrivateCart(PrivateComm, MPI.Cartcomm):
     def Sub(self, remain_dims: Sequence[bool]) -> PrivateCart:
         """Return the communicator of this rank's row or column."""
         make = partial(MPI.Cartcomm.Sub, self, remain_dims)
-        return self.kept.once(("Sub", *remain_dims), lambda: PrivateCart(make()))
+        return self.kept.once(("Sub", tuple(remain_dims)), lambda: PrivateCart(make()))
 
 
 def _freed(comm: MPI.Comm, keyval: int, duplicate: PrivateComm) -> None:
