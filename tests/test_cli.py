@@ -89,7 +89,7 @@ def test_features() -> None:
 def test_conformance_of_a_variant() -> None:
     case = "dropout=0.5 sinks=True mask=window=3,0"
     done = mpiattn(2, "conformance", "--algorithms", "mesh rows=1,decode", "--case", case)
-    assert done.returncode == 0 and done.stdout.startswith("3 passed, 0 failed on 2 ranks"), (done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout.startswith("4 passed, 0 failed on 2 ranks"), (done.stdout, done.stderr)
 
 
 def test_shares_of_conformance_are_all_of_it() -> None:
@@ -115,7 +115,7 @@ def test_bench_error(tmp_path: Path) -> None:
 
 def test_bench_attention() -> None:
     """Also of decode, whose queries are the same on all ranks."""
-    sizes = ("--tokens", "16", "--heads", "2", "--head-dim", "8", "--rounds", "1", "--no-torch")
+    sizes = ("--tokens", "16", "--heads", "2", "--head-dim", "8", "--rounds", "1")
     done = mpiattn(2, "bench", "attention", "--algorithms", "ring,decode,mesh:2x1", *sizes)
     assert done.returncode == 0, done.stderr
     assert all(f"\n{name} without messages " in done.stdout for name in ("ring", "decode", "mesh:2x1"))

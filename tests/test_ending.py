@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def interrupted(*command: str, seconds: float = 6) -> subprocess.CompletedProces
     """Start a command, and interrupt it after a while, as Ctrl-C does."""
     with subprocess.Popen(
         command, env={**environ(), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)

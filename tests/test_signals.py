@@ -27,7 +27,7 @@ from mpiattn.commands.cli import main, world
 rank = world().rank  # MPI itself takes its time to start
 if {ranks} in (None, rank):
     threading.Timer(4, os.kill, (os.getpid(), {number})).start()
-print("so far", rank)
+print("so far " + str(rank))
 sys.exit(main())
 """
 

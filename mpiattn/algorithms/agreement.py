@@ -23,6 +23,8 @@ from ..problems.user_mask import TabulatedMask, UserMask
 
 T = TypeVar("T")
 
+OF_TOKENS = ("q", "k", "v", "d_out")
+
 
 class Agreement:
     """Words of the ranks of a communicator to each other before the first message of a pass."""
@@ -69,8 +71,9 @@ class Agreement:
         for rank, (row, texts) in enumerate(zip(codes, self.comm.allgather(wrong), strict=True)):
             for name, code, text in zip(values, row, texts, strict=True):
                 if code < 0:
+                    axes = " of 4 axes (batch, heads, tokens, head_dim)" if name in OF_TOKENS else ""
                     raise InputError(
-                        f"{name} on rank {rank} is {text}. Arrays are NumPy's or CuPy's, of "
+                        f"{name} on rank {rank} is {text}; it must be an array{axes}, NumPy's or CuPy's, of "
                         f"{', '.join(d.name for d in arrays.FLOATS)}"
                     )
 
