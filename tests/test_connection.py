@@ -101,6 +101,15 @@ def test_the_end_of_the_communicator(comm: MPI.Intracomm, name: str) -> None:
     raises(comm, lambda: attention.backward(d_out, saved), "communicator of this attention has been freed")
 
 
+@pytest.mark.mpi(sizes=[4])
+def test_other_orders_are_other_communicators(comm: MPI.Intracomm) -> None:
+    """Also for the ranks whose place in both orders is the same."""
+    kept, rank = private(comm), comm.Get_rank()
+    parts = [kept.Split(0, order[rank]) for order in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 3])]
+    assert parts[0] is parts[2] and parts[0] is not parts[1]
+    assert parts[1].allgather(rank) == [0, 2, 1, 3]
+
+
 @pytest.mark.mpi(sizes=[2])
 def test_windows_of_many_attentions_are_few(comm: MPI.Intracomm) -> None:
     own = comm.Dup()

@@ -87,7 +87,8 @@ class PrivateComm(MPI.Intracomm):
     def Split(self, color: int = 0, key: int = 0) -> PrivateComm:
         """Return the communicator of the ranks of this color, in the order of their keys."""
         make = partial(MPI.Comm.Split, self, color, key)
-        return self.kept.once(("Split", color, key), lambda: PrivateComm(cast(MPI.Intracomm, make())))
+        asked = self.allgather((color, key))  # one that only some ranks ask for anew is another one for all
+        return self.kept.once(("Split", *asked), lambda: PrivateComm(cast(MPI.Intracomm, make())))
 
     def Free(self) -> None:
         """Do nothing: it is freed with the caller's communicator."""
