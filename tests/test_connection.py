@@ -11,6 +11,7 @@ import pytest
 
 import mpiattn
 from mpiattn import ALGORITHMS, InputError
+from mpiattn.algorithms.saved import fingerprint
 from mpiattn.conformance import oracle
 from mpiattn.messages.connection import private
 from mpiattn.problems.mask import Causal
@@ -173,6 +174,15 @@ def test_what_backward_needs_is_changed(comm: MPI.Intracomm, name: str, changed:
             raised = False
         if any(comm.allgather(raised)):
             raises(comm, lambda: attention.backward(d_out, saved), "were changed", "between forward and backward")
+
+
+def test_the_fingerprint_sees_order() -> None:
+    """Values moved within one array, or exchanged between two."""
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 4, 300, 64))
+    moved = [np.flip(q, axis) for axis in (1, 2, 3)] + [np.roll(q, 1, axis) for axis in (1, 2, 3)]
+    prints = [fingerprint(*arrays) for arrays in ((q, k), (k, q), *((each, k) for each in moved))]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(q.copy(), k) == prints[0]
 
 
 @pytest.mark.mpi(min_size=2, max_size=4)
