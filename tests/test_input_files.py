@@ -138,3 +138,11 @@ def test_options_of_files_do_nothing_without_one(option: tuple[str, str]) -> Non
     command = [sys.executable, "-m", "mpiattn", "compare", "--tokens", "8", *option]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and f"{option[0]} does nothing without --qkv" in done.stderr
+
+
+def test_a_seed_of_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "in.npz"
+    np.savez(path, **arrays())
+    refused(path, "--seed does nothing here", "--seed", "3", backward=False)
+    load(path, "--seed", "3", "--sinks", backward=False)
+    load(path, "--seed", "3")

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[dtype.name for dtype in FLOATS],
         help="convert to this dtype (default float32; a file keeps its own)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    group.add_argument("--seed", type=int, help="of all that is random (default 0)")
     features = parser.add_argument_group("features (by default none)")
     features.add_argument(
         "--partials",
@@ -93,6 +93,11 @@ def names(text: str) -> list[str]:
     return result if len(result) == 4 else [*result, "d_out"]
 
 
+def seed(args: argparse.Namespace) -> int:
+    """Return the seed of all that is random."""
+    return args.seed or 0
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every algorithm is built with, but for its layout."""
     return {name: getattr(args, name) for name in ("mask", "scale", "softcap", "partials")}
@@ -102,9 +107,9 @@ def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
     """Return the sinks of all heads and the dropout that the options ask for."""
     result: dict[str, Any] = {}
     if args.sinks:
-        result["sinks"] = np.random.default_rng(args.seed).standard_normal(heads, dtype=np.float32)
+        result["sinks"] = np.random.default_rng(seed(args)).standard_normal(heads, dtype=np.float32)
     if args.dropout is not None:
-        result["dropout"] = Dropout(args.dropout, args.seed)
+        result["dropout"] = Dropout(args.dropout, seed(args))
     return result
 
 
@@ -164,7 +169,9 @@ def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
     for option in ("names", "axes"):
         if getattr(args, option) is not None and args.qkv is None:
             raise ValueError(f"--{option} does nothing without --qkv")
-    rng = np.random.default_rng(args.seed)
+    if args.seed is not None and not (backward or given or args.sinks or args.dropout is not None):
+        raise ValueError("--seed does nothing here: only random inputs, sinks, dropout and --backward draw numbers")
+    rng = np.random.default_rng(seed(args))
     if args.qkv is not None:
         wanted = (args.names or files.NAMES)[: 4 if backward else 3]
         arrays, name = files.read(args.qkv, wanted, args.axes or files.AXES[0]), str(args.qkv)
@@ -178,7 +185,7 @@ def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
         dtype = dtype_of(args.dtype or "float32")
         if given:
             sizes = {name: SYNTHETIC[name] if value is None else value for name, value in sizes.items()}
-            arrays, name = synthetic(rng, **sizes), f"random, seed {args.seed}"
+            arrays, name = synthetic(rng, **sizes), f"random, seed {seed(args)}"
         else:
             arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
     q, k, v = (converted(part, arrays[part], dtype) for part in "qkv")

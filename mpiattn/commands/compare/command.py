@@ -109,7 +109,7 @@ def load(args: argparse.Namespace) -> tuple[Inputs, Positions | None]:
     checked = max(ORACLE_SCORES // max(batch * heads * given.k.shape[2], 1), 1)
     if checked >= tokens:
         return given, None
-    queries = np.sort(np.random.default_rng(args.seed).choice(tokens, checked, replace=False))
+    queries = np.sort(np.random.default_rng(inputs.seed(args)).choice(tokens, checked, replace=False))
     given.d_out[:, :, np.setdiff1d(np.arange(tokens), queries)] = 0
     return given, queries
 
