@@ -32,7 +32,10 @@ class Hosts(TracedComm):
         return Hosts(private(self.comm), self.hosts, self.trace)
 
     def Split_type(self, split_type: Any, key: int = 0) -> TracedComm:
-        return self.Split(self.hosts[self.Get_rank()], key)
+        from mpi4py import MPI
+
+        part = MPI.Intracomm.Split(self.comm, self.hosts[self.Get_rank()], key)  # kept by nobody, as of Split_type
+        return self._derived(part)
 
 
 @pytest.mark.mpi(sizes=[4, 6])
