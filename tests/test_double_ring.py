@@ -35,7 +35,7 @@ class Hosts(TracedComm):
         from mpi4py import MPI
 
         part = MPI.Intracomm.Split(self.comm, self.hosts[self.Get_rank()], key)  # kept by nobody, as of Split_type
-        return self._derived(part)
+        return TracedComm(part, self.trace)
 
 
 @pytest.mark.mpi(sizes=[4, 6])
