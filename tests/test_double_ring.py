@@ -34,7 +34,7 @@ class Hosts(TracedComm):
     def Split_type(self, split_type: Any, key: int = 0) -> TracedComm:
         from mpi4py import MPI
 
-        part = MPI.Intracomm.Split(self.comm, self.hosts[self.Get_rank()], key)  # kept by nobody, as of Split_type
+        part: Any = MPI.Intracomm.Split(self.comm, self.hosts[self.Get_rank()], key)  # kept by nobody, as of Split_type
         return TracedComm(part, self.trace)
 
 
