@@ -15,6 +15,7 @@ from mpiattn.algorithms.saved import fingerprint
 from mpiattn.conformance import oracle
 from mpiattn.messages.connection import private
 from mpiattn.problems.mask import Causal
+from mpiattn.trace.comm import TracedComm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -100,6 +101,16 @@ def test_the_end_of_the_communicator(comm: MPI.Intracomm, name: str) -> None:
     _, saved = attention.forward(q, k, v)
     own.Free()
     raises(comm, lambda: attention.backward(d_out, saved), "communicator of this attention has been freed")
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+def test_what_is_kept_outlives_its_traced_users(comm: MPI.Intracomm) -> None:
+    kept, rank = private(comm), comm.Get_rank()
+    part = kept.Split(0, rank)
+    TracedComm(kept).Split(0, rank).Free()
+    other = kept.Split(0, -rank)  # a communicator that was freed would give its place to this one
+    assert part is kept.Split(0, rank) and part.handle != other.handle
+    assert part.allgather(rank) == list(range(comm.Get_size())) == other.allgather(rank)[::-1]
 
 
 @pytest.mark.mpi(sizes=[4])

@@ -32,10 +32,7 @@ class Hosts(TracedComm):
         return Hosts(private(self.comm), self.hosts, self.trace)
 
     def Split_type(self, split_type: Any, key: int = 0) -> TracedComm:
-        from mpi4py import MPI
-
-        part: Any = MPI.Intracomm.Split(self.comm, self.hosts[self.Get_rank()], key)  # kept by nobody, as of Split_type
-        return TracedComm(part, self.trace)
+        return self.Split(self.hosts[self.Get_rank()], key)
 
 
 @pytest.mark.mpi(sizes=[4, 6])

@@ -14,6 +14,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..messages import message
+from ..messages.private import PrivateComm
 from .buffers import nbytes
 from .comm import TracedComm
 from .events import Event, label
@@ -31,7 +32,9 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
         return MPI.Intracomm.__new__(cls, comm)
 
     def Free(self) -> None:
-        """Free the communicator."""
+        """Free the communicator, unless it is kept with its owner."""
+        if isinstance(self.comm, PrivateComm):
+            return
         MPI.Intracomm.Free(self)
         self.comm = MPI.COMM_NULL
 
