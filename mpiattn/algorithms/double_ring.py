@@ -124,10 +124,8 @@ class DoubleRingAttention(Attention):
         d_q = self.buffers.xp.zeros(q.shape, problem.wide)
         specs = [[problem.d_kv(owner) for owner in owners] for owners in self.owners]
         arriving = self.buffers.travelling([spec for window in specs for spec in window])
-        [own], self.home = (
-            self.buffers.parcels("own d_kv", specs[0][:1]),
-            self.buffers.parcels("home d_kv", arriving[:1] * 2),
-        )
+        [own] = self.buffers.parcels("own d_kv", specs[0][:1])
+        self.home = self.buffers.parcels("home d_kv", arriving[:1] * 2)
         self.shares = self.buffers.parcels("arriving d_kv", arriving, buffers=1)
         self.d_kv = self.slots(self.buffers.sums, "d_kv", specs, far=self.inner - 1)
         self.d_kv[0][0] = own

@@ -76,7 +76,7 @@ class Others:
 
     @property
     def known(self) -> list[Other]:
-        """Those that can be spoken to."""
+        """Processes of other ranks that can be spoken to."""
         return [other for other in self.all if other.name and not other.left and not other.connection.lost]
 
     @property
