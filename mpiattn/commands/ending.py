@@ -10,6 +10,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+from ..messages.ending import end_job
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -45,13 +47,12 @@ def status(error: BaseException, comm: MPI.Comm) -> int | None:
     """
     several = comm is not None and comm.Get_size() > 1
     if isinstance(error, KeyboardInterrupt):
-        print("mpiattn: interrupted", file=sys.stderr, flush=True)
         if several:
-            comm.Abort(INTERRUPTED)
+            end_job(comm, "mpiattn: interrupted\n", INTERRUPTED)
+        print("mpiattn: interrupted", file=sys.stderr)
         return INTERRUPTED
     if several:
-        print(f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        comm.Abort(1)
+        end_job(comm, f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}")
     if not isinstance(error, OSError) or error.errno not in OUTPUT_LOST:
         return None
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit

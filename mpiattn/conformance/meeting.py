@@ -10,7 +10,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
+from ..messages.ending import end_job
 from ..messages.message import Communicator, Testall, Waitall
 from .player import Refused
 
@@ -58,11 +60,8 @@ def watched(comm: Communicator, what: str, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def end(comm: Communicator, text: str) -> None:
+def end(comm: Communicator, text: str) -> NoReturn:
     """End the job with a text."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
     if not hasattr(comm, "Abort"):  # virtual ranks
         raise RuntimeError(text)
-    comm.Abort(1)
-    os._exit(1)  # Abort may come back before the job has ended
+    end_job(comm, text)

@@ -7,4 +7,5 @@
 - `reduction`: sums over the ranks by plain messages
 - `hosts`: which ranks share a host, and its GPUs
 - `device`: messages between GPUs
+- `ending`: the end of a job by one of its ranks
 """

@@ -18,9 +18,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ..messages.ending import end_job
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+PATIENCE = 5.0  # seconds for a rank that is stuck to write its traceback
 TEXT_LIMIT = 6000  # bytes of a rank's error message: its end, where the error is
 
 
@@ -85,15 +88,13 @@ class Referee:
             host, pid, dump = self.processes[rank]
             if host == socket.gethostname():
                 os.kill(pid, signal.SIGUSR1)
-                time.sleep(0.3)  # for it to write its traceback
-                self.say(f"--- rank {rank} is here:\n{frames_of_test(dump.read_text())}")
+                self.say(f"--- rank {rank} is here:\n{frames_of_test(written(dump))}")
             else:
                 self.say(f"--- rank {rank} is process {pid} on {host}")
         for host, _, dump in self.processes:
             if host == socket.gethostname():
                 dump.unlink(missing_ok=True)
-        self.world.Abort(1)
-        os._exit(1)  # Abort may come back before the job has ended
+        end_job(self.world, "", file=self.stderr)
 
     def timed_out(self, where: str, seconds: float) -> NoReturn:
         """End a test in which every rank is stuck; runs in a thread of its own."""
@@ -113,6 +114,17 @@ class Referee:
         faulthandler.unregister(signal.SIGUSR1)
         self.dump.close()
         self.comm.Free()
+
+
+def written(dump: Path) -> str:
+    """Return the traceback that another process is writing, once it is whole."""
+    text, end = "", time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(0.3)
+        before, text = text, dump.read_text()
+        if text == before != "":
+            break
+    return text
 
 
 def frames_of_test(dump: str) -> str:

@@ -19,6 +19,7 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from ...errors import WriteError
+from ...messages.ending import until_read
 from .graph import stuck
 from .host import Host, handle
 from .network import call
@@ -138,7 +139,11 @@ class Monitor:
         """End the launcher, as far as it is on this host, where it outlives its ranks: it waits for a lost host."""
         if self.settings["hosts"] == 1:
             return
-        launchers = [each for each in map(handle, above(self.settings["launcher"])) if each is not None]
+        pids = above(self.settings["launcher"])
+        if self.others is None:  # not the launcher of all, which hosts that are only namespaces see as well
+            pids = [pid for pid in pids if namespace(pid) == namespace(os.getpid())]
+        launchers = [each for each in map(handle, pids) if each is not None]
+        until_read(2)
         time.sleep(LEAVING)
         for each in reversed(launchers):  # mpiexec itself first: its status counts
             with contextlib.suppress(OSError):  # it has ended, or is the system's, as Slurm's
@@ -169,6 +174,13 @@ def above(pid: int) -> list[int]:
             found += [pid] if name.startswith(LAUNCHERS) else []
             pid = int(fields.rpartition(")")[2].split()[1])
     return found
+
+
+def namespace(pid: int) -> str:
+    """Return the namespace of the host's name in which a process is."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/uts")
+    return ""
 
 
 def confirmed(ranks: dict[int, Doing], seconds: float) -> bool:
