@@ -13,18 +13,28 @@ One column is Ring Attention; one row passes queries only.
 
 Slot j of a rank holds the queries that have made j hops along the row, slot i the K/V that have made i hops along the
 column. All ranks follow one list of steps in these coordinates (see `schedule`), with at most one message each way at
-a time; a block is computed while a later message is under way. Forward on the 2 x 3 grid:
+a time; a block is computed while a later message is under way. On the 2 x 3 grid, in float32 with a head of K/V for
+each head of queries, rank 0 does forward
 
-    step  message   on rank 0: arrives             leaves                computes (Q of, K/V of)
-    1     Q hop 1   Q 2, from rank 2 to slot 1     Q 0, to rank 1        0, 0
-    2     Q hop 2   Q 1, from rank 2 to slot 2     Q 2, to rank 1        2, 0
-    3     KV hop 1  K/V 3, from rank 3 to slot 1   K/V 0, to rank 3      1, 0
-    4                                                                    2, 3
-    5     O hop 1   out 1 so far, from rank 2      out 2, to rank 1      1, 3
-    6     O hop 2   out 0 so far, from rank 2      out 1, home to rank 1 0, 3
+    step  message    arrives                leaves                      computes (Q of, K/V of)
+    1     Q hop 1    Q 2, from rank 2       Q 0, to rank 1              0, 0
+    2     KV hop 1   K/V 3, from rank 3     K/V 0, to rank 3            2, 0
+    3     Q hop 2    Q 1, from rank 2       Q 2, to rank 1              2, 3
+    4     O hop 1    out 1, from rank 2     out 2, to rank 1            1, 0  1, 3
+    5     O hop 2    out 0, from rank 2     out 1, home to rank 1       0, 3
 
-Backward, {Q, dO, lse, delta} travel the row and K/V the column; dQ returns along the row as O does here, dK/dV along
-the column. A mask shortens ways: `ring.py` explains `reaches`, `summed`, `joined`, `ends` and `leaves`.
+An out that arrives is the sum of the ranks before, to which this one adds; that of its own queries, here out 0, comes
+home whole. Backward, {Q, dO, lse, delta} travel the row and K/V the column; their sums go the same ways, dQ along the
+row and dK/dV along the column. The own block waits in two halves for the first and the last message:
+
+    1     KV hop 1   K/V 3, from rank 3     K/V 0, to rank 3            0, 0
+    2     Q hop 1    Q 2, from rank 2       Q 0, to rank 1              0, 3
+    3     Q hop 2    Q 1, from rank 2       Q 2, to rank 1              2, 0  2, 3
+    4     dQ hop 1   dQ 1, from rank 2      dQ 2, to rank 1             1, 3
+    5     dKV hop 1  dK/dV 0, from rank 3   dK/dV 3, home to rank 3     1, 0
+    6     dQ hop 2   dQ 0, from rank 2      dQ 1, home to rank 1        0, 0
+
+A mask shortens ways: `ring.py` explains `reaches`, `summed`, `joined`, `ends` and `leaves`.
 """
 
 from __future__ import annotations

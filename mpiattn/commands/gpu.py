@@ -1,4 +1,4 @@
-"""What commands need to run on GPUs: options, the namespace of the arrays, and when the device is done."""
+"""Commands on GPUs: options, the namespace of the arrays, and when the device is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rank 0 does for all."""
+"""Work that rank 0 does for all."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ HEAD_START = 0.5  # seconds in which rank 0 says it, before another rank ends th
 FLUSH = 2.0  # seconds for standard output to take what is printed
 
 AGAIN = {"SLURM_JOB_ID": "scontrol requeue", "PBS_JOBID": "qrerun", "LSB_JOBID": "brequeue"}
-"""What puts a batch job into its queue again, by the variable that has its number."""
+"""Command that puts a batch job into its queue again, by the variable that has its number."""
 
 
 def heed(comm: Communicator) -> None:

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the algorithm is built with."""
+        """Arguments that the algorithm is built with."""
         options = {"layout": self.layout, "mask": parse(self.mask), "scale": self.scale}
         unusual = {
             name: getattr(self, name) for name in ("softcap", "partials") if getattr(self, name) != getattr(Case, name)
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What `forward` is given beside q, k, v and sinks."""
+        """Arguments of `forward` beside q, k, v and sinks."""
         numbers = self._given({"rate": self.dropout, "seed": self.seed})
         return {"dropout": Dropout(**numbers)} if self.dropout else {}
 

@@ -25,7 +25,7 @@ TIMES = {0: "left out", 2: "taken twice"}
 
 
 class Explainer:
-    """What one rank's results would be with a block left out or taken twice.
+    """Results of one rank as they would be with a block left out or taken twice.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ def error(result: Array, reference: Array) -> float:
 
 
 class Features(TypedDict, total=False):
-    """What attention may have besides: see `algorithms.base.Attention`; sinks are of all heads."""
+    """Further features of attention: see `algorithms.base.Attention`; sinks are of all heads."""
 
     softcap: float | None
     dropout: Dropout | None

@@ -73,7 +73,7 @@ class Player:
 
 @dataclass
 class Received:
-    """What one rank received.
+    """Messages and bytes that one rank received.
 
     Attributes
     ----------

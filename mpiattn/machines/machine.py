@@ -19,7 +19,7 @@ LEVELS = ("device", "node", "rack", "network")
 
 @dataclass(frozen=True)
 class Link:
-    """What connects two ranks of one level.
+    """Link between two ranks of one level.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import InputError, WriteError
 
 PROBE = b"\0" * 4096
-"""What is written to find out whether the disk has room: more than its smallest unit."""
+"""Text that is written to find out whether the disk has room: more than its smallest unit."""
 
 
 UNDER_WAY: set[Path] = set()

@@ -30,7 +30,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """What `AttentionLayer.backward` needs of `forward`."""
+    """Arrays that `AttentionLayer.backward` needs of `forward`."""
 
     x: Array
     rows: Array

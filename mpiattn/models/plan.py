@@ -1,4 +1,4 @@
-"""What a training run is told in its TOML file: the model's sizes, and how it is trained."""
+"""Plan of a training run, from its TOML file: the model's sizes, and how it is trained."""
 
 from __future__ import annotations
 

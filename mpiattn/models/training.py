@@ -28,7 +28,7 @@ from .llama import Llama, add, initial
 from .plan import BYTES, Plan
 
 TRAINING, VALIDATION = 1, 2
-"""What a draw of sequences is for."""
+"""Purpose of a draw of sequences."""
 
 
 class Trainer:

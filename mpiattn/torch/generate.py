@@ -18,7 +18,7 @@ from .cache import Generation, SameScores
 from .weights import refuse
 
 NOT_HERE = "assistant_model", "cache_implementation", "past_key_values", "cache", "prompt_lookup_num_tokens"
-"""What `generate` can be given that needs another cache."""
+"""Arguments of `generate` that need another cache."""
 
 
 def generate(sharded: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:

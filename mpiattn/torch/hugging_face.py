@@ -21,7 +21,7 @@ from ..errors import InputError
 NAME = "mpiattn"
 
 GENERATING: ContextVar[Any] = ContextVar("generating", default=None)
-"""What layers call while `Sharded.generate` runs, as `generate` hands no arguments of ours on to them."""
+"""Function that layers call while `Sharded.generate` runs, as `generate` hands no arguments of ours on to them."""
 
 FAR = 2**20
 """A position beyond all windows, to ask a mask function at."""
@@ -29,7 +29,7 @@ FAR = 2**20
 
 @dataclass(frozen=True)
 class Pattern:
-    """What layers of one kind see, as the mask function passes it on to them."""
+    """Mask that layers of one kind see, as the mask function passes it on to them."""
 
     window: int | None
     """How many tokens a query sees at most, itself included."""

@@ -26,7 +26,7 @@ KEPT = 32
 
 @dataclass(frozen=True)
 class Output:
-    """What a rank has of a model's output.
+    """Share of a rank in a model's output.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What `mpiattn bench attention` measures by turns: algorithms, with and without messages, and one kernel call."""
+"""Contenders of `mpiattn bench attention`: algorithms, with and without messages, and one kernel call."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Setting:
 
     @property
     def operations(self) -> float:
-        """Those of the whole problem, forward."""
+        """Operations of the whole problem, forward."""
         everything = np.arange(self.tokens)
         return 4.0 * pairs(self.mask, everything, everything) * self.heads * self.head_dim
 

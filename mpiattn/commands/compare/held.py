@@ -15,7 +15,7 @@ from ...trace.events import Trace
 
 @dataclass
 class Held:
-    """What was held at most, in bytes.
+    """Largest memory held, in bytes.
 
     Attributes
     ----------

@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def grid(self) -> str:
-        """What distinguishes the variants of an algorithm, such as 2x3; else the number of ranks."""
+        """Name of one of the variants of an algorithm, such as 2x3; else the number of ranks."""
         return "x".join(map(str, self.arguments.values())) or str(self.comm.Get_size())
 
     def share(self, given: Inputs | None, args: argparse.Namespace, xp: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""What implementations refused, and what a foreign one received in all cases together."""
+"""Refusals of implementations, and the traffic of a foreign one in all cases together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents claim: the article's sections, and the paper's abstract. Ring first, then mesh."""
+"""Claims of the documents: the article's sections, and the paper's abstract. Ring first, then mesh."""
 
 SPEEDUP = {4: (3.2, 3.6), 16: (8.1, 12.4), 64: (18.3, 38.7), 256: (42.7, 142.3)}
 """Section 3.2: speed-up by devices; hardware and length aren't said."""

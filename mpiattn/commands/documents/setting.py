@@ -1,4 +1,4 @@
-"""What is simulated to compare with: a layer of LLaMA-7B, ring and mesh, on so many devices."""
+"""Setting that is simulated to compare with: a layer of LLaMA-7B, ring and mesh, on so many devices."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ COLUMNS = {
     "blas_threads": "BLAS threads",
     "devices": "GPUs",
 }
-"""What the table shows of each rank, and how it is headed."""
+"""Columns of the table, by the facts that they show of each rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with where the ranks run, as sentences."""
+"""Warnings about where the ranks run, as sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .groups import group, ranges
 
 SOFTWARE = ("mpiattn", "numpy", "mpi4py", "python", "mpi", "mpi_standard", "thread_level", "platform", "gpu_kernel")
-"""What should be the same on all ranks."""
+"""Facts that should be the same on all ranks."""
 
 SIZES = {
     "PMI_SIZE": "MPICH, Intel MPI or another with Hydra",

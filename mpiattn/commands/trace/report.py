@@ -1,4 +1,4 @@
-"""What the traces of all ranks say: timeline, time by phase, bytes from rank to rank."""
+"""Report on the traces of all ranks: timeline, time by phase, bytes from rank to rank."""
 
 from __future__ import annotations
 

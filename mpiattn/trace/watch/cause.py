@@ -15,7 +15,7 @@ STATUSES = {
     "stopped": "{who} is stopped: kill -CONT {doing.pid} on its host would continue it",
     "unknown": "no word from {who}: its host is down, or the network to it is cut or far too slow",
 }
-"""What is the matter with a rank of this status, whatever the others wait for."""
+"""Sentence for a rank of this status, whatever the others wait for."""
 
 
 def cause(ranks: Ranks, found: Sequence[Edge]) -> tuple[list[int], list[str]]:

@@ -1,4 +1,4 @@
-"""Who waits for whom: the ranks as a graph, and where its ways end.
+"""Waiting of ranks for ranks, as a graph, and where its ways end.
 
 An edge leads from a rank to one that it waits for: one that has not posted the other half of a message, or that
 has not come to a collective. Where both halves are posted, a message is under way, and no rank can do more for it.

@@ -32,7 +32,7 @@ NAMES, COMMS = 2**8, 2**16
 
 
 class Kind:
-    """What a record is of: plain numbers, as a rank has to be quick."""
+    """Kind of a record: plain numbers, as a rank has to be quick."""
 
     SEND = 1  # posted
     RECEIVE = 2  # posted
@@ -54,7 +54,7 @@ class State(IntEnum):
 
 
 class Record(NamedTuple):
-    """What a rank did at a time, in seconds of its host's `time.monotonic`.
+    """Act of a rank at a time, in seconds of its host's `time.monotonic`.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ class Recorder:
 
 
 class Steps:
-    """What another process reads of the records of a rank."""
+    """Reader of the records of a rank, in another process."""
 
     def __init__(self, file: Path) -> None:
         with open(file, "rb") as opened:

@@ -43,7 +43,7 @@ class WatchedRequest(MPI.Request):
 
 
 class WatchedTransfer:
-    """What stands in for a request of MPI's, such as `device.channel.Transfer`."""
+    """Stand-in for a request of MPI's, such as `device.channel.Transfer`."""
 
     def __init__(self, request: message.Request, recorder: Recorder, post: int) -> None:
         self.request, self.recorder, self.post = request, recorder, post

@@ -1,4 +1,4 @@
-"""What a rank is doing, as its records tell it."""
+"""State of a rank, as its records tell it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Wait:
 
 @dataclass
 class Doing:
-    """What a rank is doing.
+    """State of a rank: its passes, its waits, its last steps.
 
     Attributes
     ----------
