@@ -8,7 +8,7 @@
 #   --ranks N        ranks on each host; 1 if not given
 #   --rate RATE      of each host's link, each way, as tc writes it: 100mbit, 1gbit; not limited if not given
 #   --latency TIME   one way from host to host: 500us, 2ms; needs the kernel's netem
-#   --mpiexec FILE   of MPICH or Open MPI; if not given that of .venv, else of PATH
+#   --mpiexec FILE   of MPICH, Open MPI or Intel MPI; if not given that of .venv, else of PATH
 #   --host NAME      run COMMAND itself, without mpiexec, on that host (node1 ... nodeN, or head)
 #   --check          say whether this can run here: exit code 0, or 3 and the reason
 #
@@ -168,11 +168,16 @@ else
         mpiexec=$root/.venv/bin/mpiexec
         [[ -x $mpiexec ]] || mpiexec=$(command -v mpiexec) || die 3 "no mpiexec in .venv nor on PATH; give --mpiexec"
     fi
-    if "$mpiexec" --version 2>&1 | grep -q 'Open MPI\|OpenRTE\|PRRTE'; then
+    library=$("$mpiexec" --version 2>&1 || true)
+    if [[ $library =~ 'Open MPI'|OpenRTE|PRRTE ]]; then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         launch=(--hostfile "$folder/openmpi" -n $((hosts * ranks)) --prtemca plm_ssh_agent "$folder/ssh"
             --prtemca prte_if_include net0 --prtemca prte_tmpdir_base "$folder" --bind-to none
             --mca pml ob1 --mca btl 'tcp,sm,self' --mca btl_tcp_if_include net0)
+    elif [[ $library == *Intel* ]]; then
+        export I_MPI_FABRICS=shm:ofi FI_PROVIDER=tcp FI_TCP_IFACE=net0
+        launch=(-f "$folder/mpich" -n $((hosts * ranks)) -ppn "$ranks" -iface net0
+            -bootstrap ssh -bootstrap-exec "$folder/ssh")
     else
         export MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp FI_TCP_IFACE=net0
         launch=(-f "$folder/mpich" -n $((hosts * ranks)) -launcher ssh -launcher-exec "$folder/ssh" -iface net0)
