@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from launch import FROM_LAUNCHER, OPEN_MPI, mpiexec, mpiexec_path
 
 from mpiattn.errors import InputError, WriteError
 from mpiattn.machines import writing
+from mpiattn.messages.ending import until_read
 
 COMMAND = [sys.executable, "-m", "mpiattn"]
 SMALL = ["--tokens", "64", "--heads", "2", "--head-dim", "8"]
@@ -150,3 +152,22 @@ def test_interrupted_on_several_ranks() -> None:
     assert len(own_lines(done.stderr)) < 12, done.stderr
     if "Press Ctrl-C again" in done.stderr:
         assert done.returncode == 130 and done.stderr.count("mpiattn: interrupted") == 1, done.stderr
+
+
+def test_what_was_said_is_read_before_the_job_ends() -> None:
+    """A launcher that reads late: MPICH's forgets what is left when a rank aborts."""
+    reader, writer = os.pipe()
+    os.write(writer, b"the reason\n")
+    timer = threading.Timer(0.3, os.read, (reader, 100))
+    timer.start()
+    begun = time.monotonic()
+    until_read(writer)
+    assert 0.2 < time.monotonic() - begun < 4
+    os.write(writer, b"nobody reads this\n")
+    begun = time.monotonic()
+    until_read(writer, patience=0.2)
+    assert 0.2 <= time.monotonic() - begun < 2
+    timer.join()
+    os.close(reader)
+    os.close(writer)
+    until_read(writer)  # closed: nothing to wait for
