@@ -118,3 +118,16 @@ def test_rows_are_summed_in_float32(narrow: str) -> None:
     out = layers.rms_norm(x, np.ones(4096, dtype), 1e-6)
     assert out.dtype == dtype and (out == 1).all()
     assert layers.cross_entropy(x, np.array([[0]])) == pytest.approx(math.log(4096))
+
+
+def test_sums_over_tokens_are_wider_than_bfloat16() -> None:
+    """4,096 ones add up to 4,096; in bfloat16 they would end at 256, where one more is rounded away."""
+    import ml_dtypes
+
+    ones = np.ones((1, 4096, 2), ml_dtypes.bfloat16)
+    out = layers.linear(ones, ones[0, :2])
+    d_x, *sums = layers.linear_backward(ones, ones, ones[0, :2])
+    assert out.dtype == d_x.dtype == ones.dtype and (out == 2).all() and (d_x == 2).all()
+    sums.append(layers.embedding_backward(ones, np.zeros((1, 4096), int), ones[0, :3])[0])
+    sums.append(layers.layer_norm_backward(ones, ones, ones[0, 0], 1e-6)[2])
+    assert all((total == 4096).all() for total in sums)

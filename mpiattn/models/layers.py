@@ -25,7 +25,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     weight : (out, in)
     bias : (out,), optional
     """
-    out: Array = (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    rows: Array = (x.reshape(-1, x.shape[-1]) @ weight.T).astype(x.dtype, copy=False)  # NumPy's is float32 of bfloat16
+    out = rows.reshape(*x.shape[:-1], len(weight))
     if bias is not None:
         out += bias
     return out
@@ -34,8 +35,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def linear_backward(d_out: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """Return d_x, d_weight, and d_bias: d_out W, d_out^T x, and the sum of d_out over the tokens."""
     rows = d_out.reshape(-1, d_out.shape[-1])  # (b t, out)
-    d_x = (rows @ weight).reshape(x.shape)
-    return d_x, rows.T @ x.reshape(len(rows), -1), rows.sum(axis=0)
+    d_x = (rows @ weight).astype(x.dtype, copy=False).reshape(x.shape)
+    return d_x, rows.T @ x.reshape(len(rows), -1), rows.sum(axis=0, dtype=accumulator(rows.dtype))
 
 
 def embedding(tokens: Array, table: Array) -> Array:
@@ -45,9 +46,10 @@ def embedding(tokens: Array, table: Array) -> Array:
 
 
 def embedding_backward(d_out: Array, tokens: Array, table: Array) -> Array:
-    """Return d_table: each row the sum over the places where its token stands."""
-    d_table: Array = namespace(table).zeros_like(table)
-    namespace(table).add.at(d_table, tokens.reshape(-1), d_out.reshape(-1, table.shape[1]))
+    """Return d_table, float32 or wider: each row the sum over the places where its token stands."""
+    wide = accumulator(table.dtype)
+    d_table: Array = namespace(table).zeros(table.shape, wide)
+    namespace(table).add.at(d_table, tokens.reshape(-1), d_out.reshape(-1, table.shape[1]).astype(wide, copy=False))
     return d_table
 
 
@@ -184,7 +186,8 @@ def _centred(x: Array) -> Array:
 
 
 def _over_tokens(rows: Array, weight: Array) -> Array:
-    result: Array = rows.reshape(-1, rows.shape[-1]).sum(axis=0).astype(weight.dtype, copy=False)
+    total = rows.reshape(-1, rows.shape[-1]).sum(axis=0, dtype=accumulator(rows.dtype))
+    result: Array = total.astype(weight.dtype, copy=False)
     return result
 
 
