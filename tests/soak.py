@@ -27,6 +27,7 @@ from mpiattn.commands.conformance.players import find
 from mpiattn.conformance.case import Case
 from mpiattn.conformance.check import check
 from mpiattn.conformance.player import Refused
+from mpiattn.messages.private import KEYVAL, PrivateComm
 from mpiattn.problems.layout import LAYOUTS
 
 STUCK = 300.0  # seconds in a case without a step: the watch ends the job
@@ -65,7 +66,10 @@ class Held:
 
 
 def communicators(comm: MPI.Intracomm) -> int:
-    """Return how many communicators there are, counted from some number on; collective."""
+    """Return how many communicators there are, counted from some number on; collective.
+
+    Those of the shared windows do not count: there is one for each power of two that a case was large enough for.
+    """
     probes: list[MPI.Intracomm] = []
     with contextlib.suppress(MPI.Exception):
         while len(probes) < (1 if OPEN_MPI else MOST):
@@ -74,7 +78,8 @@ def communicators(comm: MPI.Intracomm) -> int:
     number = probes[0].py2f() if OPEN_MPI else MOST - len(probes)
     for probe in probes:
         probe.Free()
-    return number
+    private = comm.Get_attr(KEYVAL)
+    return number - (len(private.kept.windows) if isinstance(private, PrivateComm) else 0)
 
 
 def drawn(rng: random.Random, decodes: bool) -> Case:
