@@ -36,7 +36,7 @@ def linear_backward(d_out: Array, x: Array, weight: Array) -> tuple[Array, Array
     """Return d_x, d_weight, and d_bias: d_out W, d_out^T x, and the sum of d_out over the tokens."""
     rows = d_out.reshape(-1, d_out.shape[-1])  # (b t, out)
     d_x = (rows @ weight).astype(x.dtype, copy=False).reshape(x.shape)
-    return d_x, rows.T @ x.reshape(len(rows), -1), rows.sum(axis=0, dtype=accumulator(rows.dtype))
+    return d_x, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(axis=0, dtype=accumulator(rows.dtype))
 
 
 def embedding(tokens: Array, table: Array) -> Array:

@@ -8,13 +8,14 @@ from typing import Any
 from ...messages.message import Communicator
 from .. import watching
 from ..terminal import Help
-from . import attention, error, kernel, overlap
+from . import attention, error, kernel, overlap, train
 
 BENCHMARKS: dict[str, tuple[Any, str]] = {
     "kernel": (kernel, "the NumPy kernel against its own matrix products, a textbook version and torch"),
     "overlap": (overlap, "how much of a message hides behind compute"),
     "error": (error, "whether results are as exact on many ranks as on one"),
     "attention": (attention, "algorithms beside themselves without messages, one kernel call and torch"),
+    "train": (train, "training steps by each algorithm, beside what virtual ranks predict"),
 }
 """Module and summary of each benchmark."""
 
