@@ -66,6 +66,11 @@ def test_losses_are_those_of_one_rank(comm: Any) -> None:
     assert losses(comm, 3, plan(seed=1))[0] != right[0]
 
 
+@pytest.mark.mpi(sizes=[4])
+def test_fewer_tokens_than_ranks(comm: Any) -> None:
+    assert losses(comm, 2, plan(tokens=3)) == pytest.approx(losses(alone(), 2, plan(tokens=3)), rel=1e-12)
+
+
 def test_adamw_by_hand() -> None:
     """Two steps of one matrix and one vector, and a norm that is clipped."""
     weights = {"w": np.array([[2.0]]), "b": np.array([2.0])}

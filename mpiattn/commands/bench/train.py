@@ -33,10 +33,12 @@ sequence spread over all of them, with random weights and random tokens. The alg
   s a step         of the slowest rank
   tokens/s a rank  the tokens of a step, by its seconds and the number of ranks
   waiting          share of a step in which a rank waits for messages, the mean of the ranks
-  predicted        with --machine: tokens/s a rank, of two times that are added up:
-                   - messages and attention's blocks: the same steps in virtual time, on as many ranks of the machine
-                   - the rest of a step: measured by turns with the others, on all ranks at once, each alone with as
-                     many tokens as it has of a sequence, and nothing to send
+  predicted        with --machine: tokens/s a rank, of two times that are added up,
+                   - messages and attention's blocks: the same step in virtual time, on as many ranks of the machine
+                   - the rest of a step: that of "alone", without its blocks
+
+"alone" takes its turn, too: all ranks at once train, each for itself, on a sequence as long as its share of the
+whole one, and send nothing.
 """
 
 EXAMPLES = """\
@@ -55,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithms", type=partial(chosen.several, among=tuple(ALGORITHMS)), default="ring,mesh,ulysses",
         metavar="NAME,...", help=f"of those that share out tokens (default ring,mesh,ulysses); {chosen.SPELLING}",
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, metavar="FILE", help=".toml of mpiattn train, instead of the sizes here")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="of mpiattn train, instead of sizes and seed; its steps and held_out do not count",
+    )
     parser.add_argument("--tokens", type=count, metavar="N", help="of a sequence, all ranks together (default 1024)")
     parser.add_argument("--batch", type=int, metavar="N", help="sequences a step (default 1)")
     parser.add_argument("--layers", type=int, metavar="N", help="default 2")
@@ -72,47 +79,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Measure, predict where there is a machine, and print on rank 0."""
     plan, machine = comm.bcast(on_root(comm, lambda: given(args)))
-    ranks = comm.Get_size()
-    asked = [chosen.on_grid(one, args, ranks) for one in args.algorithms]
+    asked = [chosen.on_grid(one, args, comm.Get_size()) for one in args.algorithms]
     surroundings = environment(comm)
-    names = [spell(*one) for one in asked]
-    steps = [TrainStep(comm, comm, plan, one) for one in asked]
-    alone = comm.Split(comm.Get_rank()) if machine is not None else None
-    if alone is not None:
-        part = dataclasses.replace(plan, tokens=math.ceil(plan.tokens / ranks))
-        steps.append(TrainStep(comm, alone, part, ("ring", {})))
+    one_rank = comm.Split(comm.Get_rank())
+    part = dataclasses.replace(plan, tokens=math.ceil(plan.tokens / comm.Get_size()))
+    alone = TrainStep("alone", comm, one_rank, part, ("ring", {}))
+    steps = [*(TrainStep(spell(*one), comm, comm, plan, one) for one in asked), alone]
     progress = bar(comm, len(steps) * (args.steps + 1) + (len(asked) if machine else 0), "step")
     for number in range(args.steps + 1):
-        for name, step in zip([*names, "each rank alone"], steps, strict=False):
-            progress.set_postfix_str(name)
+        for step in steps:
+            progress.set_postfix_str(step.name)
             step.measure(keep=number > 0)
             progress.update()
-    results = []
-    for name, one, step in zip(names, asked, steps, strict=False):
-        tokens = plan.batch * plan.tokens / ranks
-        result = {"name": name, "rate": tokens / statistics.median(step.seconds), "seconds": step.seconds}
-        result |= {"waiting": step.waiting, "losses": step.losses}
-        if machine is not None:
-            progress.set_postfix_str(f"{name} in virtual time")
-            result["virtual"] = comm.bcast(patiently(comm, partial(predict, machine, ranks, plan, one)))
-            result["predicted"] = tokens / (result["virtual"] + statistics.median(steps[-1].others))
-            progress.update()
-        results.append(result)
+    results = [step.results() for step in steps]
+    for one, result in zip(asked if machine else [], results, strict=False):
+        progress.set_postfix_str(f"{result['name']} in virtual time")
+        virtual = comm.bcast(patiently(comm, partial(predict, machine, comm.Get_size(), plan, one)))
+        seconds = virtual + statistics.median(alone.others)
+        result |= {"virtual": virtual, "predicted": plan.batch * plan.tokens / comm.Get_size() / seconds}
+        progress.update()
     progress.close()
-    others = steps[-1].others if machine else None
+    for step in steps:
+        step.trainer.free()
+    one_rank.Free()
     if comm.Get_rank() == 0:
-        print(*told(plan, ranks, results), sep="\n")
-        if machine and others:
-            rest = statistics.median(others)
+        print(description(plan, comm.Get_size(), args.steps), table(results), sep="\n")
+        if machine:
+            rest = statistics.median(alone.others)
             print(f"predicted: messages and blocks in virtual time on {machine.name}, {rest:.3g} s for the rest")
     if args.json:
         document = {"command": " ".join(["mpiattn", *sys.argv[1:]]), "environment": surroundings, **plan.to_tables()}
-        document |= {"machine": args.machine, "others": others, "results": results}
+        document |= {"machine": args.machine, "results": results}
         on_root(comm, lambda: writing.write_json(args.json, document))
-    for step in steps:
-        step.trainer.free()
-    if alone is not None:
-        alone.Free()
     return 0
 
 
@@ -131,9 +129,7 @@ def given(args: argparse.Namespace) -> tuple[Plan, Machine | None]:
     return dataclasses.replace(plan, held_out=0.0), machine
 
 
-def of_sizes(
-    tokens: int, batch: int, layers: int, d_model: int, heads: int, kv_heads: int | None, seed: int
-) -> Plan:  # fmt: skip
+def of_sizes(tokens: int, batch: int, layers: int, d_model: int, heads: int, kv_heads: int | None, seed: int) -> Plan:
     """Return the plan of a Llama of these sizes; between its two matrices an MLP is 8/3 as wide."""
     kv_heads = heads if kv_heads is None else kv_heads
     if min(batch, layers, d_model, heads, kv_heads) < 1 or seed < 0:
@@ -147,21 +143,27 @@ def of_sizes(
     return Plan.from_tables({"model": model, "training": {"tokens": tokens, "batch": batch, "seed": seed}})
 
 
-def told(plan: Plan, ranks: int, results: list[dict[str, Any]]) -> list[str]:
-    """Return what was trained, and the table."""
+def description(plan: Plan, ranks: int, steps: int) -> str:
+    """Return in a line what was trained."""
     model, weights = plan.model, sum(math.prod(shape) for shape in plan.model.shapes.values())
-    headers = ["", "s a step", "tokens/s\na rank", "waiting"]
-    headers += ["predicted", "measured /\npredicted"] if "predicted" in results[0] else []
+    return (
+        f"ranks {ranks}, tokens a step {plan.batch} x {plan.tokens}, layers {model.num_hidden_layers}, "
+        f"features {model.hidden_size}, heads {model.num_attention_heads} (of K and V {model.num_key_value_heads}), "
+        f"{weights / 1e6:.2g} million weights, {plan.dtype}; medians of {steps} steps"
+    )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the medians as a table."""
+    predicted = "predicted" in results[0]
+    headers = ["", "s a step", "tokens/s\na rank", "waiting", *(["predicted", "measured /\npredicted"] * predicted)]
     rows = []
     for one in results:
         row = [one["name"], f"{statistics.median(one['seconds']):.3g}", f"{one['rate']:.4g}"]
         row.append(f"{statistics.median(one['waiting']):.0%}")
-        if "predicted" in one:
-            row += [f"{one['predicted']:.4g}", f"{one['rate'] / one['predicted']:.2f}"]
+        if predicted:
+            row += (
+                [f"{one['predicted']:.4g}", f"{one['rate'] / one['predicted']:.2f}"] if "predicted" in one else 2 * [""]
+            )
         rows.append(row)
-    return [
-        f"ranks {ranks}, tokens a step {plan.batch} x {plan.tokens}, layers {model.num_hidden_layers}, "
-        f"features {model.hidden_size}, heads {model.num_attention_heads} (of K and V {model.num_key_value_heads}), "
-        f"{weights / 1e6:.2g} million weights, {plan.dtype}; medians of {len(results[0]['seconds'])} steps",
-        terminal.table(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))),
-    ]
+    return terminal.table(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -21,6 +22,8 @@ class TrainStep:
 
     Parameters
     ----------
+    name : str
+        For the table.
     comm : mpi4py.MPI.Comm
     over : mpi4py.MPI.Comm
         The ranks that train together: all of `comm`, or one.
@@ -39,9 +42,10 @@ class TrainStep:
     losses : list of float
     """
 
-    def __init__(self, comm: Communicator, over: Communicator, plan: Plan, asked: Asked) -> None:
-        self.comm, self.traced = comm, TracedComm(over)
+    def __init__(self, name: str, comm: Communicator, over: Communicator, plan: Plan, asked: Asked) -> None:
+        self.name, self.comm, self.traced = name, comm, TracedComm(over)
         self.trainer = trainer(self.traced, plan, asked)
+        self.tokens = plan.batch * plan.tokens / over.Get_size()
         self.seconds: list[float] = []
         self.waiting: list[float] = []
         self.others: list[float] = []
@@ -62,6 +66,11 @@ class TrainStep:
             self.waiting.append(float(ranks[:, 1].mean()))
             self.others.append(float(ranks[:, 2].max()))
             self.losses.append(loss)
+
+    def results(self) -> dict[str, Any]:
+        """Return what was measured, and the tokens a second of a rank in a median step."""
+        columns = {name: getattr(self, name) for name in ("seconds", "waiting", "others", "losses")}
+        return {"name": self.name, "rate": self.tokens / statistics.median(self.seconds), **columns}
 
 
 def trainer(comm: Any, plan: Plan, asked: Asked) -> Trainer:
