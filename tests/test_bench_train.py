@@ -38,6 +38,7 @@ def test_bench_train(tmp_path: Path) -> None:
     *results, alone = document["results"]
     assert [one["name"] for one in document["results"]] == ["ring", "mesh", "ulysses", "alone"]
     assert alone["losses"] != results[0]["losses"] and "predicted" not in alone
+    assert all(0 < rest < whole for rest, whole in zip(alone["others"], alone["seconds"], strict=True))  # no blocks
     for one in results:
         assert one["losses"] == pytest.approx(results[0]["losses"], rel=1e-5)
         assert one["losses"][0] == pytest.approx(5.545, abs=0.05)  # log 256: nothing is known of random bytes

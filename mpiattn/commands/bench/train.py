@@ -57,12 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithms", type=partial(chosen.several, among=tuple(ALGORITHMS)), default="ring,mesh,ulysses",
         metavar="NAME,...", help=f"of those that share out tokens (default ring,mesh,ulysses); {chosen.SPELLING}",
     )  # fmt: skip
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="of mpiattn train, instead of sizes and seed; its steps and held_out do not count",
-    )
+    text = "of mpiattn train, instead of sizes and seed; its steps and held_out do not count"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
     parser.add_argument("--tokens", type=count, metavar="N", help="of a sequence, all ranks together (default 1024)")
     parser.add_argument("--batch", type=int, metavar="N", help="sequences a step (default 1)")
     parser.add_argument("--layers", type=int, metavar="N", help="default 2")
@@ -161,9 +157,6 @@ def table(results: list[dict[str, Any]]) -> str:
     for one in results:
         row = [one["name"], f"{statistics.median(one['seconds']):.3g}", f"{one['rate']:.4g}"]
         row.append(f"{statistics.median(one['waiting']):.0%}")
-        if predicted:
-            row += (
-                [f"{one['predicted']:.4g}", f"{one['rate'] / one['predicted']:.2f}"] if "predicted" in one else 2 * [""]
-            )
-        rows.append(row)
+        rate = one.get("predicted")
+        rows.append([*row, *([f"{rate:.4g}", f"{one['rate'] / rate:.2f}"] if rate else ["", ""] * predicted)])
     return terminal.table(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
