@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from mpiattn.models.training import TRAINING, Trainer
 
 TEXT = (Path(__file__).parent.parent.parent / "LICENSE").read_bytes()
 MODEL = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+    "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
 }  # fmt: skip
-STEPS = 200
+TOLERANCES = [("float64", 1e-8), ("float32", 1e-3)]
 
 
-def plan(dtype: str) -> Plan:
-    training = {"steps": STEPS, "tokens": 16, "batch": 4, "learning_rate": 3e-3, "warmup": 10, "dtype": dtype}
-    return Plan.from_tables({"model": MODEL, "training": training})
+def plan(dtype: str, blocks: int) -> Plan:
+    training = {"steps": 200, "tokens": 16, "batch": 4, "learning_rate": 3e-3, "warmup": 10, "dtype": dtype}
+    return Plan.from_tables({"model": {**MODEL, "num_hidden_layers": blocks}, "training": training})
 
 
 def loss_of(weights: dict[str, Any], given: Plan, angles: Any, tokens: Any, targets: Any) -> Any:
@@ -56,10 +57,12 @@ def loss_of(weights: dict[str, Any], given: Plan, angles: Any, tokens: Any, targ
     return F.cross_entropy((norm(x, "model.norm.weight") @ table.T).flatten(0, 1), targets.flatten())
 
 
-def by_torch(given: Plan) -> list[float]:
+@cache
+def by_torch(dtype: str, blocks: int) -> list[float]:
     """Return the loss of each step."""
     from mpi4py import MPI
 
+    given = plan(dtype, blocks)
     torch.set_num_threads(1)
     source = Trainer(MPI.COMM_SELF, given, TEXT)  # of the first weights and the sequences
     weights = {name: torch.tensor(weight, requires_grad=True) for name, weight in source.llama.weights.items()}
@@ -84,14 +87,29 @@ def by_torch(given: Plan) -> list[float]:
     return losses
 
 
-@pytest.mark.mpi(sizes=[1, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-8), ("float32", 1e-3)])
-def test_losses_are_torchs(comm: Any, dtype: str, tolerance: float) -> None:
-    """Over 200 steps; on 4 ranks as 2 sequences at a time, each on 2 ranks."""
-    given = plan(dtype)
-    right = comm.bcast(patiently(comm, lambda: by_torch(given)))
-    trainer = Trainer(comm, given, TEXT, data=2 if comm.Get_size() == 4 else 1)
-    losses = [trainer.train() for _ in range(STEPS)]
-    trainer.free()
+def differences(comm: Any, dtype: str, algorithm: str) -> Any:
+    """Return how far the loss of each step is from torch's; one block will do where ranks share cores."""
+    blocks = 2 if comm.size == 1 else 1
+    right = comm.bcast(patiently(comm, lambda: by_torch(dtype, blocks)))
     assert right[-1] < 0.8 * right[0]
-    assert np.abs(np.array(losses) - right).max() < tolerance
+    trainer = Trainer(comm, plan(dtype, blocks), TEXT, algorithm)
+    losses = [trainer.train() for _ in right]
+    trainer.free()
+    return np.abs(np.array(losses) - right)
+
+
+@pytest.mark.mpi(sizes=[1, 2, 4])
+@pytest.mark.parametrize("algorithm", ["ring", "mesh"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_losses_are_torchs(comm: Any, dtype: str, tolerance: float, algorithm: str) -> None:
+    """Over 200 steps."""
+    assert differences(comm, dtype, algorithm).max() < tolerance
+
+
+@pytest.mark.mpi(sizes=[4])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_losses_on_two_ranks_are_torchs(comm: Any, dtype: str, tolerance: float) -> None:
+    """Of the 4 ranks, two train by ring while the others train by mesh."""
+    pair = comm.Split(comm.rank // 2)
+    assert differences(pair, dtype, ("ring", "mesh")[comm.rank // 2]).max() < tolerance
+    pair.Free()
