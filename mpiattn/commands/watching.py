@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import Any
 
+from ..errors import InputError
 from ..messages.message import Communicator
 from ..trace.watch.session import watch
 
@@ -44,6 +45,10 @@ def watching(args: argparse.Namespace, comm: Communicator | None) -> contextlib.
     The block gives the communicator to use.
     """
     timeout = args.timeout
+    if getattr(args, "elastic", False):
+        if timeout:
+            raise InputError("--timeout ends the job when a rank dies, and --elastic goes on: give one of them")
+        timeout = 0.0
     if timeout is None:
         timeout = BATCH_SECONDS if any(name in os.environ for name in BATCH) else 0.0
     if comm is None or comm.Get_size() == 1:

@@ -65,7 +65,7 @@ class PrivateComm(MPI.Intracomm):
     ----------
     kept : Kept
     owner : MPI.Intracomm, optional
-        The caller's communicator of which this is the duplicate.
+        The caller's communicator of which this is the duplicate, or the private one that this was made of.
     """
 
     kept: Kept
@@ -82,16 +82,28 @@ class PrivateComm(MPI.Intracomm):
     ) -> PrivateCart:
         """Return the grid of these dimensions."""
         make = partial(MPI.Intracomm.Create_cart, self, dims, periods, reorder)
-        return self.kept.once(("Create_cart", tuple(dims), tuple(periods or ()), reorder), lambda: PrivateCart(make()))
+        key = "Create_cart", tuple(dims), tuple(periods or ()), reorder
+        return self.kept.once(key, lambda: self.owned(PrivateCart(make())))
 
     def Split(self, color: int = 0, key: int = 0) -> PrivateComm:
         """Return the communicator of the ranks of this color, in the order of their keys."""
         make = partial(MPI.Comm.Split, self, color, key)
         asked = self.allgather((color, key))  # one that only some ranks ask for anew is another one for all
-        return self.kept.once(("Split", *asked), lambda: PrivateComm(cast(MPI.Intracomm, make())))
+        return self.kept.once(("Split", *asked), lambda: self.owned(PrivateComm(cast(MPI.Intracomm, make()))))
+
+    def owned(self, made: Made) -> Made:
+        """Return a communicator that was made of this one, as its own."""
+        made.owner = self
+        return made
 
     def Free(self) -> None:
         """Do nothing: it is freed with the caller's communicator."""
+
+    def Revoke(self) -> None:
+        """Revoke it and all that was made of it: MPI revokes one at a time."""
+        for comm in self.kept.made.values():
+            comm.Revoke()
+        MPI.Comm.Revoke(self)
 
     def Allocate_shared(self, nbytes: int) -> MPI.Win:
         """Return a window with a part of at least so many bytes for each rank of a host.
@@ -110,7 +122,9 @@ class PrivateComm(MPI.Intracomm):
         """Take it out of its owner's keeping: there may be messages under way on it for ever, of this memory."""
         ABANDONED.append((self, memory))
         owner, self.owner = self.owner, None
-        if owner is not None and owner != MPI.COMM_NULL and owner.Get_attr(KEYVAL) is self:
+        if isinstance(owner, PrivateComm):
+            owner.abandon(memory)
+        elif owner is not None and owner != MPI.COMM_NULL and owner.Get_attr(KEYVAL) is self:
             owner.Delete_attr(KEYVAL)
 
 
@@ -120,7 +134,7 @@ class PrivateCart(PrivateComm, MPI.Cartcomm):
     def Sub(self, remain_dims: Sequence[bool]) -> PrivateCart:
         """Return the communicator of this rank's row or column."""
         make = partial(MPI.Cartcomm.Sub, self, remain_dims)
-        return self.kept.once(("Sub", tuple(remain_dims)), lambda: PrivateCart(make()))
+        return self.kept.once(("Sub", tuple(remain_dims)), lambda: self.owned(PrivateCart(make())))
 
 
 def _freed(comm: MPI.Comm, keyval: int, duplicate: PrivateComm) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from ..algorithms import ALGORITHMS, Attention, Saved
 from ..arrays import Array, namespace
 from ..errors import InputError
-from ..messages.message import Communicator
+from ..messages.connection import private
+from ..messages.message import Cartesian, Communicator
 from ..messages.reduction import all_reduce
 from ..problems.layout import EVERYWHERE
 from ..problems.mask import Causal, Positions
@@ -59,26 +60,40 @@ class Trainer:
         self, comm: Communicator, plan: Plan, text: bytes, algorithm: str = "mesh", data: int = 1, xp: ModuleType = np,
         **options: Any,
     ) -> None:  # fmt: skip
-        ranks = comm.Get_size()
-        if data < 1 or ranks % data or plan.batch % data:
-            raise InputError(f"{data} rows of sequences: a divisor of {ranks} ranks and of the batch of {plan.batch}")
-        self.plan, self.data, self.xp = plan, data, xp
+        self.plan, self.xp, self.algorithm, self.options = plan, xp, algorithm, options
         held_out = int(len(text) * plan.held_out)
         whole = np.frombuffer(text, np.uint8)
         self.text = {TRAINING: whole[: len(whole) - held_out], VALIDATION: whole[len(whole) - held_out :]}
         for what, part in (("train on", self.text[TRAINING]), ("validate on", self.text[VALIDATION])):
             if len(part) <= plan.tokens and (what == "train on" or plan.held_out):
                 raise InputError(f"the text has {len(part)} bytes to {what}; a sequence takes {plan.tokens + 1}")
-        self.grid = comm.Create_cart([data, ranks // data], periods=[False, False], reorder=False)
-        self.row = self.grid.Sub([False, True])
-        self.attention: Attention = ALGORITHMS[algorithm](self.row, mask=Causal(), **options)
-        if self.attention.layout == EVERYWHERE or self.attention.copied:
-            raise InputError(f"{algorithm} does not share out tokens: take another algorithm, such as mesh or ring")
+        self.arrange(comm, data)
+        self.build()
         weights = initial(plan.model, plan.seed, np.dtype(plan.dtype))
         self.llama = Llama(plan.model, {name: xp.asarray(weight) for name, weight in weights.items()})
         given = {name: getattr(plan, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
         self.optimiser = AdamW(self.llama.weights, **given)
         self.head = "model.embed_tokens.weight" if plan.model.tie_word_embeddings else "lm_head.weight"
+
+    def arrange(self, comm: Communicator, data: int) -> None:
+        """Make the grid of the ranks of a communicator, and its rows; all of them call this, and then `build`."""
+        ranks = comm.Get_size()
+        if data < 1 or ranks % data or self.plan.batch % data:
+            raise InputError(
+                f"{data} rows of sequences: a divisor of {ranks} ranks and of the batch of {self.plan.batch}"
+            )
+        self.comm, self.data = comm, data
+        self.own = private(comm)  # what it is all made of
+        self.grid: Cartesian = self.own.Create_cart([data, ranks // data], periods=[False, False], reorder=False)
+        self.row = self.grid.Sub([False, True])
+
+    def build(self) -> None:
+        """Build the attention of a row."""
+        self.attention: Attention = ALGORITHMS[self.algorithm](self.row, mask=Causal(), **self.options)
+        if self.attention.layout == EVERYWHERE or self.attention.copied:
+            raise InputError(
+                f"{self.algorithm} does not share out tokens: take another algorithm, such as mesh or ring"
+            )
 
     @property
     def step(self) -> int:
@@ -88,9 +103,13 @@ class Trainer:
     def train(self) -> float:
         """Do the next step; return its loss: the mean over its tokens, in nats, on every rank."""
         loss, gradients = self.gradients(self.step)
+        self.update(gradients)
+        return loss
+
+    def update(self, gradients: Mapping[str, Array]) -> None:
+        """Move the weights, which ends a step: without a message, and to the same bits on every rank."""
         clip(gradients, self.plan.clip)
         self.optimiser.step(gradients, self.plan.rate(self.step))
-        return loss
 
     def gradients(self, step: int) -> tuple[float, dict[str, Array]]:
         """Return the loss of a step's sequences and its gradients, complete on every rank."""
@@ -153,7 +172,5 @@ class Trainer:
         return float(-(shares * np.log(shares)).sum())
 
     def free(self) -> None:
-        """Free the communicators; all ranks call it together."""
+        """Give the attention's memory back; its communicators are kept with the caller's, see `private`."""
         self.attention.free()
-        self.row.Free()
-        self.grid.Free()

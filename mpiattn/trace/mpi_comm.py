@@ -38,8 +38,19 @@ class TracedIntracomm(TracedComm, MPI.Intracomm):  # type: ignore[misc]
         MPI.Intracomm.Free(self)
         self.comm = MPI.COMM_NULL
 
+    def Revoke(self) -> None:
+        """Revoke the communicator, and what goes with it where it is a private one."""
+        self.comm.Revoke()
+
     def _derived(self, comm: Any) -> Any:
-        return super()._derived(comm) if comm != MPI.COMM_NULL else comm
+        """Trace a communicator of some of these ranks; no message is sent for it, as some may be gone by now."""
+        if comm == MPI.COMM_NULL:
+            return comm
+        here, there = self.comm.Get_group(), comm.Get_group()
+        ranks = there.Translate_ranks(range(there.size), here)
+        here.Free()
+        there.Free()
+        return TracedComm(comm, self.trace, [self.ranks[rank] for rank in ranks])
 
     def _request(self, request: Any, events: Sequence[Event]) -> Any:
         kind = TracedMPIRequest if isinstance(request, MPI.Request) else TracedRequest

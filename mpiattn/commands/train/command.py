@@ -2,16 +2,20 @@
 
 The loss is the same on any number of ranks and with every algorithm. Checkpoints are Hugging Face folders that
 `mpiattn generate --model` takes too; a run that was killed goes on from its last complete one with --resume, on any
-number of ranks, and on the same number as if nothing had happened.
+number of ranks, and on the same number as if nothing had happened. With --elastic it goes on by itself with the ranks
+that are left when one dies: mpiexec --with-ft ulfm -n 4 mpiattn train --elastic ..., with Open MPI 5.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ... import kernels
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
 from ...machines import writing
@@ -36,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=int, default=50, metavar="N", help="steps between checkpoints (default 50)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the folder, if any")
     parser.add_argument(
+        "--elastic", action="store_true",
+        help="go on with the ranks that are left when one dies; needs Open MPI 5, started with mpiexec --with-ft ulfm",
+    )  # fmt: skip
+    parser.add_argument(
         "--algorithm", type=one, default="mesh", metavar="NAME",
         help=f"of those that share out tokens (default mesh); {chosen.SPELLING}",
     )  # fmt: skip
@@ -58,6 +66,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     on_root(comm, lambda: charts.check(args.plot) if args.plot else None)
     xp = gpu.namespace(args, comm)
     name, arguments = args.algorithm
+    if args.elastic:
+        comm = tolerant(args, comm)
     traced = TracedComm(comm)
     options = {"layout": args.layout, **gpu.options(args), **arguments}
     trainer = Trainer(traced, plan, text, name, args.data, xp, **options)
@@ -66,24 +76,33 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         path = comm.bcast(on_root(comm, lambda: last(args.output)))
         if path is not None:
             losses = together(comm, path, trainer)
-            say(comm, f"resumed from {path}")
+            say(trainer, f"resumed from {path}")
+    step, commit = trainer.train, call
+    if args.elastic:
+        from ...models.elastic import Elastic
+
+        elastic = Elastic(traced, trainer, partial(say, trainer))
+        elastic.deaths += losses.get("deaths", [])
+        step, commit, losses["deaths"] = elastic.step, elastic.commit, elastic.deaths
     traced.trace.clear()
     since = time.perf_counter(), trainer.step
     while trainer.step < plan.steps:
-        losses["train"].append(trainer.train())
+        losses["train"].append(step())
         done = trainer.step
         if done % args.every == 0 or done == plan.steps:
             seconds, steps = time.perf_counter() - since[0], done - since[1]
-            losses["validation"].append([done, trainer.validate()] if plan.held_out else [done, None])
-            progress(comm, traced, losses, done, steps * plan.batch * plan.tokens / seconds, seconds)
+            waited = (traced.trace.waited() + traced.trace.spent("agree")) / seconds
+            validation, waits = commit(partial(judged, trainer, waited))
+            losses["validation"].append([done, validation])
+            progress(trainer, losses, steps * plan.batch * plan.tokens / seconds, waits)
             if args.output:
-                patiently(comm, lambda: checkpoint.save(args.output, trainer, losses))
+                commit(partial(save, trainer, args.output, losses))
             traced.trace.clear()
             since = time.perf_counter(), done
     if args.output:
-        patiently(comm, lambda: writing.write_json(args.output / CURVE, losses))
+        commit(lambda: patiently(trainer.comm, lambda: writing.write_json(args.output / CURVE, losses)))
     if args.plot:
-        patiently(comm, lambda: draw(losses, args.plot))
+        commit(lambda: patiently(trainer.comm, lambda: draw(losses, args.plot)))
     trainer.free()
     return 0
 
@@ -123,22 +142,52 @@ def together(comm: Communicator, path: Path, trainer: Trainer) -> dict[str, Any]
     return losses
 
 
-def progress(
-    comm: Communicator, traced: TracedComm, losses: dict[str, Any], done: int, rate: float, seconds: float
-) -> None:
-    """Print the losses, the tokens a second of all ranks, and the share of time that the ranks have waited."""
-    waits = comm.gather((traced.trace.waited() + traced.trace.spent("agree")) / seconds)
-    if waits is not None:
-        validation = losses["validation"][-1][1]
-        shown = "" if validation is None else f"  validation {validation:.4f}"
-        print(
-            f"step {done:5}  loss {losses['train'][-1]:.4f}{shown}  (unigram {losses['unigram']:.4f})  "
-            f"{rate:.0f} tokens/s  waiting {min(waits):.0%} to {max(waits):.0%}",
-            flush=True,
+def call(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns, where the end of a rank is that of the job."""
+    return work()
+
+
+def tolerant(args: argparse.Namespace, comm: Any) -> Any:
+    """Return the communicator of a job that goes on when a rank dies, or raise InputError on every rank."""
+    from ...models import elastic
+
+    name, arguments = args.algorithm
+    if of_ranks := arguments.keys() & set(chosen.OF_RANKS):
+        raise InputError(f"--elastic chooses the grid anew when a rank dies: {name} without {', '.join(of_ranks)}")
+    if name == "shared_ring":
+        raise InputError(
+            "--elastic: in shared_ring nobody notices that a rank dies; take another algorithm, such as ring"
         )
+    if args.arrays == "cupy" or args.kernel in kernels.KERNELS["cupy"]:
+        raise InputError("--elastic is for CPUs: MPI's messages between GPUs have no fault tolerance")
+    on_root(comm, elastic.check)
+    return comm.Dup()
 
 
-def say(comm: Communicator, text: str) -> None:
+def judged(trainer: Trainer, waited: float) -> tuple[float | None, list[float]]:
+    """Return the loss of the text that is held out, if any, and which share of its time each rank has waited."""
+    validation = trainer.validate() if trainer.plan.held_out else None
+    return validation, trainer.comm.allgather(waited)
+
+
+def save(trainer: Trainer, folder: Path, losses: dict[str, Any]) -> None:
+    """Write a checkpoint, and name it."""
+    path = patiently(trainer.comm, lambda: checkpoint.save(folder, trainer, losses))
+    say(trainer, f"saved {path}: --resume goes on from it")
+
+
+def progress(trainer: Trainer, losses: dict[str, Any], rate: float, waits: list[float]) -> None:
+    """Print the losses, the tokens a second of all ranks, and the share of time that the ranks have waited."""
+    validation = losses["validation"][-1][1]
+    shown = "" if validation is None else f"  validation {validation:.4f}"
+    say(
+        trainer,
+        f"step {trainer.step:5}  loss {losses['train'][-1]:.4f}{shown}  (unigram {losses['unigram']:.4f})  "
+        f"{rate:.0f} tokens/s  waiting {min(waits):.0%} to {max(waits):.0%}",
+    )
+
+
+def say(trainer: Trainer, text: str) -> None:
     """Print a line, once."""
-    if comm.Get_rank() == 0:
+    if trainer.comm.Get_rank() == 0:
         print(text, flush=True)
