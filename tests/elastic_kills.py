@@ -88,22 +88,23 @@ def disturbed(folder: Path, steps: int, ranks: int, order: list[int], draws: ran
         for line in job.stdout or ():
             lines.append(line)
             if not kills and line.startswith("step "):
+                processes = ranks_of(job.pid)
                 for rank in order:
                     time.sleep(draws.random() * PAUSE)
                     kills.append(time.time())
-                    os.kill(process_of(job.pid, rank), signal.SIGKILL)
+                    os.kill(processes[rank], signal.SIGKILL)
         timer.cancel()
     curve = json.loads((output / "losses.json").read_text()) if (output / "losses.json").exists() else {}
     return Job("".join(lines), job.returncode, curve, kills)
 
 
-def process_of(launcher: int, rank: int) -> int:
-    """Return the process of a rank that a launcher has started."""
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Return the process of each rank that a launcher has started."""
+    found = {}
     for process in below(launcher):
         given = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        if b"OMPI_COMM_WORLD_RANK=%d" % rank in given:
-            return process
-    raise ProcessLookupError(f"rank {rank}")
+        found |= {int(word[21:]): process for word in given if word.startswith(b"OMPI_COMM_WORLD_RANK=")}
+    return found
 
 
 def below(process: int) -> Iterator[int]:

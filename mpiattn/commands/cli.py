@@ -158,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv, comm)
         status = args if isinstance(args, int) else run_command(args, comm)
         sys.stdout.flush()
-        return status
+        return ending.leave(status, comm)
     except (InputError, WriteError) as error:  # the same on every rank
-        if first:
+        if ending.first(comm):
             print(f"mpiattn: error: {error}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, InputError) else 1
+        return ending.leave(USAGE_ERROR if isinstance(error, InputError) else 1, comm)
     except BaseException as error:
         ended = ending.status(error, comm)
         if ended is None:

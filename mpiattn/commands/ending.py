@@ -10,7 +10,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from ..messages.ending import end_job
+from ..messages.ending import end_job, until_read
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,6 +38,25 @@ def wait_for_first_rank(first: bool) -> None:
 
     if not first:
         signal.signal(signal.SIGINT, end)
+
+
+def first(comm: MPI.Comm | None) -> bool:
+    """Say whether this rank speaks for all: rank 0, or the first one that is left."""
+    if comm is None or not comm.Is_revoked():
+        return comm is None or comm.Get_rank() == 0
+    ranks, gone = comm.Get_group(), comm.Get_failed()
+    lost = gone.Translate_ranks(range(gone.size), ranks)
+    return all(rank in lost for rank in range(ranks.rank))
+
+
+def leave(status: int, comm: MPI.Comm | None) -> int:
+    """Return the exit status. Where ranks are gone, end here: MPI_Finalize may wait for them, and for ever."""
+    if comm is not None and comm.Is_revoked():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        until_read(sys.stdout.fileno())
+        os._exit(status)
+    return status
 
 
 def status(error: BaseException, comm: MPI.Comm) -> int | None:

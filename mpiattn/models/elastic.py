@@ -44,7 +44,7 @@ class Elastic:
     Parameters
     ----------
     traced : TracedComm
-        Of a communicator that nothing else uses: it is revoked when a rank dies.
+        Of a communicator that nothing else uses any more: it is revoked when a rank dies.
     trainer : Trainer
         Built on it.
     tell : function
@@ -113,31 +113,38 @@ class Elastic:
 
     def go_on(self, noticed: float) -> None:
         """Make a new grid of the ranks that are left."""
+        gone: list[int] = []
+        data = self.trainer.data
         while True:
             before = self.comm
             self.revoke()
             self.comm = cast(MPI.Intracomm, before.Shrink())
-            self.note(before, noticed)
+            death = self.note(before, noticed)
+            gone += death["ranks"]
             try:
-                self.attempt(partial(self.trainer.arrange, TracedComm(self.comm, self.trace), self.deaths[-1]["data"]))
+                self.attempt(partial(self.trainer.arrange, TracedComm(self.comm, self.trace), death["data"]))
                 self.attempt(self.trainer.build)
-                return
             except RankLost:
                 noticed = time.perf_counter()
+            else:
+                groups = f", --data {self.trainer.data} instead of {data}" if self.trainer.data != data else ""
+                ranks = sorted(rank for death in self.deaths[-len(self.noticed) :] for rank in death["ranks"])
+                self.tell(
+                    f"lost in step {death['step']}: rank {', '.join(map(str, ranks))}; {death['left']} go on{groups}"
+                )
+                return
 
-    def note(self, before: MPI.Intracomm, noticed: float) -> None:
-        """Put down which ranks are gone, and tell it."""
+    def note(self, before: MPI.Intracomm, noticed: float) -> dict[str, Any]:
+        """Put down which ranks are gone."""
         gone = MPI.Group.Difference(before.Get_group(), self.comm.Get_group())
         if not gone.size:
             raise self.interrupted[-1] if self.interrupted else RuntimeError("a rank failed, and none is gone")
         ranks, left, step = gone.Translate_ranks(range(gone.size), self.first), self.comm.size, self.trainer.step + 1
         data = max(d for d in range(1, self.data + 1) if left % d == 0 and self.trainer.plan.batch % d == 0)
-        self.deaths.append({"step": step, "ranks": ranks, "left": left, "data": data, "seconds": None, "time": None})
+        death = {"step": step, "ranks": ranks, "left": left, "data": data, "seconds": None, "time": None}
+        self.deaths.append(death)
         self.noticed.append(noticed)
-        groups = f", --data {data} instead of {self.trainer.data}" if data != self.trainer.data else ""
-        self.tell(
-            f"rank {', '.join(map(str, ranks))} lost in step {step}: {left} go on from the weights before it{groups}"
-        )
+        return death
 
 
 def check() -> None:

@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     xp = gpu.namespace(args, comm)
     name, arguments = args.algorithm
     if args.elastic:
-        comm = tolerant(args, comm)
+        check_elastic(args, comm)
     traced = TracedComm(comm)
     options = {"layout": args.layout, **gpu.options(args), **arguments}
     trainer = Trainer(traced, plan, text, name, args.data, xp, **options)
@@ -147,13 +147,15 @@ def call(work: Callable[[], Any]) -> Any:
     return work()
 
 
-def tolerant(args: argparse.Namespace, comm: Any) -> Any:
-    """Return the communicator of a job that goes on when a rank dies, or raise InputError on every rank."""
+def check_elastic(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise InputError on every rank where training would not go on when a rank dies."""
     from ...models import elastic
 
     name, arguments = args.algorithm
     if of_ranks := arguments.keys() & set(chosen.OF_RANKS):
-        raise InputError(f"--elastic chooses the grid anew when a rank dies: {name} without {', '.join(of_ranks)}")
+        raise InputError(
+            f"--elastic chooses the grid anew when a rank dies: {name} without {', '.join(sorted(of_ranks))}"
+        )
     if name == "shared_ring":
         raise InputError(
             "--elastic: in shared_ring nobody notices that a rank dies; take another algorithm, such as ring"
@@ -161,7 +163,6 @@ def tolerant(args: argparse.Namespace, comm: Any) -> Any:
     if args.arrays == "cupy" or args.kernel in kernels.KERNELS["cupy"]:
         raise InputError("--elastic is for CPUs: MPI's messages between GPUs have no fault tolerance")
     on_root(comm, elastic.check)
-    return comm.Dup()
 
 
 def judged(trainer: Trainer, waited: float) -> tuple[float | None, list[float]]:

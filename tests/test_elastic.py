@@ -1,0 +1,107 @@
+"""`mpiattn train --elastic`: ranks are killed and the losses stay; where it is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import elastic_kills
+import pytest
+from launch import mpiexec, mpiexec_path
+
+from mpiattn.errors import InputError, WriteError
+from mpiattn.messages.connection import private
+from mpiattn.models.plan import Plan
+from mpiattn.models.training import Trainer
+from mpiattn.trace.comm import TracedComm
+
+MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+PLAN = Plan.from_tables({"model": MODEL, "training": {"steps": 4, "tokens": 12, "batch": 4, "dtype": "float64"}})
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_bytes()
+
+
+@cache
+def mpi() -> str:
+    return subprocess.run([mpiexec_path(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def test_killed_down_to_one_rank(tmp_path: Path) -> None:
+    """Rank 0 among them; the losses are those of a run that is left alone."""
+    if "Open MPI" not in mpi():
+        pytest.skip("only Open MPI goes on when a rank dies")
+    steps, order = 40, [0, 2]
+    right = elastic_kills.alone(tmp_path, steps)
+    job = elastic_kills.disturbed(tmp_path, steps, 3, order, random.Random(0))
+    assert elastic_kills.difference(job.curve["train"], right) < 1e-10, job.text
+    assert [rank for death in job.curve["deaths"] for rank in death["ranks"]] == order
+    assert all(death["time"] > killed for death, killed in zip(job.curve["deaths"], job.kills, strict=True))
+    assert job.text.count("lost in step") == 2 == job.text.count("after the death was noticed")
+    last = tmp_path / "disturbed" / f"step-{steps:08}"  # written by the one that is left
+    assert json.loads((last / "state.json").read_text())["losses"]["train"] == job.curve["train"]
+    assert f"saved {last}: --resume goes on from it" in job.text
+
+
+def refused(*more: str) -> str:
+    """Return the one error of a job without fault tolerance."""
+    command = elastic_kills.command(Path(more[0]), 2, "--elastic", *more[1:])
+    done = mpiexec(2, *command)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("mpiattn: error: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def test_refused(tmp_path: Path) -> None:
+    assert "started by: mpiexec --with-ft ulfm" in refused(str(tmp_path))
+    assert "--timeout ends the job" in refused(str(tmp_path), "--timeout", "5")
+    assert "mesh without cols, rows" in refused(str(tmp_path), "--algorithm", "mesh:2x1")
+
+
+# Without a death, with any MPI library
+
+
+def elastic(comm: Any, told: list[str]) -> Any:
+    from mpiattn.models.elastic import Elastic
+
+    traced = TracedComm(comm.Dup())
+    return Elastic(traced, Trainer(traced, PLAN, TEXT), told.append)
+
+
+@pytest.mark.mpi(sizes=[1, 3])
+def test_no_rank_dies(comm: Any) -> None:
+    told: list[str] = []
+    one, other = elastic(comm, told), Trainer(comm, PLAN, TEXT)
+    assert [one.step() for _ in range(3)] == [other.train() for _ in range(3)]
+    assert not told and not one.deaths
+
+
+@pytest.mark.mpi(sizes=[1, 3])
+@pytest.mark.parametrize("kind", [InputError, WriteError])
+def test_what_all_ranks_raise(comm: Any, kind: type[Exception]) -> None:
+    def fail() -> None:
+        raise kind("the same on all")
+
+    one = elastic(comm, [])
+    with pytest.raises(kind, match="the same on all"):
+        one.commit(fail)
+    assert one.commit(lambda: 3) == 3
+
+
+@pytest.mark.mpi(sizes=[3])
+@pytest.mark.parametrize("part", ["attend", "gradients"])
+def test_a_step_that_fails(comm: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Neither its communicators nor those that they were made of are used again."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("of the kernel")
+
+    trainer = Trainer(comm, PLAN, TEXT)
+    old = private(comm)
+    monkeypatch.setattr(trainer.attention, part, fail)
+    with pytest.raises(RuntimeError, match="of the kernel"):
+        trainer.train()
+    assert private(comm) is not old
+    assert Trainer(comm, PLAN, TEXT).train() == pytest.approx(Trainer(comm, PLAN, TEXT).train(), rel=1e-12)
