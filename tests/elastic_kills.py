@@ -1,6 +1,8 @@
 """Kill ranks of `mpiattn train --elastic` at random moments, until one is left; compare the losses with a run alone.
 
-usage: python tests/elastic_kills.py [--kills 20] [--ranks 4] [--seed 0]     with Open MPI beside this Python
+usage: python tests/elastic_kills.py [--kills 20] [--ranks 4] [--steps 100] [--seed 0] [OPTIONS OF mpiattn train]
+
+The Python is one with Open MPI beside it.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def disturbed(folder: Path, steps: int, ranks: int, order: list[int], draws: ran
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """Return the process of each rank that a launcher has started."""
-    found = {}
+    found: dict[int, int] = {}
     for process in below(launcher):
         given = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
         found |= {int(word[21:]): process for word in given if word.startswith(b"OMPI_COMM_WORLD_RANK=")}
@@ -126,25 +128,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("kills", 20), ("ranks", 4), ("steps", 100), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     draws, left, slowest, worst = random.Random(args.seed), args.kills, 0.0, 0.0
     with tempfile.TemporaryDirectory() as name:
         right = alone(Path(name), args.steps)
         while left:
             order = draws.sample(range(args.ranks), min(left, args.ranks - 1))
             data = draws.choice((1, 2))
-            job = disturbed(Path(name), args.steps, args.ranks, order, draws, "--data", str(data))
-            if not job.curve or job.status:
+            job = disturbed(Path(name), args.steps, args.ranks, order, draws, "--data", str(data), *more)
+            if job.status:
                 print(job.text, f"status {job.status}")
-            if not job.curve:
                 return 1
             for rank, killed in zip(order, job.kills, strict=True):
                 [death] = [death for death in job.curve["deaths"] if rank in death["ranks"]]
                 seconds = death["time"] - killed
                 slowest = max(slowest, seconds)
-                print(
-                    f"rank {rank} killed in step {death['step']}: {death['left']} left, next step {seconds:.2f} s later"
-                )
+                text = f"rank {rank} killed in step {death['step']}: {death['left']} left"
+                print(f"{text}, the next step done {seconds:.2f} s after the kill")
             worst = max(worst, difference(job.curve["train"], right))
             print(f"  {args.steps} steps, --data {data}: losses within {worst:.1e} of a run alone", flush=True)
             left -= len(order)

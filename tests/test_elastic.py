@@ -57,6 +57,7 @@ def refused(*more: str) -> str:
 def test_refused(tmp_path: Path) -> None:
     assert "started by: mpiexec --with-ft ulfm" in refused(str(tmp_path))
     assert "--timeout ends the job" in refused(str(tmp_path), "--timeout", "5")
+    assert "does not go with shared_ring" in refused(str(tmp_path), "--algorithm", "shared_ring")
     assert "mesh without cols, rows" in refused(str(tmp_path), "--algorithm", "mesh:2x1")
 
 

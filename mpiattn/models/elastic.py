@@ -128,10 +128,8 @@ class Elastic:
                 noticed = time.perf_counter()
             else:
                 groups = f", --data {self.trainer.data} instead of {data}" if self.trainer.data != data else ""
-                ranks = sorted(rank for death in self.deaths[-len(self.noticed) :] for rank in death["ranks"])
-                self.tell(
-                    f"lost in step {death['step']}: rank {', '.join(map(str, ranks))}; {death['left']} go on{groups}"
-                )
+                ranks = ", ".join(map(str, gone))
+                self.tell(f"lost in step {death['step']}: rank {ranks}; {death['left']} go on{groups}")
                 return
 
     def note(self, before: MPI.Intracomm, noticed: float) -> dict[str, Any]:

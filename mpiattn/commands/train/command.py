@@ -152,14 +152,10 @@ def check_elastic(args: argparse.Namespace, comm: Communicator) -> None:
     from ...models import elastic
 
     name, arguments = args.algorithm
-    if of_ranks := arguments.keys() & set(chosen.OF_RANKS):
-        raise InputError(
-            f"--elastic chooses the grid anew when a rank dies: {name} without {', '.join(sorted(of_ranks))}"
-        )
-    if name == "shared_ring":
-        raise InputError(
-            "--elastic: in shared_ring nobody notices that a rank dies; take another algorithm, such as ring"
-        )
+    if of_ranks := ", ".join(sorted(arguments.keys() & set(chosen.OF_RANKS))):
+        raise InputError(f"--elastic chooses the grid anew when a rank dies: {name} without {of_ranks}")
+    if name == "shared_ring":  # whose ranks wait for each other in memory, not in messages
+        raise InputError("--elastic does not go with shared_ring: take another algorithm, such as ring")
     if args.arrays == "cupy" or args.kernel in kernels.KERNELS["cupy"]:
         raise InputError("--elastic is for CPUs: MPI's messages between GPUs have no fault tolerance")
     on_root(comm, elastic.check)
