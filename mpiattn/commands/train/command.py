@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ... import kernels
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
 from ...machines import writing
@@ -27,7 +26,9 @@ from ...problems.layout import LAYOUTS
 from ...trace.comm import TracedComm
 from .. import charts, chosen, gpu
 from ..root import on_root, patiently
+from . import elastic
 from .figure import draw
+from .report import judged, progress, save, say
 
 CURVE = "losses.json"
 
@@ -62,12 +63,12 @@ def one(text: str) -> tuple[str, dict[str, Any]]:
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Train, print a line now and then, and write checkpoints."""
+    if args.elastic:
+        elastic.check(args, comm)
     plan, text = comm.bcast(on_root(comm, lambda: given(args)))
     on_root(comm, lambda: charts.check(args.plot) if args.plot else None)
     xp = gpu.namespace(args, comm)
     name, arguments = args.algorithm
-    if args.elastic:
-        check_elastic(args, comm)
     traced = TracedComm(comm)
     options = {"layout": args.layout, **gpu.options(args), **arguments}
     trainer = Trainer(traced, plan, text, name, args.data, xp, **options)
@@ -77,13 +78,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         if path is not None:
             losses = together(comm, path, trainer)
             say(trainer, f"resumed from {path}")
-    step, commit = trainer.train, call
-    if args.elastic:
-        from ...models.elastic import Elastic
-
-        elastic = Elastic(traced, trainer, partial(say, trainer))
-        elastic.deaths += losses.get("deaths", [])
-        step, commit, losses["deaths"] = elastic.step, elastic.commit, elastic.deaths
+    step, commit = elastic.begin(trainer, traced, losses) if args.elastic else (trainer.train, call)
     traced.trace.clear()
     since = time.perf_counter(), trainer.step
     while trainer.step < plan.steps:
@@ -105,6 +100,11 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         commit(lambda: patiently(trainer.comm, lambda: draw(losses, args.plot)))
     trainer.free()
     return 0
+
+
+def call(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns: the end of a rank is that of the job."""
+    return work()
 
 
 def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
@@ -140,51 +140,3 @@ def together(comm: Communicator, path: Path, trainer: Trainer) -> dict[str, Any]
         if message is not None:
             raise InputError(message)
     return losses
-
-
-def call(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns, where the end of a rank is that of the job."""
-    return work()
-
-
-def check_elastic(args: argparse.Namespace, comm: Communicator) -> None:
-    """Raise InputError on every rank where training would not go on when a rank dies."""
-    from ...models import elastic
-
-    name, arguments = args.algorithm
-    if of_ranks := ", ".join(sorted(arguments.keys() & set(chosen.OF_RANKS))):
-        raise InputError(f"--elastic chooses the grid anew when a rank dies: {name} without {of_ranks}")
-    if name == "shared_ring":  # whose ranks wait for each other in memory, not in messages
-        raise InputError("--elastic does not go with shared_ring: take another algorithm, such as ring")
-    if args.arrays == "cupy" or args.kernel in kernels.KERNELS["cupy"]:
-        raise InputError("--elastic is for CPUs: MPI's messages between GPUs have no fault tolerance")
-    on_root(comm, elastic.check)
-
-
-def judged(trainer: Trainer, waited: float) -> tuple[float | None, list[float]]:
-    """Return the loss of the text that is held out, if any, and which share of its time each rank has waited."""
-    validation = trainer.validate() if trainer.plan.held_out else None
-    return validation, trainer.comm.allgather(waited)
-
-
-def save(trainer: Trainer, folder: Path, losses: dict[str, Any]) -> None:
-    """Write a checkpoint, and name it."""
-    path = patiently(trainer.comm, lambda: checkpoint.save(folder, trainer, losses))
-    say(trainer, f"saved {path}: --resume goes on from it")
-
-
-def progress(trainer: Trainer, losses: dict[str, Any], rate: float, waits: list[float]) -> None:
-    """Print the losses, the tokens a second of all ranks, and the share of time that the ranks have waited."""
-    validation = losses["validation"][-1][1]
-    shown = "" if validation is None else f"  validation {validation:.4f}"
-    say(
-        trainer,
-        f"step {trainer.step:5}  loss {losses['train'][-1]:.4f}{shown}  (unigram {losses['unigram']:.4f})  "
-        f"{rate:.0f} tokens/s  waiting {min(waits):.0%} to {max(waits):.0%}",
-    )
-
-
-def say(trainer: Trainer, text: str) -> None:
-    """Print a line, once."""
-    if trainer.comm.Get_rank() == 0:
-        print(text, flush=True)
