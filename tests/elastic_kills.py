@@ -8,6 +8,7 @@ The Python is one with Open MPI beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -86,6 +87,7 @@ def disturbed(folder: Path, steps: int, ranks: int, order: list[int], draws: ran
         argv, env=environ(), stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as job:
         timer = threading.Timer(LIMIT, job.terminate)
+        timer.daemon = True
         timer.start()
         for line in job.stdout or ():
             lines.append(line)
@@ -94,7 +96,8 @@ def disturbed(folder: Path, steps: int, ranks: int, order: list[int], draws: ran
                 for rank in order:
                     time.sleep(draws.random() * PAUSE)
                     kills.append(time.time())
-                    os.kill(processes[rank], signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # the job has failed
+                        os.kill(processes[rank], signal.SIGKILL)
         timer.cancel()
     curve = json.loads((output / "losses.json").read_text()) if (output / "losses.json").exists() else {}
     return Job("".join(lines), job.returncode, curve, kills)
@@ -136,7 +139,7 @@ def main() -> int:
             order = draws.sample(range(args.ranks), min(left, args.ranks - 1))
             data = draws.choice((1, 2))
             job = disturbed(Path(name), args.steps, args.ranks, order, draws, "--data", str(data), *more)
-            if job.status:
+            if job.status or {rank for death in job.curve["deaths"] for rank in death["ranks"]} != set(order):
                 print(job.text, f"status {job.status}")
                 return 1
             for rank, killed in zip(order, job.kills, strict=True):

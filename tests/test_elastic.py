@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def test_killed_down_to_one_rank(tmp_path: Path) -> None:
     last = tmp_path / "disturbed" / f"step-{steps:08}"  # written by the one that is left
     assert json.loads((last / "state.json").read_text())["losses"]["train"] == job.curve["train"]
     assert f"saved {last}: --resume goes on from it" in job.text
+
+
+def test_killed_where_it_matters(tmp_path: Path) -> None:
+    """See dying.py."""
+    if "Open MPI" not in mpi():
+        pytest.skip("only Open MPI goes on when a rank dies")
+    right = elastic_kills.alone(tmp_path, 8)
+    _, _, _, *arguments = elastic_kills.command(tmp_path, 8, "--output", str(tmp_path / "out"))
+    ring = "--elastic", "--algorithm", "ring"
+    job: list[str | Path] = ["--with-ft", "ulfm", sys.executable, Path(__file__).parent / "dying.py", *arguments, *ring]
+    done = mpiexec(4, *job, env={"PYTHONPATH": str(elastic_kills.ROOT)}, timeout=40)
+    assert done.returncode == 0, done.stdout + done.stderr
+    curve = json.loads((tmp_path / "out" / "losses.json").read_text())
+    assert elastic_kills.difference(curve["train"], right) < 1e-10, done.stdout
+    assert [death["ranks"] for death in curve["deaths"]] == [[1], [2], [0]]
+    assert "nan" not in done.stdout
+    assert "rank 1, 2; 2 go on" in done.stdout and "rank 0; 1 go on" in done.stdout
 
 
 def refused(*more: str) -> str:

@@ -114,6 +114,7 @@ class Elastic:
     def go_on(self, noticed: float) -> None:
         """Make a new grid of the ranks that are left."""
         gone: list[int] = []
+        self.trace.events[:] = [event for event in self.trace.events if event.end == event.end]  # those that ended
         data = self.trainer.data
         while True:
             before = self.comm
