@@ -83,10 +83,11 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def elastic(comm: Any, told: list[str]) -> Any:
+    from mpiattn.messages.surviving import SurvivingComm
     from mpiattn.models.elastic import Elastic
 
     traced = TracedComm(comm.Dup())
-    return Elastic(traced, Trainer(traced, PLAN, TEXT), told.append)
+    return Elastic(traced, Trainer(SurvivingComm(traced), PLAN, TEXT), told.append)
 
 
 @pytest.mark.mpi(sizes=[1, 3])

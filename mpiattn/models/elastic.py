@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 from mpi4py import MPI
 
 from ..errors import InputError, WriteError
+from ..messages.surviving import SurvivingComm
 from ..trace.comm import TracedComm
 from .training import Trainer
 
@@ -46,7 +47,7 @@ class Elastic:
     traced : TracedComm
         Of a communicator that nothing else uses any more: it is revoked when a rank dies.
     trainer : Trainer
-        Built on it.
+        Built on `SurvivingComm(traced)`.
     tell : function
         Called on every rank with a sentence about what has happened.
 
@@ -123,7 +124,8 @@ class Elastic:
             death = self.note(before, noticed)
             gone += death["ranks"]
             try:
-                self.attempt(partial(self.trainer.arrange, TracedComm(self.comm, self.trace), death["data"]))
+                comm = SurvivingComm(TracedComm(self.comm, self.trace))
+                self.attempt(partial(self.trainer.arrange, comm, death["data"]))
                 self.attempt(self.trainer.build)
             except RankLost:
                 noticed = time.perf_counter()

@@ -71,7 +71,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     name, arguments = args.algorithm
     traced = TracedComm(comm)
     options = {"layout": args.layout, **gpu.options(args), **arguments}
-    trainer = Trainer(traced, plan, text, name, args.data, xp, **options)
+    trainer = Trainer(elastic.surviving(traced) if args.elastic else traced, plan, text, name, args.data, xp, **options)
     losses: dict[str, Any] = {"train": [], "validation": [], "unigram": trainer.unigram()}
     if args.resume:
         path = comm.bcast(on_root(comm, lambda: last(args.output)))

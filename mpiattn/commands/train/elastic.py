@@ -31,6 +31,13 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     on_root(comm, elastic.check)
 
 
+def surviving(traced: TracedComm) -> Any:
+    """Return the communicator to train on."""
+    from ...messages.surviving import SurvivingComm
+
+    return SurvivingComm(traced)
+
+
 def begin(
     trainer: Trainer, traced: TracedComm, losses: dict[str, Any]
 ) -> tuple[Callable[[], float], Callable[[Callable[[], Any]], Any]]:
