@@ -151,8 +151,9 @@ def main() -> int:
                 slowest = max(slowest, seconds)
                 text = f"rank {rank} killed in step {death['step']}: {death['left']} left"
                 print(f"{text}, the next step done {seconds:.2f} s after the kill")
-            worst = max(worst, difference(job.curve["train"], right))
-            print(f"  {args.steps} steps, --data {data}: losses within {worst:.1e} of a run alone", flush=True)
+            off = difference(job.curve["train"], right)
+            worst = max(worst, off)
+            print(f"  {args.steps} steps, --data {data}: losses within {off:.1e} of a run alone", flush=True)
             left -= len(order)
     print(f"{args.kills} kills: the next step at most {slowest:.2f} s later; losses within {worst:.1e}")
     return int(worst > 1e-10)
