@@ -18,7 +18,7 @@ from . import connection, message
 class SurvivingRequest:
     """A request to a communicator on which ranks may be lost."""
 
-    def __init__(self, request: Any, comm: Any, sent: bool) -> None:
+    def __init__(self, request: MPI.Request, comm: MPI.Intracomm, sent: bool) -> None:
         self.request, self.comm, self.sent = request, comm, sent
 
     def complete(self) -> bool:
@@ -52,7 +52,7 @@ class SurvivingRequest:
         return message.Testall(received) and all(left) and message.Testall([request.request for request in sent])
 
 
-def parted(requests: Sequence[SurvivingRequest]) -> tuple[list[Any], list[SurvivingRequest]]:
+def parted(requests: Sequence[SurvivingRequest]) -> tuple[list[MPI.Request], list[SurvivingRequest]]:
     """Return the receives among requests, for MPI to wait for, and the sends."""
     received = [request.request for request in requests if not request.sent]
     return received, [request for request in requests if request.sent]

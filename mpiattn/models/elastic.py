@@ -29,6 +29,8 @@ from .training import Trainer
 
 T = TypeVar("T")
 
+Death = dict[str, Any]  # what JSON can hold
+
 ENABLED = "OMPI_MCA_mpi_ft_enable"
 """What Open MPI's launcher tells the ranks with --with-ft ulfm. Without it MPI has the calls, and ends the job."""
 
@@ -62,7 +64,7 @@ class Elastic:
         self.comm: MPI.Intracomm = traced.comm
         self.trace, self.trainer, self.tell = traced.trace, trainer, tell
         self.first, self.data = self.comm.Get_group(), trainer.data
-        self.deaths: list[dict[str, Any]] = []
+        self.deaths: list[Death] = []
         self.noticed: list[float] = []
         self.interrupted: list[MPI.Exception] = []
         """With their frames, and so with the memory of messages that may still be under way."""
@@ -135,7 +137,7 @@ class Elastic:
                 self.tell(f"lost in step {death['step']}: rank {ranks}; {death['left']} go on{groups}")
                 return
 
-    def note(self, before: MPI.Intracomm, noticed: float) -> dict[str, Any]:
+    def note(self, before: MPI.Intracomm, noticed: float) -> Death:
         """Put down which ranks are gone."""
         gone = MPI.Group.Difference(before.Get_group(), self.comm.Get_group())
         if not gone.size:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
@@ -28,7 +28,9 @@ from .. import charts, chosen, gpu
 from ..root import on_root, patiently
 from . import elastic
 from .figure import draw
-from .report import judged, progress, save, say
+from .report import Losses, judged, progress, save, say
+
+T = TypeVar("T")
 
 CURVE = "losses.json"
 
@@ -72,7 +74,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     traced = TracedComm(comm)
     options = {"layout": args.layout, **gpu.options(args), **arguments}
     trainer = Trainer(elastic.surviving(traced) if args.elastic else traced, plan, text, name, args.data, xp, **options)
-    losses: dict[str, Any] = {"train": [], "validation": [], "unigram": trainer.unigram()}
+    losses: Losses = {"train": [], "validation": [], "unigram": trainer.unigram()}
     if args.resume:
         path = comm.bcast(on_root(comm, lambda: last(args.output)))
         if path is not None:
@@ -102,7 +104,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
-def call(work: Callable[[], Any]) -> Any:
+def call(work: Callable[[], T]) -> T:
     """Return what `work` returns: the end of a rank is that of the job."""
     return work()
 
@@ -129,7 +131,7 @@ def last(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def together(comm: Communicator, path: Path, trainer: Trainer) -> dict[str, Any]:
+def together(comm: Communicator, path: Path, trainer: Trainer) -> Losses:
     """Set the trainers of all ranks to a checkpoint; what one finds wrong is raised on every rank."""
     losses, wrong = {}, None
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from ... import kernels
 from ...errors import InputError
@@ -14,7 +14,10 @@ from ...models.training import Trainer
 from ...trace.comm import TracedComm
 from .. import chosen
 from ..root import on_root
-from .report import say
+from .report import Losses, say
+
+Commit = Callable[[Callable[[], Any]], Any]
+"""Calls a function, and returns what it returned."""
 
 
 def check(args: argparse.Namespace, comm: Communicator) -> None:
@@ -31,16 +34,14 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     on_root(comm, elastic.check)
 
 
-def surviving(traced: TracedComm) -> Any:
+def surviving(traced: TracedComm) -> Communicator:
     """Return the communicator to train on."""
     from ...messages.surviving import SurvivingComm
 
-    return SurvivingComm(traced)
+    return cast(Communicator, SurvivingComm(traced))
 
 
-def begin(
-    trainer: Trainer, traced: TracedComm, losses: dict[str, Any]
-) -> tuple[Callable[[], float], Callable[[Callable[[], Any]], Any]]:
+def begin(trainer: Trainer, traced: TracedComm, losses: Losses) -> tuple[Callable[[], float], Commit]:
     """Return what does a step, and what does other work of all ranks, with those that are left.
 
     The deaths are put down beside the losses.

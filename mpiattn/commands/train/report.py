@@ -9,6 +9,9 @@ from ...models import checkpoint
 from ...models.training import Trainer
 from ..root import patiently
 
+Losses = dict[str, Any]
+"""The curve so far, as JSON can hold it."""
+
 
 def judged(trainer: Trainer, waited: float) -> tuple[float | None, list[float]]:
     """Return the loss of the text that is held out, if any, and which share of its time each rank has waited."""
@@ -16,13 +19,13 @@ def judged(trainer: Trainer, waited: float) -> tuple[float | None, list[float]]:
     return validation, trainer.comm.allgather(waited)
 
 
-def save(trainer: Trainer, folder: Path, losses: dict[str, Any]) -> None:
+def save(trainer: Trainer, folder: Path, losses: Losses) -> None:
     """Write a checkpoint, and name it."""
     path = patiently(trainer.comm, lambda: checkpoint.save(folder, trainer, losses))
     say(trainer, f"saved {path}: --resume goes on from it")
 
 
-def progress(trainer: Trainer, losses: dict[str, Any], rate: float, waits: list[float]) -> None:
+def progress(trainer: Trainer, losses: Losses, rate: float, waits: list[float]) -> None:
     """Print the losses, the tokens a second of all ranks, and the share of time that the ranks have waited."""
     validation = losses["validation"][-1][1]
     shown = "" if validation is None else f"  validation {validation:.4f}"
