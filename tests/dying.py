@@ -1,7 +1,7 @@
 """`mpiattn train` whose ranks kill themselves: `python tests/dying.py ARGUMENTS`, on 4 ranks.
 
-Rank 1 dies in the midst of a ring, when rank 3 has yet to hear from rank 2, which learns of it first; rank 2 where the
-others are about to go on without rank 1; rank 0 when all have the gradients of a step and none knows if all have.
+Rank 1 dies when a ring begins: rank 2 learns of it, and rank 3 waits for what rank 2 would have handed on. Rank 2 dies
+where the others are about to go on without rank 1. Rank 0 dies when it has the gradients of a step, before Agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def die_in(kind: Any, method: str, call: int, rank: int, after: bool = False) ->
     setattr(kind, method, counted)
 
 
-die_in(RingAttention, "pass_kv", 6, rank=1)
+die_in(RingAttention, "pass_kv", 10, rank=1)
 die_in(Trainer, "build", 2, rank=2)
 die_in(Trainer, "added_up", 5, rank=0, after=True)
 sys.exit(main())
