@@ -66,6 +66,35 @@ def test_losses_are_those_of_one_rank(comm: Any) -> None:
     assert losses(comm, 3, plan(seed=1))[0] != right[0]
 
 
+@pytest.mark.mpi(sizes=[1, 2, 4])
+def test_bfloat16_with_weights_in_float32(comm: Any, mpi_tmp_path: Path) -> None:
+    """Steps that are too small for bfloat16 add up, over the end of a run as well."""
+    wide, narrow = (plan(dtype=dtype, learning_rate=1e-5, steps=40) for dtype in ("float32", "bfloat16"))
+    one = Trainer(alone(), wide, TEXT, algorithm="ring")
+    start = flat(one)
+    right = [one.train() for _ in range(40)] + [one.validate(2)]
+    trainer = Trainer(comm, narrow, TEXT)
+    found = [trainer.train() for _ in range(20)]
+    path = checkpoint.save(mpi_tmp_path / str(comm.Get_rank()), trainer, {})
+    trainer.free()
+    trainer = Trainer(comm, narrow, TEXT)
+    checkpoint.resume(path, trainer)
+    found += [trainer.train() for _ in range(20)] + [trainer.validate(2)]
+    assert found == pytest.approx(right, rel=2e-4)
+    assert np.corrcoef(flat(one) - start, flat(trainer) - start)[0, 1] > 0.999
+    for name, weight in trainer.weights.items():
+        rounded = trainer.llama.weights[name]
+        assert weight.dtype == np.float32 and rounded.dtype.name == "bfloat16"
+        assert np.array_equal(rounded, weight.astype(rounded.dtype))
+    one.free()
+    trainer.free()
+
+
+def flat(trainer: Trainer) -> Any:
+    """Return all weights in a row."""
+    return np.concatenate([weight.reshape(-1) for weight in trainer.weights.values()]).astype(np.float64)
+
+
 @pytest.mark.mpi(sizes=[4])
 def test_fewer_tokens_than_ranks(comm: Any) -> None:
     assert losses(comm, 2, plan(tokens=3)) == pytest.approx(losses(alone(), 2, plan(tokens=3)), rel=1e-12)

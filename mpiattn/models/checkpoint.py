@@ -54,7 +54,7 @@ def save(folder: Path, trainer: Trainer, losses: dict[str, Any]) -> Path:
     """
     path = folder / f"{PREFIX}{trainer.step:08}"
     with _whole(path) as part:
-        save_file({name: _plain(weight) for name, weight in trainer.llama.weights.items()}, part / SINGLE)
+        save_file({name: _plain(weight) for name, weight in trainer.weights.items()}, part / SINGLE)
         moments = {f"mean {name}": _plain(mean) for name, mean in trainer.optimiser.means.items()}
         moments |= {f"square {name}": _plain(square) for name, square in trainer.optimiser.squares.items()}
         save_file(moments, part / OPTIMISER)
@@ -93,13 +93,14 @@ def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     optimiser = trainer.optimiser
-    for name, weight in trainer.llama.weights.items():
+    for name, weight in trainer.weights.items():
         found = weights.get(name), moments.get(f"mean {name}"), moments.get(f"square {name}")
         for array, place in zip(found, (weight, optimiser.means[name], optimiser.squares[name]), strict=True):
             if array is None or array.shape != place.shape or array.dtype != place.dtype:
                 raise InputError(f"{path} is the checkpoint of another model: {name} does not fit")
             place[...] = trainer.xp.asarray(array)
     optimiser.steps = step
+    trainer.round()
     return dict(state["losses"])
 
 

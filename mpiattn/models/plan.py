@@ -20,7 +20,7 @@ else:
 
 BYTES = 256
 """The vocabulary: a token is a byte of the text."""
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
 COUNTS = "steps", "tokens", "batch"
 POSITIVE = "learning_rate", "eps", "clip"
 
@@ -45,6 +45,9 @@ class Plan:
         The norm of all gradients together is at most this.
     seed : int
         Of the first weights and of the choice of sequences.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of activations. With bfloat16, weights, their gradients' sums and AdamW's means are float32, and what is
+        computed with is the weights rounded.
     recompute : bool
         Whether a block's activations are computed again in backward, instead of kept.
     held_out : float

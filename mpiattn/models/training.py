@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import ALGORITHMS, Attention, Saved
-from ..arrays import Array, namespace
+from ..arrays import Array, accumulator, dtype
 from ..errors import InputError
 from ..messages.connection import private
 from ..messages.message import Cartesian, Communicator
@@ -69,10 +69,11 @@ class Trainer:
                 raise InputError(f"the text has {len(part)} bytes to {what}; a sequence takes {plan.tokens + 1}")
         self.arrange(comm, data)
         self.build()
-        weights = initial(plan.model, plan.seed, np.dtype(plan.dtype))
-        self.llama = Llama(plan.model, {name: xp.asarray(weight) for name, weight in weights.items()})
+        kept, computed = accumulator(plan.dtype), dtype(plan.dtype)  # bfloat16 is trained with weights in float32
+        self.weights = {name: xp.asarray(weight) for name, weight in initial(plan.model, plan.seed, kept).items()}
+        self.llama = Llama(plan.model, {name: w.astype(computed, copy=False) for name, w in self.weights.items()})
         given = {name: getattr(plan, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-        self.optimiser = AdamW(self.llama.weights, **given)
+        self.optimiser = AdamW(self.weights, **given)
         self.head = "model.embed_tokens.weight" if plan.model.tie_word_embeddings else "lm_head.weight"
 
     def arrange(self, comm: Communicator, data: int) -> None:
@@ -110,6 +111,13 @@ class Trainer:
         """Move the weights, which ends a step: without a message, and to the same bits on every rank."""
         clip(gradients, self.plan.clip)
         self.optimiser.step(gradients, self.plan.rate(self.step))
+        self.round()
+
+    def round(self) -> None:
+        """Have the model compute with the weights as they are now, rounded to its dtype."""
+        for name, weight in self.weights.items():
+            if self.llama.weights[name] is not weight:
+                self.llama.weights[name][...] = weight
 
     def gradients(self, step: int) -> tuple[float, dict[str, Array]]:
         """Return the loss of a step's sequences and its gradients, complete on every rank."""
@@ -157,10 +165,11 @@ class Trainer:
 
     def added_up(self, gradients: Mapping[str, Array]) -> dict[str, Array]:
         """Return the sums of all ranks' gradients: one all-reduce of all of them."""
-        flat = namespace(self.llama.head).concatenate([gradients[name].reshape(-1) for name in self.llama.weights])
+        parts = [gradients[name].astype(weight.dtype, copy=False).reshape(-1) for name, weight in self.weights.items()]
+        flat = self.xp.concatenate(parts)
         all_reduce(self.grid, flat)
         sums, start = {}, 0
-        for name, weight in self.llama.weights.items():
+        for name, weight in self.weights.items():
             sums[name] = flat[start : start + weight.size].reshape(weight.shape)
             start += weight.size
         return sums
