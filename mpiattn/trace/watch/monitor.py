@@ -23,7 +23,7 @@ from ...messages.ending import until_read
 from .graph import stuck
 from .host import Host, handle
 from .network import call
-from .others import BEAT, Others
+from .others import BEAT, PATIENCE, Others
 from .report import report
 from .state import Doing
 
@@ -107,8 +107,8 @@ class Monitor:
         return ""
 
     def miss(self) -> str:
-        """Return whether there is no word from rank 0's host."""
-        if self.above and time.monotonic() - self.heard > self.seconds + 2 * BEAT:
+        """Return whether there is no word from rank 0's host, for longer than that would take to end the job itself."""
+        if self.above and time.monotonic() - self.heard > self.seconds + 2 * BEAT + PATIENCE:
             self.above.lost = True
             return f"no word from rank 0's host for {self.seconds:g} s"
         return ""
