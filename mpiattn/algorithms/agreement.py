@@ -6,7 +6,6 @@ alone, in `posed`, say what fits. So every rank says the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import arrays
 from ..errors import InputError
+from ..messages.connection import rows
 from ..messages.message import Communicator
 from ..problems.mask import Positions
 from ..problems.problem import Problem
@@ -50,8 +50,7 @@ class Agreement:
         known = self.told.get(own.tobytes())
         if known is not None:
             return known
-        everything = np.empty((self.comm.Get_size(), len(own)), np.int64)
-        self.comm.Allgather(own, everything)
+        everything = rows(self.comm, own)
         if self.batch is not None:
             self.told[own.tobytes()] = everything
         return everything
@@ -110,10 +109,12 @@ def tabulated(
     comm: Communicator, mask: UserMask, queries: Positions, query_tokens: int, key_tokens: int
 ) -> TabulatedMask:
     """Return a user's mask as numbers, the same on all ranks, or raise the same InputError on all; one collective."""
+    from hashlib import sha256  # with it comes OpenSSL: 4 MB, which few need
+
     table, own = None, ""
     try:
         table = mask.tabulated(queries, query_tokens, key_tokens)
-        own = hashlib.sha256(table.lo + table.hi).hexdigest()
+        own = sha256(table.lo + table.hi).hexdigest()
     except InputError as error:
         own = str(error)
     answers = comm.allgather((table is not None, own))

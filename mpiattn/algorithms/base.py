@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import arrays, kernels
 from ..arrays import Array
@@ -265,17 +264,17 @@ class Attention:
     def agree_forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> Problem:
         """Agree with all ranks on the problem that the arrays pose, and plan for it."""
         self.usable()
+        problem = settled(self.agreement.comm, self.pose(q, k, v, given), self.problem)
+        self.sinks, dropout = given.get("sinks"), given.get("dropout")
+        return self.prepare(problem, q, dropout if dropout and dropout.rate else None)
+
+    def pose(self, q: Array, k: Array, v: Array, given: Given) -> Problem:
+        """Return the problem that the arrays of all ranks pose, which agree on what they are given beside them."""
         table = self.agreement.arrays(numbered(q, given), q=q, k=k, v=v)
         descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
         problem = posed(descriptions.tobytes(), len(table), self.layout, self.mask, self.partials)
-        return self.accept(others, problem, q, given)
-
-    def accept(self, others: NDArray[np.int64], problem: Problem, like: Array, given: Given) -> Problem:
-        """Agree with all ranks on what they are given beside q, k, v, and plan for the problem."""
         agreed_given(others.tolist(), alike=self.layout != layouts.EVERYWHERE)
-        problem = settled(self.agreement.comm, problem, self.problem)
-        self.sinks, dropout = given.get("sinks"), given.get("dropout")
-        return self.prepare(problem, like, dropout if dropout and dropout.rate else None)
+        return problem
 
     def agree_backward(self, d_out: Array, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""

@@ -25,6 +25,7 @@ come; dQ is summed up, in the same way or by an all-reduce.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,15 +35,16 @@ import numpy as np
 
 from ..arrays import DESCRIPTION, Array
 from ..arrays.softmax import merge, normalised, weighted
+from ..errors import InputError
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
 from ..messages.reduction import all_reduce, exchange, maximum
 from ..problems.block import Block
 from ..problems.kv_cache import CacheProblem, heads_of, posed_to_cache, some_heads, span
-from ..problems.mask import Positions
+from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
 from .base import Attention
-from .given import Given, checksum, numbered
+from .given import Given, agreed_given, checksum, numbered
 from .options import Options
 from .posed import described, fit_together
 from .saved import Saved, fingerprint
@@ -115,16 +117,17 @@ class DecodeAttention(Attention):
         self.given = kv_positions
         return super().forward(q, k, v, **given)
 
-    def agree_forward(self, q: Array, k: Array, v: Array, **given: Unpack[Given]) -> Problem:
-        """Agree with all ranks on the problem that the arrays pose, and plan for it."""
-        self.usable()
-        shard = span(self.given, getattr(k, "shape", ()))
+    def pose(self, q: Array, k: Array, v: Array, given: Given) -> Problem:
+        """Return the problem that all ranks' arrays pose, which agree on what they are given beside them."""
+        shard = _, sound, _, _ = span(self.given, getattr(k, "shape", ()))
         table = self.agreement.arrays([*shard, checksum(q), *numbered(q, given)], q=q, k=k, v=v)
-        descriptions, shards, others = np.split(table, [3 * DESCRIPTION, 3 * DESCRIPTION + len(shard) + 1], axis=1)
-        specs = described(descriptions.tobytes(), self.size, 3)
-        fit_together(specs)
-        problem = posed_to_cache(specs, shards.tolist(), self.given, self.layout, self.mask)
-        return self.accept(others, problem, q, given)
+        descriptions, spans, sums, others = np.split(table, np.cumsum([3 * DESCRIPTION, len(shard), 1]), axis=1)
+        own = self.given.tobytes() if self.given is not None and sound else None
+        problem = _posed(descriptions.tobytes(), tuple(map(tuple, spans.tolist())), own, self.layout, self.mask)
+        for rank in np.flatnonzero(sums != sums[0]):
+            raise InputError(f"q on rank {rank} holds other numbers than on rank 0: all ranks take the same queries")
+        agreed_given(others.tolist())
+        return problem
 
     def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
         """Return a number of q and out alone: reading the whole cache for each token takes as long as attention."""
@@ -149,6 +152,8 @@ class DecodeAttention(Attention):
         out, lse = own.arrays
         if self.block:
             self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
+        if self.size == 1:
+            return out, lse
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse
@@ -228,6 +233,16 @@ class DecodeAttention(Attention):
                 Waitall([self.comm.Isend(own.message, self.rank - self.up, tag)])
             Waitall([self.comm.Irecv(own.message, self.rank - self.up, tag)])
         Waitall([self.comm.Isend(own.message, self.rank + step, tag) for step in reversed(self.below)])
+
+
+@functools.lru_cache(maxsize=4)
+def _posed(
+    descriptions: bytes, spans: tuple[tuple[int, ...], ...], own: bytes | None, layout: str, mask: Mask
+) -> CacheProblem:
+    """Return the problem that all ranks' q, k, v and positions pose: the same one in each block of a model."""
+    specs = described(descriptions, len(spans), 3)
+    fit_together(specs)
+    return posed_to_cache(specs, spans, own, layout, mask)
 
 
 def steps(size: int) -> list[int]:

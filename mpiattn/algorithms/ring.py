@@ -29,7 +29,6 @@ from ..arrays import Array
 from ..messages.message import Communicator, Request, Tag, Testall, Waitall
 from ..messages.parcel import Parcel
 from ..problems.problem import Problem
-from ..problems.travel import travels
 from .base import Attention
 from .options import Options
 
@@ -59,16 +58,19 @@ class RingAttention(Attention):
 
         Two buffers of K/V take turns: one is computed with while the other receives. On GPUs there is a third.
         """
-        self.owners = [(self.rank - hop) % self.size for hop in range(self.size)]
-        ways = travels(problem.needed.T)  # needed: bool, (query chunks, key chunks), False where the mask empties it
-        self.ways = [ways[owner] for owner in self.owners]
-        self.kv = self.buffers.parcels("kv", [problem.kv(owner) for owner in self.owners], buffers=2, anew=True)
-        self.blocks = [problem.block(self.rank, owner) for owner in self.owners]  # None where the mask empties it
+        owners = [self.owner(hop) for hop in range(self.size)]
+        self.ways = [problem.ways[owner] for owner in owners]
+        self.kv = self.buffers.parcels("kv", [problem.kv(owner) for owner in owners], buffers=2, anew=True)
+        self.blocks = [problem.block(self.rank, owner) for owner in owners]  # None where the mask empties it
         self.backward_blocks = [*self.blocks, None]  # there is one step more
         if self.size > 1 and self.ways[0].ends(self.size - 1):
             # The own sum comes home in the last step: half of the own block is left for that time.
             halves = (problem.block(self.rank, self.rank, rows) for rows in problem.halves(self.rank))
             self.backward_blocks[0], self.backward_blocks[self.size] = halves
+
+    def owner(self, hop: int) -> int:
+        """Return the rank whose K/V are here at step hop."""
+        return (self.rank - hop) % self.size
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
@@ -100,7 +102,7 @@ class RingAttention(Attention):
     ) -> tuple[Array, Array, Array]:
         """Add to one owner's dK/dV a step."""
         [d_q] = self.buffers.parcels("d_q", [problem.d_q(self.rank)])[0].arrays  # (batch, heads, tokens, head_dim)
-        specs = [problem.d_kv(owner) for owner in self.owners]
+        specs = [problem.d_kv(self.owner(hop)) for hop in range(self.size)]
         [own] = self.buffers.parcels("own d_kv", specs[:1])  # (batch, kv_heads, tokens, head_dim and v_head_dim)
         # By hop: this rank's part, and the place where the sum of the ranks before it arrives.
         sums = [own, *self.buffers.sums("d_kv", specs, buffers=2, anew=True)[1:]]
@@ -132,7 +134,7 @@ class RingAttention(Attention):
         if step > 0 and self.ways[hop].summed(hop):
             # This rank's part was computed while the sum of the ranks before arrived: now they are added.
             self.kernel.settle(sums[hop], *([arriving[hop].arrays] if self.ways[hop].joined(hop) else []))
-            dest = self.owners[hop] if self.ways[hop].ends(hop) else self.dest  # home, or on
+            dest = self.owner(hop) if self.ways[hop].ends(hop) else self.dest  # home, or on
             posted.append(self.ring.Isend(sums[hop].message, dest, Tag.D_KV))
         if step < self.size and self.ways[step].joined(step):
             posted.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))

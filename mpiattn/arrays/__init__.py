@@ -46,7 +46,7 @@ def namespace(array: Any) -> ModuleType:
 
 def accumulator(dtype: DTypeLike) -> np.dtype[Any]:
     """Return the dtype that partial sums of inputs of `dtype` are kept in: float32 or wider."""
-    return np.result_type(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def gpus() -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from ..messages.parcel import nbytes
 from ..problems.problem import Problem
-from ..problems.travel import travels
 from .memory import Pass, around, arriving, running, sums, total, turns
 from .traffic import Costs, collect, sent, spread
 
 
 def costs(problem: Problem, rank: int) -> Costs:
     """K/V once around; backward dK/dV behind them."""
-    ways, owners = travels(problem.needed.T), range(problem.ranks)
+    ways, owners = problem.ways, range(problem.ranks)
     kv = spread(ways, rank, owners, problem.kv)
     return Costs(kv, kv + collect(ways, rank, owners, sent(problem, problem.d_kv)))
 

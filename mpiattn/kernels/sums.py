@@ -32,6 +32,7 @@ class Sums:
             if sums[-1].ndim == 3:  # lse
                 merge(*sums, *shares)
             else:
+                add = operations(sums[-1]).add
                 for total, share in zip(sums, shares, strict=True):
-                    operations(share).add(total, share)
+                    add(total, share)
         return sums

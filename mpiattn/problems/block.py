@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .mask import Mask, Positions
+from .pairs import pairs
 
 ALL = slice(None)
 
@@ -50,6 +51,5 @@ class Block:
     def pairs(self) -> int:
         """Number of pairs of a query and a key that the mask leaves."""
         if self._pairs is None:
-            start, stop = self.runs
-            self._pairs = int(np.maximum(stop - start, 0).sum())
+            self._pairs = pairs(self.mask, self.queries, self.keys)
         return self._pairs

@@ -95,29 +95,30 @@ def span(positions: Positions | None, shape: tuple[int, ...]) -> list[int]:
     if positions is None:
         return [0, 1, 0, 0]
     sound = isinstance(positions, np.ndarray) and positions.dtype == np.int64 and positions.shape == shape[2:3]
-    if not (sound and (np.diff(positions, prepend=-1) > 0).all() and positions.max(initial=0) < END):
+    if not (sound and (positions[1:] > positions[:-1]).all()):
         return [1, 0, 0, 0]
-    return [1, 1, positions[0], positions[-1] + 1] if len(positions) else [1, 1, 0, 0]
+    if not len(positions):
+        return [1, 1, 0, 0]
+    first, last = int(positions[0]), int(positions[-1])
+    return [1, 1, first, last + 1] if 0 <= first <= last < END else [1, 0, 0, 0]
 
 
 def posed_to_cache(
-    specs: Sequence[Sequence[Any]], spans: Sequence[Sequence[int]], own: Positions | None, name: str, mask: Mask
+    specs: Sequence[Sequence[Any]], spans: Sequence[Sequence[int]], own: bytes | None, name: str, mask: Mask
 ) -> CacheProblem:
     """Return the problem that all ranks' q, k, v and positions pose, or raise InputError, the same on every rank.
 
     Parameters
     ----------
     specs : for each rank, (shape, dtype) of q, k and v, which fit together
-    spans : for each rank, what `span` returned, and a checksum of q
+    spans : for each rank, what `span` returned
     own : positions of this rank's keys, where they are given
     name, mask : the layout's name, and the mask
     """
     ranks = len(specs)
-    for rank, ((q, *_), (has, sound, *_, checksum)) in enumerate(zip(specs, spans, strict=True)):
+    for rank, ((q, *_), (has, sound, *_)) in enumerate(zip(specs, spans, strict=True)):
         if q != specs[0][0]:
             raise InputError(f"q is {q[0]} on rank {rank}, {specs[0][0][0]} on rank 0: all ranks take the same queries")
-        if checksum != spans[0][-1]:
-            raise InputError(f"q on rank {rank} holds other numbers than on rank 0: all ranks take the same queries")
         if has != spans[0][0]:
             raise InputError(f"kv_positions are given on rank {0 if spans[0][0] else rank}, not on all ranks")
         if not sound:
@@ -126,7 +127,7 @@ def posed_to_cache(
     tokens = [shape[2] for _, (shape, _), _ in specs]
     ends = list(itertools.accumulate(tokens))
     if own is not None:
-        shards = [(count, first, end) for count, (_, _, first, end, _) in zip(tokens, spans, strict=True)]
+        shards = [(count, first, end) for count, (_, _, first, end) in zip(tokens, spans, strict=True)]
     elif name == "contiguous":
         shards = [(count, end - count, end) for count, end in zip(tokens, ends, strict=True)]
     else:
@@ -146,6 +147,5 @@ def posed_to_cache(
         mask.check(length, length)
     except ValueError as error:
         raise InputError(str(error)) from None
-    given = None if own is None else own.tobytes()
     sizes = batch, heads, k[1], head_dim, v[3], q_tokens, ends[-1]
-    return CacheProblem(ranks, *sizes, dtype, name, mask, tuple(shards), given)
+    return CacheProblem(ranks, *sizes, dtype, name, mask, tuple(shards), own)

@@ -92,7 +92,7 @@ def positions(layout: str, tokens: object, ranks: int, rank: int) -> Positions:
     name, _, number = check(layout, ranks).partition("/")
     parts = int(number or 1)
     chunk = LAYOUTS[name](tokens, ranks // parts, rank // parts)
-    return chunk[_runs(len(chunk), parts, rank % parts)]
+    return chunk if parts == 1 else chunk[_runs(len(chunk), parts, rank % parts)]
 
 
 def heads(count: int, kv_count: int, ranks: int, rank: int) -> tuple[slice, slice]:

@@ -17,6 +17,7 @@ from . import layout
 from .block import ALL, Block
 from .mask import Mask, Positions
 from .pairs import counts
+from .travel import Travel, travels
 
 GRAIN = 128  # queries: a multiple of them is what kernels take best
 
@@ -119,6 +120,15 @@ class Problem:
         return _joined(self.layout, self.kv_tokens, self.ranks, tuple(owners))
 
     @cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {}
+
+    @cached_property
+    def ways(self) -> list[Travel]:
+        """The way of each rank's K/V round a ring of all ranks."""
+        return travels(self.needed.T)  # needed: bool, (query chunks, key chunks), False where the mask empties it
+
+    @cached_property
     def needed(self) -> NDArray[np.bool_]:
         """Whether the mask leaves something of each block: bool, (query chunks, key chunks)."""
         result: NDArray[np.bool_] = self.pairs > 0
@@ -141,6 +151,7 @@ class Problem:
         pairs = self.pairs.item(q_owner, kv_owner)
         if not pairs:
             return None
+        pairs = self._numbers.setdefault(pairs, pairs)  # in one process n virtual ranks ask for n blocks each
         queries, keys = self.q_positions[q_owner], self.kv_positions[kv_owner]
         if rows == ALL:
             return Block(self.mask, queries, keys, ALL, pairs)

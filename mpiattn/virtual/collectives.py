@@ -97,15 +97,25 @@ class Collectives:
 
     def Allgather(self, sendbuf: Array, recvbuf: Array) -> None:
         """Give every rank the buffers of all, one after the other."""
+        copy(self._gathered(sendbuf), recvbuf)
+
+    def rows(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of all ranks, one array for all of them to read; see `connection.rows`."""
+        table: NDArray[np.int64] = self._gathered(row).reshape(self.Get_size(), -1)
+        return table
+
+    def _gathered(self, sendbuf: Array) -> Any:
+        """Return the buffers of all ranks, one after the other."""
 
         def finish(meeting: Meeting) -> float:
             if isinstance(sendbuf, np.ndarray):
                 meeting.result = np.concatenate([np.ravel(value) for value in meeting.values])
+                meeting.result.flags.writeable = False
             return self.group.seconds(self.group.depth, (self.Get_size() - 1) * sendbuf.nbytes)
 
         request, meeting = self._meet("Allgather", sendbuf, finish)
         request.Wait()
-        copy(meeting.result, recvbuf)
+        return meeting.result
 
     def Allgatherv(self, sendbuf: object, recvbuf: Sequence[Any]) -> None:
         """Give every rank the pieces of all; recvbuf is `message.Pieces`."""

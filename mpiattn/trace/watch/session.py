@@ -7,7 +7,6 @@ import faulthandler
 import json
 import math
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -118,7 +117,7 @@ class watch:
         if not any(wrong for *_, wrong in table):
             if comm.rank == 0 and len(leaders) > 1:
                 listener = listen()
-                meeting = own_addresses(), listener.getsockname()[1], secrets.token_hex(16)
+                meeting = own_addresses(), listener.getsockname()[1], os.urandom(16).hex()
                 handles, settings["listener"] = [listener.fileno()], listener.fileno()
             if len(leaders) > 1:
                 settings["addresses"], settings["port"], settings["secret"] = comm.bcast(meeting)
