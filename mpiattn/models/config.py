@@ -105,6 +105,15 @@ class Config:
         return shapes | {"model.norm.weight": (f,)} | head
 
     @cached_property
+    def side_by_side(self) -> list[tuple[str, ...]]:
+        """The names of `shapes`, in their order; those of matrices that are multiplied with the same rows together."""
+        groups: list[tuple[str, ...]] = []
+        for name in self.shapes:
+            joins = name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))  # with those before
+            groups = [*groups[:-1], (*groups[-1], name)] if joins else [*groups, (name,)]
+        return groups
+
+    @cached_property
     def frequencies(self) -> NDArray[np.float32]:
         """Radians a token by which each pair of features is turned: (head_dim / 2,).
 

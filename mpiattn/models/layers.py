@@ -193,8 +193,9 @@ def _over_tokens(rows: Array, weight: Array) -> Array:
 
 def _sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); where exp(-x) overflows, 0 is right."""
+    out = -x
     with np.errstate(over="ignore"):
-        out = namespace(x).exp(-x)
+        namespace(x).exp(out, out=out)
     out += 1
     return namespace(x).reciprocal(out, out=out)  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -70,40 +70,40 @@ class Model:
         self.window: Any = None
         source = together(comm, lambda: opened(found(name)))
         self.tokenizer = together(comm, lambda: tokenizer_of(source))
-        weights = self.load(source, np.dtype(dtype))
+        joined = self.load(source, np.dtype(dtype))
         if xp is not np:
-            weights = {name: xp.asarray(weight) for name, weight in weights.items()}
+            joined = {names: xp.asarray(weight) for names, weight in joined.items()}
             self.free()
-        self.llama = Llama(source.config, weights)
+        self.llama = Llama(source.config, parted(source.config, joined), joined)
         self.config = source.config
 
-    def load(self, source: Source, dtype: np.dtype[Any]) -> dict[str, Array]:
-        """Return the weights by name, which the ranks of a host share: the first of them reads the files.
+    def load(self, source: Source, dtype: np.dtype[Any]) -> dict[tuple[str, ...], Array]:
+        """Return the weights, side by side in `Llama.joined`; ranks of a host share them, the first reads the files.
 
         In memory a matrix lies transposed, (in, out): a product with a single row then runs along the memory, at
         twice the speed.
         """
         host = self.comm.Split_type(constant("COMM_TYPE_SHARED"))
-        shapes, places, end = source.config.shapes, {}, 0
-        for name, shape in shapes.items():
-            places[name] = end
-            end += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        places, end = {}, 0
+        for names in source.config.side_by_side:
+            rows = [source.config.shapes[name] for name in names]
+            places[names] = end, (sum(shape[0] for shape in rows), *rows[0][1:])
+            end += -(-sum(map(math.prod, rows)) * dtype.itemsize // ALIGNED) * ALIGNED
         first = host.Get_rank() == 0
         self.window = Allocate_shared(host, end if first else 0)
         memory = np.frombuffer(self.window.Shared_query(0)[0], np.uint8)
-        weights = {}
-        for name, shape in shapes.items():
-            count = math.prod(shape)
-            flat = memory[places[name] :][: count * dtype.itemsize].view(dtype)
-            weights[name] = flat.reshape(shape[::-1]).T
+        joined = {}
+        for names, (start, shape) in places.items():
+            flat = memory[start:][: math.prod(shape) * dtype.itemsize].view(dtype)
+            joined[names] = flat.reshape(shape[::-1]).T
 
         def read() -> None:
-            for name, weight in weights.items():
+            for name, weight in parted(source.config, joined).items():
                 weight[...] = finite(name, source.read(name), source.path)
 
         together(self.comm, read if first else lambda: None)
         host.Free()
-        return weights
+        return joined
 
     def free(self) -> None:
         """Free the memory of the weights; all ranks call it together."""
@@ -118,6 +118,17 @@ class Model:
         # After an exception the other ranks may be elsewhere: freeing is collective and could hang.
         if exception[0] is None:
             self.free()
+
+
+def parted(config: Config, joined: Mapping[tuple[str, ...], Array]) -> dict[str, Array]:
+    """Return each weight by its name: its part, in the same memory, of those that lie side by side."""
+    weights = {}
+    for names, whole in joined.items():
+        end = 0
+        for name in names:
+            start, end = end, end + config.shapes[name][0]
+            weights[name] = whole[start:end]
+    return weights
 
 
 def together(comm: Communicator, work: Callable[[], Result]) -> Result:
