@@ -58,7 +58,7 @@ class Cache:
         held = len(self.positions)
         self.positions, self.length = np.concatenate([self.positions, positions]), length
         if len(self.positions) > self.memory.shape[4]:
-            room = -(-len(self.positions) // STEP) * STEP
+            room = (len(self.positions) // STEP + 1) * STEP
             shape = *self.memory.shape[:4], room, self.memory.shape[5]
             grown = self.xp.empty(shape, self.memory.dtype)
             grown[:, :, :, :, :held] = self.memory[:, :, :, :, :held]

@@ -35,6 +35,9 @@ from .layers import (
     swiglu_backward,
 )
 
+FEW = 8
+"""Tokens: of more, the parts of a product are better apart in memory."""
+
 Attend = Callable[[int, Array, Array, Array], tuple[Array, Any]]
 """Given the block's number and q, k, v: returns out, and what backward needs."""
 AttendBackward = Callable[[Array, Any], tuple[Array, Array, Array]]
@@ -50,7 +53,8 @@ class Llama:
     weights : dict
         NumPy or CuPy arrays by name, of the shapes in `Config.shapes`.
     joined : dict, optional
-        The same memory by the names of weights that lie in it side by side: one product is faster than several.
+        The same memory by the names of weights that lie in it side by side: a product of few rows with all of them
+        takes less time than with each.
     """
 
     def __init__(
@@ -172,9 +176,9 @@ class Llama:
         return d_y + norm_back(d_h, x, "input_layernorm")
 
     def products(self, h: Array, number: int, *names: str) -> list[Array]:
-        """Return the product of h, (b, t, f), with each of some matrices of a block."""
+        """Return the product of h, (b, t, f), with each of some matrices of a block; for a few tokens, one for all."""
         joined = self.joined.get(tuple(full(number, name) for name in names))
-        if joined is None:
+        if joined is None or h.shape[1] > FEW:
             return [linear(h, self.of(number, name)) for name in names]
         whole, end, parts = linear(h, joined), 0, []
         for name in names:

@@ -45,7 +45,8 @@ def attend(q: Array, k: Array, v: Array, scale: float, out: Array, lse: Array) -
     """
     b, heads, t, dim = q.shape
     rows = (q * (scale * LOG2E)).reshape(b, k.shape[1], heads // k.shape[1] * t, dim)
-    score = rows @ k.swapaxes(2, 3)  # (b, kv_heads, rows, keys), in log2
+    by_keys = k @ rows.swapaxes(2, 3)  # the few rows behind: a BLAS takes a third of the time of rows @ k^T
+    score = np.ascontiguousarray(by_keys.swapaxes(2, 3))  # (b, kv_heads, rows, keys), in log2
     top = score.max(axis=3, keepdims=True)
     least = score.min()
     if not max(float(top.max()), -float(least)) <= LARGE[score.itemsize] * LOG2E:  # NaN is not
