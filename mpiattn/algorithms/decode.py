@@ -121,12 +121,13 @@ class DecodeAttention(Attention):
         """Return the problem that all ranks' arrays pose, which agree on what they are given beside them."""
         shard = _, sound, _, _ = span(self.given, getattr(k, "shape", ()))
         table = self.agreement.arrays([*shard, checksum(q), *numbered(q, given)], q=q, k=k, v=v)
-        descriptions, spans, sums, others = np.split(table, np.cumsum([3 * DESCRIPTION, len(shard), 1]), axis=1)
+        end = 3 * DESCRIPTION  # of the descriptions of q, k and v
+        descriptions, spans, others = table[:, :end], table[:, end : end + len(shard)], table[:, end + len(shard) :]
         own = self.given.tobytes() if self.given is not None and sound else None
         problem = _posed(descriptions.tobytes(), tuple(map(tuple, spans.tolist())), own, self.layout, self.mask)
-        for rank in np.flatnonzero(sums != sums[0]):
+        for rank in np.flatnonzero(others[:, 0] != others[0, 0]):
             raise InputError(f"q on rank {rank} holds other numbers than on rank 0: all ranks take the same queries")
-        agreed_given(others.tolist())
+        agreed_given(others[:, 1:].tolist())
         return problem
 
     def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:

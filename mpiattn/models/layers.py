@@ -174,9 +174,9 @@ def cross_entropy_backward(d_loss: Array | float, logits: Array, targets: Array)
 
 def _inverse_rms(x: Array, eps: float) -> Array:
     """Return 1 / sqrt(mean(x^2) + eps) of each row: (b, t, 1), float32 or wider."""
-    wide = x.astype(accumulator(x.dtype), copy=False)
-    squares = namespace(x).einsum("...f,...f->...", wide, wide)[..., None]
-    return 1 / namespace(x).sqrt(squares / x.shape[-1] + eps)  # type: ignore[no-any-return]
+    xp, wide = namespace(x), x.astype(accumulator(x.dtype), copy=False)
+    squares = xp.einsum("...f,...f->...", wide, wide)[..., None]
+    return 1 / xp.sqrt(squares / x.shape[-1] + eps)  # type: ignore[no-any-return]
 
 
 def _centred(x: Array) -> Array:
