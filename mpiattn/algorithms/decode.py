@@ -153,8 +153,6 @@ class DecodeAttention(Attention):
         out, lse = own.arrays
         if self.block:
             self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
-        if self.size == 1:
-            return out, lse
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse

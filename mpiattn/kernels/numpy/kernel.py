@@ -18,7 +18,7 @@ from ..contract import Progress, rows_of
 from ..sums import Sums
 from . import few, slices
 from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
-from .tiles import Plan, plan
+from .tiles import plan
 from .work import Work
 
 Array = NDArray[Any]
@@ -49,7 +49,6 @@ class NumpyKernel(Sums):
         self.dropout: Dropout | None = None
         self.first_head = 0
         self.work = Work()
-        self.planned: tuple[Block, Plan] | None = None
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
@@ -67,7 +66,7 @@ class NumpyKernel(Sums):
         if plain and few.fits(q, block) and few.attend(q, k, v, self._scale(q), out, lse):
             return
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = self._plan(block)
+        rows_of_tiles = plan(block)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -109,7 +108,7 @@ class NumpyKernel(Sums):
         """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
         q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = self._plan(block)
+        rows_of_tiles = plan(block)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -158,12 +157,6 @@ class NumpyKernel(Sums):
                     d_q[b, h, rows] += d_query.T
             d_keys /= form.unit  # `query` holds q * scale * unit
             d_k[b, g] += d_keys
-
-    def _plan(self, block: Block) -> Plan:
-        """Return the tiles of a block; those of the last one are kept, as each layer of a model has the same."""
-        if self.planned is None or self.planned[0] is not block:
-            self.planned = block, plan(block)
-        return self.planned[1]
 
     def _scale(self, q: Array) -> float:
         return 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale

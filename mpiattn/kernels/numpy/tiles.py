@@ -22,10 +22,7 @@ class Tile(NamedTuple):
     visible: NDArray[np.bool_] | None  # (keys, queries); None: every query sees every key
 
 
-Plan = list[tuple[slice, list[Tile]]]
-
-
-def plan(block: Block) -> Plan:
+def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
     """Return the rows of tiles that the mask leaves of a block: slices of queries, each with its tiles.
 
     A query sees the keys of indices [start, stop). The keys that a whole row sees make large tiles
