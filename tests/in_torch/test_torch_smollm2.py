@@ -73,3 +73,20 @@ def test_loss_gradients_and_greedy_tokens_are_those_of_one_process(
         # In one process, float32 is 2e-5 to 9e-5 from float64 by this measure, after 30 layers.
         assert worst(own, expected[1]) < 1e-4
         assert torch.equal(new, expected[2])
+
+
+def test_gradients_of_its_first_layers_are_as_exact_as_those_of_small_models(comm: MPI.Intracomm, model: Any) -> None:
+    first = hf.LlamaForCausalLM(hf.LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 12})).eval()
+    right = None
+    if comm.Get_rank() == 0:
+        first.load_state_dict(model.state_dict(), strict=False)
+        first.set_attn_implementation("sdpa")
+        first(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        right = gradients(first)
+        first.zero_grad()
+    with mpiattn.torch.shard(first, comm, "mesh") as sharded:
+        loss: Any = sharded(IDS, IDS).loss
+        loss.backward()
+        sharded.sum_gradients()
+    if right is not None:
+        assert worst(gradients(first), right) < 2e-5
