@@ -36,7 +36,7 @@ def test_values(monkeypatch: pytest.MonkeyPatch, dtype: str, heads: int, kv_head
     cache = rng.standard_normal((2, 2, kv_heads, 300, 16)).astype(dtype)
     right_out, right_lse = oracle.attention(q, cache[0], cache[1], Full())
 
-    def unplanned(block: Block) -> Any:
+    def unplanned(block: Block, group: int) -> Any:
         raise AssertionError("tiles")
 
     monkeypatch.setattr(kernel, "plan", unplanned)

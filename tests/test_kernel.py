@@ -401,9 +401,10 @@ def test_memory_does_not_grow_with_the_square() -> None:
     k_runs=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 500)), max_size=3),
     stride=st.sampled_from([1, 2, 5]),
     mask=st.sampled_from([Full(), Causal(), SlidingWindow(100), SlidingWindow(3, 300), Documents([9, 700, 9000])]),
+    group=st.integers(1, 9),
 )
 def test_plan_covers_every_pair_once(
-    q_runs: list[tuple[int, int]], k_runs: list[tuple[int, int]], stride: int, mask: Mask
+    q_runs: list[tuple[int, int]], k_runs: list[tuple[int, int]], stride: int, mask: Mask, group: int
 ) -> None:
     def ascending(runs: list[tuple[int, int]]) -> Array:
         parts, at = [np.zeros(0, np.int64)], 0
@@ -413,14 +414,17 @@ def test_plan_covers_every_pair_once(
         return np.concatenate(parts)
 
     queries, keys = ascending(q_runs), ascending(k_runs)
-    seen = np.zeros((len(keys), len(queries)), np.int64)
+    together, rows_of_tiles = plan(Block(mask, queries, keys), group)
+    assert group % together == 0
+    seen = np.zeros((len(keys), len(queries) * together), np.int64)  # columns: by query, the heads of each side by side
     computed = 0
-    for rows, tiles in plan(Block(mask, queries, keys)):
+    for rows, tiles in rows_of_tiles:
+        columns = slice(rows.start * together, rows.stop * together)
         for tile in tiles:
-            part = seen[tile.keys, rows][:, tile.queries]
+            part = seen[tile.keys, columns][:, tile.queries]
             part += 1 if tile.visible is None else tile.visible
-            computed += part.size
-    np.testing.assert_array_equal(seen.T, allowed(mask, queries, keys))
+            computed += part.size // together
+    np.testing.assert_array_equal(seen.T, allowed(mask, queries, keys).repeat(together, axis=0))
     # Little is computed in vain: a margin along the two edges of what each row sees.
     assert computed <= pairs(mask, queries, keys) + 2 * SIDE * (len(queries) + len(keys)) + SIDE * SIDE
 

@@ -118,8 +118,8 @@ def rotary_backward(d_out: Array, cos: Array, sin: Array) -> Array:
 
 def swiglu(gate: Array, up: Array) -> Array:
     """Return gate * sigmoid(gate) * up (Shazeer 2020, arXiv 2002.05202); both are (b, t, f)."""
-    out: Array = _sigmoid(gate)
-    out *= gate
+    out = _one_more(gate)
+    namespace(gate).divide(gate, out, out=out)
     out *= up
     return out
 
@@ -191,12 +191,18 @@ def _over_tokens(rows: Array, weight: Array) -> Array:
     return result
 
 
-def _sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)); where exp(-x) overflows, 0 is right."""
+def _one_more(x: Array) -> Array:
+    """Return 1 + exp(-x); where exp(-x) overflows, infinity is right."""
     out = -x
     with np.errstate(over="ignore"):
         namespace(x).exp(out, out=out)
     out += 1
+    return out
+
+
+def _sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x))."""
+    out = _one_more(x)
     return namespace(x).reciprocal(out, out=out)  # type: ignore[no-any-return]
 
 

@@ -69,7 +69,7 @@ def products(q: Array, k: Array, v: Array, d_out: Array, mask: Mask, name: str) 
             [[np.ascontiguousarray(x[h, rows].T) for x in (q, d_out)] for h in range(len(q))],
             [(tile, slice(rows.start + tile.queries.start, rows.start + tile.queries.stop)) for tile in tiles],
         )
-        for rows, tiles in plan(block)
+        for rows, tiles in plan(block)[1]
     ]
     sizes = {(t.keys.stop - t.keys.start, t.queries.stop - t.queries.start) for _, ts in rows_of_tiles for t, _ in ts}
     scores = {size: [np.empty(size, q.dtype) for _ in range(2)] for size in sizes}

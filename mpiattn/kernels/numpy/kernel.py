@@ -12,13 +12,12 @@ from mpiattn.arrays import accumulator
 from mpiattn.arrays.softmax import merge
 from mpiattn.problems.block import Block
 from mpiattn.problems.dropout import Dropout
-from mpiattn.problems.mask import Positions
 
 from ..contract import Progress, rows_of
 from ..sums import Sums
 from . import few, slices
 from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
-from .tiles import plan
+from .tiles import Tile, by_head, by_token, plan
 from .work import Work
 
 Array = NDArray[Any]
@@ -66,16 +65,17 @@ class NumpyKernel(Sums):
         if plain and few.fits(q, block) and few.attend(q, k, v, self._scale(q), out, lse):
             return
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = plan(block)
+        together, rows_of_tiles = plan(block, group)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
             keys = self.work.with_ones("keys", k[b, g], dtype)
             values = self.work.with_ones("values", v[b, g], dtype)
             key_factor = form.key_factor(keys)
-            for h in range(g * group, (g + 1) * group):
+            for first in range(g * group, (g + 1) * group, together):
+                heads = slice(first, first + together)
                 for rows, tiles in rows_of_tiles:
-                    query = self.work.query(q[b, h, rows], self._scale(q) * form.unit, dtype)
+                    query = self.work.query(q[b, heads, rows], self._scale(q) * form.unit, dtype)
                     query[-1] = 0
                     query_factor, safe = form.query_factor(query), form.safe(query)
                     total = self.work.buffer("total", (values.shape[1], query.shape[1]), dtype)
@@ -93,13 +93,18 @@ class NumpyKernel(Sums):
                             sums += self.work.product("part", values[tile.keys].T, score)
                         else:
                             sums[-1] += score.sum(axis=0)
-                            score *= self._kept(b, h, block.queries[rows][tile.queries], block.keys[tile.keys], dtype)
+                            score *= self._kept(b, heads, block, rows, tile, dtype)
                             sums[:-1] += self.work.product("part", values[tile.keys, :-1].T, score)
                     weight = total[-1]
                     with np.errstate(divide="ignore"):
                         part_lse = form.lse(weight, query[-1])
                     total[:-1] /= np.where(weight == 0, 1, weight)
-                    merge(out[b, h, rows], lse[b, h, rows], total[:-1].T, part_lse)
+                    merge(
+                        out[b, heads, rows],
+                        lse[b, heads, rows],
+                        by_head(total[:-1].T, together),
+                        by_head(part_lse, together),
+                    )
 
     def backward(
         self, q: Array, k: Array, v: Array, *, block: Block, d_out: Array, lse: Array, delta: Array, d_q: Array,
@@ -108,7 +113,7 @@ class NumpyKernel(Sums):
         """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
         q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
         group = q.shape[1] // k.shape[1]
-        rows_of_tiles = plan(block)
+        together, rows_of_tiles = plan(block, group)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -117,16 +122,17 @@ class NumpyKernel(Sums):
             key_factor = form.key_factor(keys)
             d_keys = self.work.buffer("d_keys", k.shape[2:], dtype)
             d_keys[...] = 0
-            for h in range(g * group, (g + 1) * group):
+            for first in range(g * group, (g + 1) * group, together):
+                heads = slice(first, first + together)
                 for rows, tiles in rows_of_tiles:
-                    query = self.work.query(q[b, h, rows], self._scale(q) * form.unit, dtype)
-                    nothing = np.isneginf(lse[b, h, rows])
-                    query[-1] = form.shift(lse[b, h, rows])
+                    query = self.work.query(q[b, heads, rows], self._scale(q) * form.unit, dtype)
+                    own_lse = by_token(lse[b, heads, rows])
+                    query[-1] = form.shift(own_lse)
                     query_factor = form.query_factor(query)
                     d_row = self.work.buffer("d_row", (values.shape[1], query.shape[1]), dtype)
-                    d_row[:-1] = d_out[b, h, rows].T
-                    d_row[-1] = -delta[b, h, rows]
-                    d_row[:, nothing] = 0
+                    d_row[:-1] = by_token(d_out[b, heads, rows]).T
+                    d_row[-1] = -by_token(delta[b, heads, rows])
+                    d_row[:, np.isneginf(own_lse)] = 0
                     d_query = self.work.buffer("d_query", (k.shape[3], query.shape[1]), dtype)
                     d_query[...] = 0
                     for tile in tiles:
@@ -142,7 +148,7 @@ class NumpyKernel(Sums):
                             d_score = self.work.product("d_score", values[tile.keys], d_seeing)
                             d_score *= weight
                         else:
-                            kept = self._kept(b, h, block.queries[rows][tile.queries], block.keys[tile.keys], dtype)
+                            kept = self._kept(b, heads, block, rows, tile, dtype)
                             d_score = self.work.product("d_score", values[tile.keys, :-1], d_seeing[:-1])
                             d_score *= kept
                             d_score += d_seeing[-1]
@@ -154,7 +160,7 @@ class NumpyKernel(Sums):
                         d_keys[tile.keys] += self.work.product("part", d_score, seeing[:-1].T)
                         d_query[:, tile.queries] += self.work.product("part", keys[tile.keys, :-1].T, d_score)
                     d_query *= self._scale(q)
-                    d_q[b, h, rows] += d_query.T
+                    d_q[b, heads, rows] += by_head(d_query.T, together)
             d_keys /= form.unit  # `query` holds q * scale * unit
             d_k[b, g] += d_keys
 
@@ -181,9 +187,16 @@ class NumpyKernel(Sums):
             score += shift
         return score, slope
 
-    def _kept(self, batch: int, head: int, queries: Positions, keys: Positions, dtype: np.dtype[np.generic]) -> Array:
+    def _kept(
+        self, batch: int, heads: slice, block: Block, rows: slice, tile: Tile, dtype: np.dtype[np.generic]
+    ) -> Array:
         """Return what dropout multiplies a tile of weights by: 0 or 1 / (1 - rate)."""
         assert self.dropout is not None
-        kept = self.dropout.kept(batch, self.first_head + head, queries, keys)
-        factor: Array = np.multiply(kept.T, 1 / (1 - self.dropout.rate), dtype=dtype)
-        return factor
+        together, (first, last) = heads.stop - heads.start, (tile.queries.start, tile.queries.stop)
+        queries = block.queries[rows][first // together : last // together]
+        factor = np.empty((tile.keys.stop - tile.keys.start, len(queries), together), dtype)
+        for number in range(together):
+            head = self.first_head + heads.start + number
+            kept = self.dropout.kept(batch, head, queries, block.keys[tile.keys])
+            np.multiply(kept.T, 1 / (1 - self.dropout.rate), out=factor[..., number])
+        return factor.reshape(len(factor), -1)

@@ -1,9 +1,13 @@
-"""Tiles of a block: those that the mask leaves, with the keys that each query sees in them."""
+"""Tiles of a block: those that the mask leaves, with the keys that each query sees in them.
+
+Heads that share keys share tiles: a tile's columns are the queries of some heads, token by token, the heads of each
+side by side. So a tile has few tokens, of which the mask's edge cuts off little, and is large all the same.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +15,30 @@ from numpy.typing import NDArray
 from mpiattn.problems.block import Block
 
 QUERIES, KEYS = 384, 512  # a tile: its scores (768 kB in float32) stay in the second-level cache
+TOGETHER = 4  # heads in a tile at most
 SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked
+
+
+Array = NDArray[Any]
 
 
 class Tile(NamedTuple):
     """Some keys, and those queries of a row of tiles that attend to any of them."""
 
     keys: slice
-    queries: slice  # counted from the row's first query
-    visible: NDArray[np.bool_] | None  # (keys, queries); None: every query sees every key
+    queries: slice  # columns, counted from the row's first
+    visible: NDArray[np.bool_] | None  # (keys, columns); None: every query sees every key
 
 
-def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
-    """Return the rows of tiles that the mask leaves of a block: slices of queries, each with its tiles.
+def plan(block: Block, group: int = 1) -> tuple[int, list[tuple[slice, list[Tile]]]]:
+    """Return how many of a group of heads a tile has, and the rows of tiles that the mask leaves of a block.
+
+    A row is a slice of queries, with its tiles.
 
     A query sees the keys of indices [start, stop). The keys that a whole row sees make large tiles
     without a mask; those before and after, that some of its queries see, make narrow ones.
     """
+    together = max(count for count in range(1, TOGETHER + 1) if group % count == 0)
     start, stop = block.runs
     # Rows end where the runs jump: between the two parts of a zigzag chunk, between documents.
     jump = np.maximum(np.diff(start), np.diff(stop))
@@ -36,7 +47,7 @@ def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
     patterns: dict[tuple[int, bytes], NDArray[np.bool_]] = {}  # most masks look alike: the diagonal's
     result = []
     for begin, end in pairwise([0, *map(int, cuts), len(block.queries)]):
-        for rows in _cut(begin, end, QUERIES):
+        for rows in _cut(begin, end, QUERIES // together):
             first, last = start[rows], stop[rows]
             some = first < last
             if not some.any():
@@ -44,7 +55,7 @@ def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
             full = int(first.max()), int(last.min())
             if full[0] >= full[1]:
                 full = int(last.max()), int(last.max())
-            tiles = [Tile(keys, slice(0, len(first)), None) for keys in _cut(*full, KEYS)]
+            tiles = [Tile(keys, slice(0, len(first) * together), None) for keys in _cut(*full, KEYS)]
             sides = _cut(int(first[some].min()), full[0], SIDE) + _cut(full[1], int(last[some].max()), SIDE)
             for keys in sides:
                 seeing = np.flatnonzero(some & (first < keys.stop) & (last > keys.start))
@@ -55,10 +66,24 @@ def plan(block: Block) -> list[tuple[slice, list[Tile]]]:
                 runs = np.clip([first[queries] - keys.start, last[queries] - keys.start], 0, size)
                 if (size, runs.tobytes()) not in patterns:
                     index = np.arange(size)[:, None]
-                    patterns[size, runs.tobytes()] = (index >= runs[0]) & (index < runs[1])
+                    seen = (index >= runs[0]) & (index < runs[1])
+                    patterns[size, runs.tobytes()] = seen.repeat(together, axis=1)
                 visible = patterns[size, runs.tobytes()]
-                tiles.append(Tile(keys, queries, None if visible.all() else visible))
+                columns = slice(queries.start * together, queries.stop * together)
+                tiles.append(Tile(keys, columns, None if visible.all() else visible))
             result.append((rows, tiles))
+    return together, result
+
+
+def by_token(rows: Array) -> Array:
+    """Return the rows of some heads, (heads, tokens, ...), as a tile has them: (tokens * heads, ...)."""
+    result: Array = rows.swapaxes(0, 1).reshape(-1, *rows.shape[2:])
+    return result
+
+
+def by_head(rows: Array, heads: int) -> Array:
+    """Return the rows of a tile, (tokens * heads, ...), head by head: (heads, tokens, ...)."""
+    result: Array = rows.reshape(-1, heads, *rows.shape[1:]).swapaxes(0, 1)
     return result
 
 

@@ -33,9 +33,13 @@ class Work:
         return result
 
     def query(self, rows: Array, factor: float, dtype: np.dtype[np.generic]) -> Array:
-        """Copy queries, (tokens, dim), to (dim + 1, tokens), times a factor; the last row is the caller's to fill."""
-        result = self.buffer("query", (rows.shape[1] + 1, rows.shape[0]), dtype)
-        result[:-1] = rows.T
+        """Copy queries, (heads, tokens, dim), to (dim + 1, tokens * heads), times a factor.
+
+        The last row is the caller's to fill.
+        """
+        heads, tokens, dim = rows.shape
+        result = self.buffer("query", (dim + 1, tokens * heads), dtype)
+        result[:-1].reshape(dim, tokens, heads)[...] = rows.T
         result[:-1] *= factor
         return result
 
