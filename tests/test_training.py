@@ -69,17 +69,17 @@ def test_losses_are_those_of_one_rank(comm: Any) -> None:
 @pytest.mark.mpi(sizes=[1, 2, 4])
 def test_bfloat16_with_weights_in_float32(comm: Any, mpi_tmp_path: Path) -> None:
     """Steps that are too small for bfloat16 add up, over the end of a run as well."""
-    wide, narrow = (plan(dtype=dtype, learning_rate=1e-5, steps=40) for dtype in ("float32", "bfloat16"))
+    wide, narrow = (plan(dtype=dtype, learning_rate=1e-5, steps=16) for dtype in ("float32", "bfloat16"))
     one = Trainer(alone(), wide, TEXT, algorithm="ring")
     start = flat(one)
-    right = [one.train() for _ in range(40)] + [one.validate(2)]
+    right = [one.train() for _ in range(16)] + [one.validate(2)]
     trainer = Trainer(comm, narrow, TEXT)
-    found = [trainer.train() for _ in range(20)]
+    found = [trainer.train() for _ in range(8)]
     path = checkpoint.save(mpi_tmp_path / str(comm.Get_rank()), trainer, {})
     trainer.free()
     trainer = Trainer(comm, narrow, TEXT)
     checkpoint.resume(path, trainer)
-    found += [trainer.train() for _ in range(20)] + [trainer.validate(2)]
+    found += [trainer.train() for _ in range(8)] + [trainer.validate(2)]
     assert found == pytest.approx(right, rel=2e-4)
     assert np.corrcoef(flat(one) - start, flat(trainer) - start)[0, 1] > 0.999
     for name, weight in trainer.weights.items():
