@@ -23,6 +23,7 @@ BLOCK = re.compile(r"<!-- (transcript|commands|file): (\S+) -->\n```\w*\n(.*?)``
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # with its continuation lines
 INSTALLS = re.compile(r"(pip|git|cd|bash|apt|sudo|module|source|python3? -m venv)\b|\. ")
 PROGRESS = re.compile(r"^\w+ \d+ of \d+: .*\n", re.MULTILINE)  # a bar that goes away where there is a terminal
+OTHERWISE = ("PYTHONUNBUFFERED", "PYTEST_ADDOPTS")  # without a buffer, the ranks' lines mix; pytest prints other lines
 SECONDS = 120
 
 
@@ -86,8 +87,7 @@ def remade(page: str) -> str:
 
 def printed(command: str, folder: Path) -> str:
     """Return what a command prints, on stdout and stderr."""
-    # Where ranks write without a buffer, their lines mix.
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"COLUMNS": "110"}
+    environ = {name: value for name, value in os.environ.items() if name not in OTHERWISE} | {"COLUMNS": "110"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=SECONDS,
