@@ -24,21 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import FROM_LAUNCHER, OPEN_MPI, SLOW, mpiexec_path
+from launch import environ, mpiexec_path
+from small_llama import toml
 
 ROOT = Path(__file__).parent.parent
-CONFIG = """
-[model]
-hidden_size = 16
-intermediate_size = 24
-num_hidden_layers = 1
-num_attention_heads = 2
-[training]
-steps = {steps}
-tokens = 32
-batch = 4
-dtype = "float64"
-"""
 LIMIT = 240
 """Seconds for a job."""
 PAUSE = 0.4
@@ -48,20 +37,15 @@ PAUSE = 0.4
 def command(folder: Path, steps: int, *more: str) -> list[str]:
     """Return a training command, its config written."""
     config = folder / f"{steps}.toml"
-    config.write_text(CONFIG.format(steps=steps))
+    config.write_text(toml(steps=steps, tokens=32, batch=4, dtype="float64"))
     files = "--text", str(ROOT / "LICENSE"), "--config", str(config)
     return [sys.executable, "-m", "mpiattn", "train", *files, *more]
-
-
-def environ() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER + SLOW)}
-    return kept | OPEN_MPI | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def alone(folder: Path, steps: int) -> list[float]:
     """Return the losses of a run that nobody disturbs, on one rank."""
     argv = command(folder, steps, "--output", str(folder / "alone"), "--every", str(steps))
-    subprocess.run(argv, env=environ(), check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
+    subprocess.run(argv, env=environ(PYTHONPATH=str(ROOT)), check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
     return list(json.loads((folder / "alone" / "losses.json").read_text())["train"])
 
 
@@ -84,7 +68,12 @@ def disturbed(folder: Path, steps: int, ranks: int, order: list[int], draws: ran
     kills: list[float] = []
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        argv, env=environ(), stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        argv,
+        env=environ(PYTHONPATH=str(ROOT)),
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as job:
         timer = threading.Timer(LIMIT, job.terminate)
         timer.daemon = True

@@ -6,7 +6,6 @@ usage: python tests/fault_table.py [--faults kill,stop] [--seconds 3] NAME=MPIEX
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from launch import FROM_LAUNCHER, OPEN_MPI
+from launch import environ
 
 ROOT = Path(__file__).parent.parent
 PROGRAM, NETWORK = ROOT / "tests" / "faulty.py", ROOT / "run" / "netns.sh"
@@ -68,14 +67,14 @@ class Outcome(NamedTuple):
 
 def run(fault: str, mpiexec: str, python: str, seconds: float) -> Outcome:
     """Run a job with a fault on its last rank, or on the link to its host."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
-    environ = kept | OPEN_MPI | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         program = [PROGRAM, "none" if fault in NETWORKS else fault, "--seconds", seconds, "--file", f"{folder}/s.json"]
         start = [NETWORK, "--hosts", 3, "--mpiexec", mpiexec] if fault in NETWORKS else [mpiexec, "-n", 3]
         argv = [str(word) for word in [*start, python, *program]]
         pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environ) as job:
+        with subprocess.Popen(
+            argv, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environ(PYTHONPATH=str(ROOT))
+        ) as job:
             timer = threading.Timer(LIMIT, job.terminate)
             timer.start()
             text, begun = "", float("nan")

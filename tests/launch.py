@@ -32,6 +32,16 @@ OPEN_MPI = {
 }
 
 
+def inherited() -> dict[str, str]:
+    """Return the environment, without what the launcher of this rank has put there, and without SLOW."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER + SLOW)}
+
+
+def environ(**more: str) -> dict[str, str]:
+    """Return the environment for an mpiexec, any library's, with more."""
+    return inherited() | {"OMP_NUM_THREADS": "1"} | OPEN_MPI | more
+
+
 def mpiexec_path() -> str:
     """Return the mpiexec beside this Python (MPI from pip), else the one on PATH."""
     beside = Path(sys.executable).parent / "mpiexec"
@@ -52,8 +62,6 @@ def mpiexec(
 
     Raises TimeoutError with what was printed so far, after having ended every process of the job.
     """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER + SLOW)}
-    environ |= {"OMP_NUM_THREADS": "1", **OPEN_MPI, **(env or {})}
     argv = [mpiexec_path(), "-n", str(n), *map(str, command)]
     with subprocess.Popen(
         argv,
@@ -63,7 +71,7 @@ def mpiexec(
         text=True,
         errors="replace",
         cwd=cwd,
-        env=environ,
+        env=environ(**(env or {})),
         start_new_session=True,
     ) as process:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import FROM_LAUNCHER, mpiexec
+from launch import inherited, mpiexec
 from safetensors.numpy import load_file, save_file
 
 from mpiattn.commands.compare import command as compare
@@ -261,9 +261,10 @@ def test_without_an_mpi_library(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
     command = [sys.executable, "-m", "mpiattn", "schedule", "120x120"]  # more than a pipe holds
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=inherited(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("Mesh-Attention")
         process.stdout.close()

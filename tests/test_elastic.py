@@ -13,6 +13,7 @@ from typing import Any
 import elastic_kills
 import pytest
 from launch import mpiexec, mpiexec_path
+from small_llama import TINY
 
 from mpiattn.errors import InputError, WriteError
 from mpiattn.messages.connection import private
@@ -20,8 +21,7 @@ from mpiattn.models.plan import Plan
 from mpiattn.models.training import Trainer
 from mpiattn.trace.comm import TracedComm
 
-MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-PLAN = Plan.from_tables({"model": MODEL, "training": {"steps": 4, "tokens": 12, "batch": 4, "dtype": "float64"}})
+PLAN = Plan.from_tables({"model": TINY, "training": {"steps": 4, "tokens": 12, "batch": 4, "dtype": "float64"}})
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_bytes()
 
 

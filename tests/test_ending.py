@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from launch import FROM_LAUNCHER, OPEN_MPI, mpiexec, mpiexec_path
+from launch import environ, mpiexec, mpiexec_path
 
 from mpiattn.errors import InputError, WriteError
 from mpiattn.machines import writing
@@ -23,10 +23,6 @@ COMMAND = [sys.executable, "-m", "mpiattn"]
 SMALL = ["--tokens", "64", "--heads", "2", "--head-dim", "8"]
 LIMIT = 8192
 """Bytes of the largest file that the processes may write: more than what is written to see whether it works."""
-
-
-def environ() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)} | OPEN_MPI
 
 
 LIMITED = f"""
@@ -118,7 +114,7 @@ def test_what_is_checked_before_the_work(tmp_path: Path) -> None:
 def interrupted(*command: str, seconds: float = 6) -> subprocess.CompletedProcess[str]:
     """Start a command, and interrupt it after a while, as Ctrl-C does."""
     with subprocess.Popen(
-        command, env={**environ(), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         time.sleep(seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launch import FROM_LAUNCHER, SLOW, mpiexec_path
+from launch import inherited, mpiexec_path
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "run" / "netns.sh"
@@ -36,8 +35,7 @@ def namespaces() -> None:
 
 def start(*words: object) -> subprocess.Popen[str]:
     argv = [str(word) for word in (SCRIPT, "--mpiexec", mpiexec_path(), *words)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER + SLOW)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = inherited() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
 
     def heed() -> None:

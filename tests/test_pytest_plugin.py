@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import FROM_LAUNCHER, mpiexec
+from launch import inherited, mpiexec
 
 HERE = Path(__file__).parent
 DEADLINE = 2  # seconds that a rank waits for the others
@@ -33,7 +33,7 @@ def run(name: str, *options: str, n: int = 3) -> subprocess.CompletedProcess[str
 
 def alone(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command without mpiexec."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)} | environ
+    env = inherited() | environ
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=env)
     print(done.stdout, done.stderr)
     return done

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import FROM_LAUNCHER, mpiexec
+from launch import inherited, mpiexec
 
 import mpiattn
 from mpiattn.commands import cli, terminal
@@ -20,9 +19,8 @@ SMALL = ("--tokens", "64", "--heads", "2", "--head-dim", "8", "--iterations", "1
 
 
 def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
     words = [sys.executable, "-m", "mpiattn", *arguments]
-    return subprocess.run(words, env={**inherited, **environ}, capture_output=True, text=True, check=False, timeout=90)
+    return subprocess.run(words, env=inherited() | environ, capture_output=True, text=True, check=False, timeout=90)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launch import FROM_LAUNCHER, OPEN_MPI, mpiexec, mpiexec_path
-from small_llama import SHARE_TOKENS
+from launch import environ, mpiexec, mpiexec_path
+from small_llama import SHARE_TOKENS, toml
 
 from mpiattn.errors import InputError, WriteError
 from mpiattn.models import checkpoint
@@ -247,17 +247,7 @@ def test_byte_tokenizer() -> None:
 
 # The command
 
-CONFIG = """
-[model]
-hidden_size = 16
-intermediate_size = 24
-num_hidden_layers = 1
-num_attention_heads = 2
-[training]
-steps = 40
-tokens = 16
-batch = 2
-"""
+CONFIG = toml(steps=40, tokens=16, batch=2)
 
 
 def train(n: int, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -291,12 +281,10 @@ def test_killed_and_resumed(tmp_path: Path, kills: int) -> None:
     out, argv = tmp_path / "killed", [mpiexec_path(), "-n", "2", sys.executable, "-m", "mpiattn", "train"]
     argv += ["--text", str(tmp_path / "text"), "--config", str(tmp_path / "small.toml")]
     argv += ["--output", str(out), "--every", "1", "--resume"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(FROM_LAUNCHER)}
-    environ |= {"OMP_NUM_THREADS": "1", **OPEN_MPI}
     unfinished = 0
     for _ in range(kills):
         done = len(checkpoint.complete(out)) and int(checkpoint.complete(out)[-1].name[-8:])
-        with subprocess.Popen(argv, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        with subprocess.Popen(argv, env=environ(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
             deadline = time.monotonic() + 60
             while job.poll() is None and time.monotonic() < deadline:  # until it has got on, then a moment more
                 found = checkpoint.complete(out)
