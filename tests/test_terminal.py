@@ -51,6 +51,11 @@ def test_help_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         lines = capsys.readouterr().out.splitlines()
         # argparse does not fold the choices of one option, nor options that exclude each other.
         assert max(len(line) for line in lines if "{" not in line and " | " not in line) <= 72, name
+    monkeypatch.setenv("COLUMNS", "80")  # in a usual terminal these fit as well
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.parser().parse_args([name, "--help"])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, name
 
 
 def test_prose_is_filled_and_what_is_indented_stays() -> None:

@@ -56,7 +56,7 @@ UNUSED = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mpiattn documents`."""
-    parser.add_argument("report", choices=[*REPORTS, "lab", "all"], help="see above")
+    parser.add_argument("report", choices=[*REPORTS, "lab", "all"], metavar="REPORT", help="see above")
     parser.add_argument(
         "--output",
         type=Path,
