@@ -36,22 +36,28 @@ while (($#)); do
     esac
 done
 pytest_args=(-q "$@")
-[[ -t 1 ]] || pytest_args+=(--color=no) # Open MPI gives the ranks a terminal even when there is none
+color=no # not auto: pytest writes to a pipe, and Open MPI gives the ranks a terminal even when there is none
+[[ -t 1 ]] && color=yes
+pytest_args+=("--color=$color")
 
-passed=0 failed=0 report=''
+passed=0 failed=0 report='' failures=''
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
-# tier NAME COMMAND...: run a command, go on when it fails, and remember.
+# tier NAME COMMAND...: run a command, go on when it fails, and remember the end of what it printed.
 tier() {
     local name=$1 start=$SECONDS status=0
     shift
     printf '\n===== %s\n' "$name"
-    "$@" || status=$?
+    "$@" > >(tee "$log") 2>&1 || status=$?
+    sleep 0.2 # for tee; to wait for it would be to wait for whatever a test has left behind
     # 5: no tests. Fine when arguments of the caller's left none, a mistake otherwise.
     if ((status == 0 || (status == 5 && selected))); then
         passed=$((passed + 1))
         report+="passed  $name ($((SECONDS - start)) s)"$'\n'
     else
         failed=$((failed + 1))
+        failures+=$'\n'"===== FAILED: $name"$'\n'"$(tail -n 60 "$log")"$'\n'
         report+="FAILED  $name ($((SECONDS - start)) s)"$'\n'
     fi
 }
@@ -111,5 +117,6 @@ if [[ $mpis == 'mpich openmpi' && -z $ranks ]]; then
     tier "pytest, Intel MPI: faults" "$root/.venv-impi/bin/python" -m pytest "${pytest_args[@]}" tests/test_watch.py
 fi
 
-printf '\n%s\ntiers: %d passed, %d failed\n' "$report" "$passed" "$failed"
+# Again, and last: of a long log, often only the end is kept.
+printf '%s\n%s\ntiers: %d passed, %d failed\n' "$failures" "$report" "$passed" "$failed"
 ((failed == 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,20 @@ def test_the_version() -> None:
     root = Path(__file__).parents[1]
     assert f"\nversion: {mpiattn.__version__}\n" in (root / "CITATION.cff").read_text()
     assert f"\n## {mpiattn.__version__}\n" in (root / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_on_standard_error_come_whole(unbuffered: str, tmp_path: Path) -> None:
+    """What a launcher reads at once ends with a line's end: it puts what is on standard output after it."""
+    (tmp_path / "zeros.py").write_text("def attention(q, k, v, **more):\n    return 0 * q, 0 * q[..., 0]\n")
+    words = ("--module", "zeros:attention", "--forward-only", "--case", "mask=full tokens=4")
+    reader, writer = os.pipe2(os.O_DIRECT)  # what is written at once is read at once
+    done = subprocess.run(
+        [sys.executable, "-m", "mpiattn", "conformance", *words], stdout=subprocess.DEVNULL, stderr=writer,
+        cwd=tmp_path, env=inherited() | {"PYTHONUNBUFFERED": unbuffered}, check=False, timeout=90,
+    )  # fmt: skip
+    os.close(writer)
+    pieces = list(iter(lambda: os.read(reader, 1 << 16), b""))
+    os.close(reader)
+    assert done.returncode == 1 and any(piece.count(b"\n") > 1 for piece in pieces)
+    assert all(piece.endswith(b"\n") and piece.strip() for piece in pieces), pieces

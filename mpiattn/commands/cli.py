@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from .. import __version__, machines, virtual
 from ..errors import InputError, WriteError
 from ..messages.message import Communicator
-from . import chosen, ending, run, signals, watching
+from . import chosen, ending, run, signals, terminal, watching
 from .bench import command as bench
 from .calibrate import command as calibrate
 from .compare import command as compare
@@ -135,10 +135,10 @@ def run_command(args: argparse.Namespace, comm: Communicator | None) -> int:
         args.machine = args.machine or "laptop"
         return virtual.command(module.main, args)
     if comm is None and needs_mpi:
-        print("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'", file=sys.stderr)
+        terminal.to_stderr("mpiattn: no MPI library found; one comes with: pip install 'mpiattn[mpich]'")
         if library := ctypes.util.find_library("mpich"):
             reason = f"mpi4py's wheel looks for Debian's {library} under the name libmpi.so.12: docs/launch.md says how"
-            print(f"mpiattn: {reason} it finds it", file=sys.stderr)
+            terminal.to_stderr(f"mpiattn: {reason} it finds it")
         return 1
     with threadpool_limits(blas_threads(args.command), "blas"), watching.watching(args, comm) as watched:
         return int(module.main(args, watched))
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals.heed(comm)
     for sentence in launcher_warnings(os.environ, 1 if comm is None else comm.Get_size()):
         if first_of_host(os.environ):
-            print(f"warning: {sentence}", file=sys.stderr, flush=True)
+            terminal.to_stderr(f"warning: {sentence}")
     try:
         args = parse(argv, comm)
         status = args if isinstance(args, int) else run_command(args, comm)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ending.leave(status, comm)
     except (InputError, WriteError) as error:  # the same on every rank
         if ending.first(comm):
-            print(f"mpiattn: error: {error}", file=sys.stderr)
+            terminal.to_stderr(f"mpiattn: error: {error}")
         return ending.leave(USAGE_ERROR if isinstance(error, InputError) else 1, comm)
     except BaseException as error:
         ended = ending.status(error, comm)

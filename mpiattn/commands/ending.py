@@ -11,6 +11,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ..messages.ending import end_job, until_read
+from . import terminal
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -68,7 +69,7 @@ def status(error: BaseException, comm: MPI.Comm) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         if several:
             end_job(comm, "mpiattn: interrupted\n", INTERRUPTED)
-        print("mpiattn: interrupted", file=sys.stderr)
+        terminal.to_stderr("mpiattn: interrupted")
         return INTERRUPTED
     if several:
         end_job(comm, f"mpiattn: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}")
@@ -76,5 +77,5 @@ def status(error: BaseException, comm: MPI.Comm) -> int | None:
         return None
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
     if error.errno != errno.EPIPE:  # a reader who has seen enough, as `| head` has, needs no word
-        print(f"mpiattn: error: standard output: {error.strerror}", file=sys.stderr)
+        terminal.to_stderr(f"mpiattn: error: standard output: {error.strerror}")
     return 1

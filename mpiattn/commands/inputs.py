@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..planner import Choice
 from ..planner.units import count
 from ..problems.dropout import Dropout
 from ..problems.problem import PARTIALS
-from . import files
+from . import files, terminal
 
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
 
@@ -210,10 +209,9 @@ def warn_of_axes(arrays: dict[str, Array], args: argparse.Namespace) -> None:
     """Print a warning where heads outnumber tokens and no order of the axes is given: it may be another one."""
     shape = arrays["q"].shape
     if args.axes is None and all(arrays[name].shape[1] > arrays[name].shape[2] for name in "qk"):
-        print(
+        terminal.to_stderr(
             f"warning: q in {args.qkv} is {shape}, read as {shape[1]} heads of {shape[2]} tokens. If it is {shape[1]} "
-            f"tokens with {shape[2]} heads, as flash-attention has them, give --axes bthd; if not, --axes bhtd.",
-            file=sys.stderr,
+            f"tokens with {shape[2]} heads, as flash-attention has them, give --axes bthd; if not, --axes bhtd."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -32,7 +31,7 @@ class Lines:
         if text not in self.said:
             self.said.add(text)
             of = f" of {self.total}" if self.total else ""
-            print(f"{self.unit} {self.done + 1}{of}: {text}", file=sys.stderr, flush=True)
+            terminal.to_stderr(f"{self.unit} {self.done + 1}{of}: {text}")
 
     def update(self) -> None:
         """Count one as done."""

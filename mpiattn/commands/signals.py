@@ -17,6 +17,7 @@ import time
 from ..machines import writing
 from ..messages import observer
 from ..messages.message import Communicator
+from . import terminal
 
 HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -70,7 +71,7 @@ def end(number: int, first: bool, ranks: int, seconds: float) -> None:
     if first:
         sys.stdout.flush()
         name = signal.Signals(number).name
-        print(f"mpiattn: ended by {name} after {seconds:.0f} s; again: {again(ranks)}", file=sys.stderr, flush=True)
+        terminal.to_stderr(f"mpiattn: ended by {name} after {seconds:.0f} s; again: {again(ranks)}")
     else:
         time.sleep(HEAD_START)
     os._exit(status)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,16 @@ def terminal(stream: int) -> str | None:
         except OSError:
             break
     return os.ttyname(stream) if os.isatty(stream) else None
+
+
+def to_stderr(text: str) -> None:
+    """Write lines to standard error, in one piece.
+
+    `print` writes the end of the last line apart where there are several or standard error has no buffer, and a
+    launcher may put another rank's line between the two.
+    """
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def width() -> int:

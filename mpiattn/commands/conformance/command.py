@@ -40,7 +40,6 @@ import argparse
 import contextlib
 import itertools
 import shlex
-import sys
 from typing import Any
 
 from ...algorithms.spelling import spell
@@ -50,7 +49,7 @@ from ...conformance.meeting import watched
 from ...conformance.player import Received, Refused
 from ...errors import InputError
 from ...messages.message import Communicator
-from .. import gpu
+from .. import gpu, terminal
 from ..progress import bar
 from . import report
 from .options import add_arguments as add_arguments
@@ -89,13 +88,14 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     progress.close()
     notes = report.traffic(comm, work[0][0][1], turns) if args.module else []
     if comm.Get_rank() == 0:
-        print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
+        for text in wrong:
+            terminal.to_stderr(text)
         passed = len(work) - len(wrong) - len(refused)
         count = f", {len(refused)} refused" if refused else ""
         summary = f"{passed} passed, {len(wrong)} failed{count} on {comm.Get_size()} ranks"
         print(*report.refusals(refused), summary, *notes, sep="\n")
         if args.module and len(refused) == len(work):
-            print("every case was refused: nothing was checked", file=sys.stderr)
+            terminal.to_stderr("every case was refused: nothing was checked")
     return 1 if wrong or (args.module and len(refused) == len(work)) else 0
 
 

@@ -7,7 +7,6 @@ number of ranks and with every algorithm.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +26,7 @@ from ...models.model import SMOLLM2, Model
 from ...models.tokenizer import Tokenizer
 from ...problems.layout import LAYOUTS
 from ...problems.mask import Causal
-from .. import charts, chosen, gpu
+from .. import charts, chosen, gpu, terminal
 from ..chosen import AUTO
 from ..root import on_root
 from .figure import draw
@@ -166,11 +165,9 @@ def report(comm: Communicator, cache: Cache, prefill: float, prompt: int, second
     if table is None:
         return
     sizes, prefills, decodes = zip(*table, strict=True)
-    print(
+    terminal.to_stderr(
         f"prompt: {prompt} tokens in {max(prefills):.2f} s; new: {tokens} tokens in {max(decodes):.2f} s, "
         f"{tokens / max(*decodes, 1e-9):.1f} a second\n"
         f"cache: {', '.join(f'{size / 1e6:.2f}' for size in sizes)} MB on ranks 0 to {len(sizes) - 1}, "
-        f"{sum(sizes) / 1e6:.2f} MB in all",
-        file=sys.stderr,
-        flush=True,
+        f"{sum(sizes) / 1e6:.2f} MB in all"
     )
