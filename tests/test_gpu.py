@@ -246,6 +246,14 @@ def test_conformance(comm: Any, xp: Any, messages: str, name: str, case: Case) -
         check(factory, comm, case, partial(COSTS[name], **arguments), xp)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "shared_ring"])
+def test_scales(comm: Any, xp: Any, messages: str, name: str) -> None:
+    """Large scores by every algorithm; see test_large_scores.py."""
+    for scale, causal in ((1e4, False), (1e4, True), (-1e7, False), (1e8, True)):
+        large.check_algorithm(comm, name, large.inputs(16), scale, causal, xp)
+
+
 @pytest.mark.mpi(min_size=2)
 def test_mixed_arrays_are_refused_on_every_rank(comm: Any, xp: Any) -> None:
     q = np.ones((1, 2, 4, 8), np.float32)

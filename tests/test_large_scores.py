@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpiattn import ALGORITHMS, Causal, Documents, Dropout, Full, SlidingWindow
 from mpiattn.arrays import accumulator, softmax
+from mpiattn.arrays.operations import on_host
 from mpiattn.conformance import oracle
 from mpiattn.kernels.numpy import scores, slices
 from mpiattn.kernels.numpy.kernel import NumpyKernel
@@ -79,18 +80,22 @@ def block(
     return [out, lse, d_q, d_k, d_v]
 
 
-def attend(comm: Any, name: str, arrays: list[Array], **options: Any) -> tuple[list[Array], list[tuple[Any, ...]]]:
-    """Return this rank's results of an algorithm, and which part of the whole each of them is."""
+def attend(
+    comm: Any, name: str, arrays: list[Array], xp: Any = np, **options: Any
+) -> tuple[list[Array], list[tuple[Any, ...]]]:
+    """Return this rank's results of an algorithm, and which part of the whole each of them is; xp: numpy or cupy."""
     with ALGORITHMS[name](comm, **options) as attention:
         shapes = dict(zip(("q", "k", "v", "out"), (array.shape for array in arrays), strict=True))
         parts = [attention.owned(part, shapes)(shape, comm.Get_rank()) for part, shape in shapes.items()]
-        q, k, v, d_out = (np.ascontiguousarray(array[part]) for array, part in zip(arrays, parts, strict=True))
+        mine = (np.ascontiguousarray(array[part]) for array, part in zip(arrays, parts, strict=True))
+        q, k, v, d_out = map(xp.asarray, mine)
         out, saved = attention.forward(q, k, v)
-        return [out, saved.lse, *attention.backward(d_out, saved)], [parts[3], parts[3], *parts[:3]]
+        results = map(on_host, (out, saved.lse, *attention.backward(d_out, saved)))
+        return list(results), [parts[3], parts[3], *parts[:3]]
 
 
-def check_algorithm(comm: Any, name: str, arrays: list[Array], scale: float | None, causal: bool) -> None:
-    results, parts = attend(comm, name, arrays, scale=scale, mask=Causal() if causal else Full())
+def check_algorithm(comm: Any, name: str, arrays: list[Array], scale: float | None, causal: bool, xp: Any = np) -> None:
+    results, parts = attend(comm, name, arrays, xp, scale=scale, mask=Causal() if causal else Full())
     factor = arrays[0].shape[3] ** -0.5 if scale is None else scale
     right = [a[part] for a, part in zip(reference(arrays, factor, causal), parts, strict=True)]
     check(results, right, [1.0, *bounds(arrays, factor)[1:4], 1.0])
