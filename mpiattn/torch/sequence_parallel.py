@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..algorithms.options import agree
 from ..algorithms.shares import gather, scatter
+from ..messages.connection import private
 from ..messages.message import Communicator
 from ..problems import layout as layouts
 from .arrays import to_array, to_tensor
@@ -50,6 +51,7 @@ class SequenceParallel(nn.Module):
 
     def __init__(self, module: nn.Module, comm: Communicator, layout: str | None = None) -> None:
         super().__init__()
+        comm = private(comm)  # the caller's messages never meet these
         inside = sorted({part.attention.layout for part in module.modules() if isinstance(part, AttentionLayer)})
         found = inside if layout is None else sorted({layout, *inside})
         agree(comm, partial(one_layout, *found))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..algorithms import ALGORITHMS, Attention
 from ..algorithms.options import agree
 from ..errors import InputError
+from ..messages.connection import private
 from ..messages.message import Communicator
 from ..problems.mask import Causal, Mask
 from .batch import IGNORED, Batch, fingerprint, laid_out
@@ -48,6 +49,7 @@ class Sharded:
     def __init__(
         self, model: torch.nn.Module, comm: Communicator, algorithm: str, layout: str | None, data: int, **options: Any
     ) -> None:
+        comm = private(comm)  # the caller's messages never meet these
         agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
         self.model, self.algorithm, self.options = model, ALGORITHMS[algorithm], options
         self.comm = comm.Create_cart([data, comm.Get_size() // data], periods=[False, False], reorder=False)
@@ -172,12 +174,10 @@ class Sharded:
         sum_gradients(self.model, self.comm)
 
     def free(self) -> None:
-        """Free the communicators that this object made."""
+        """Give the memory of its attentions back; its communicators are kept with the caller's, see `private`."""
         for built in self.attentions.values():
             built.free()
         self.attentions.clear()
-        self.sequence.Free()
-        self.comm.Free()
 
     def __enter__(self) -> Sharded:
         return self

@@ -5,14 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import namespace
+from ..arrays.operations import of
 from ..errors import InputError
+from ..messages.connection import on_device, private
 from ..messages.message import Communicator, Rows
 from ..messages.reduction import all_reduce
-from .arrays import to_array, to_tensor
+from .arrays import queue_of, to_array, to_tensor
 
 BUCKET = 2**24
 """Numbers that are added up in one go."""
@@ -39,6 +41,7 @@ def broadcast(module: torch.nn.Module, comm: Communicator) -> None:
     InputError
         On every rank, where the modules have other weights, of other shapes or dtypes.
     """
+    comm = private(comm)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     outline = repr([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()])
     table = comm.allgather((len(tensors), sum(t.numel() for t in tensors.values()), zlib.crc32(outline.encode())))
@@ -60,7 +63,8 @@ def sum_gradients(module: torch.nn.Module, comm: Communicator) -> None:
     """Add up the gradients of a module's weights over the ranks, in place, after `backward`.
 
     Each rank's backward gives the part of its own tokens. They are added up in float32, or in float64 where the
-    weights are, by plain messages and in the order of the ranks: the bits are the same with every MPI library.
+    weights are, by plain messages and in the order of the ranks: the bits are the same with every MPI library. Those
+    on CUDA devices are added up there.
 
     Parameters
     ----------
@@ -71,33 +75,44 @@ def sum_gradients(module: torch.nn.Module, comm: Communicator) -> None:
     Raises
     ------
     InputError
-        On every rank, where a gradient is sparse, or the ranks' modules have another number of weights.
+        On every rank, where a gradient is sparse, or the ranks' modules have another number of weights, or theirs
+        lie on devices of another kind.
     """
+    comm = private(comm)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     sparse = any(weight.grad is not None and weight.grad.is_sparse for weight in weights)
     refuse(comm, "a gradient is sparse: embeddings here take sparse=False" if sparse else None)
-    flags = comm.allgather(bytes(weight.grad is not None for weight in weights))
-    if len(set(map(len, flags))) > 1:
-        raise InputError(f"the ranks have {sorted(set(map(len, flags)))} weights that take gradients: not one module")
-    used = [weight for weight, *by_rank in zip(weights, *flags, strict=True) if any(by_rank)]
+    outlines = comm.allgather([(weight.grad is not None, weight.device.type) for weight in weights])
+    if len(set(map(len, outlines))) > 1:
+        raise InputError(
+            f"the ranks have {sorted(set(map(len, outlines)))} weights that take gradients: not one module"
+        )
+    for rank, outline in enumerate(outlines):
+        for (_, own), (_, other) in zip(outline, outlines[0], strict=True):
+            if own != other:
+                raise InputError(f"a weight is on a {own} device on rank {rank}, on a {other} device on rank 0")
+    used = [weight for weight, *by_rank in zip(weights, *outlines, strict=True) if any(has for has, _ in by_rank)]
     for weight in used:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     for bucket in buckets([weight.grad for weight in used]):
         dtype = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
-        total = torch.cat([gradient.detach().reshape(-1).to("cpu", dtype) for gradient in bucket]).numpy()
-        all_reduce(comm, total)
-        places = np.cumsum([0, *(gradient.numel() for gradient in bucket)])
-        for gradient, start in zip(bucket, places, strict=False):
-            part = torch.from_numpy(total[start : start + gradient.numel()])
+        device = bucket[0].device if bucket[0].device.type == "cuda" else "cpu"
+        total = torch.cat([gradient.detach().reshape(-1).to(device, dtype) for gradient in bucket])
+        with queue_of(total):
+            array = to_array(total)
+            xp = namespace(array)
+            all_reduce(on_device(comm, xp, "auto")[0] if of(xp).QUEUED else comm, array)
+        for gradient, part in zip(bucket, total.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(part.reshape(gradient.shape))
 
 
 def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield gradients of one dtype together, in their order, as many as make up a bucket."""
+    """Yield gradients of one dtype and device together, in their order, as many as make up a bucket."""
     bucket: list[Tensor] = []
     for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) >= BUCKET):
+        alike = not bucket or (gradient.dtype, gradient.device) == (bucket[0].dtype, bucket[0].device)
+        if not alike or sum(g.numel() for g in bucket) >= BUCKET:
             yield bucket
             bucket = []
         bucket.append(gradient)

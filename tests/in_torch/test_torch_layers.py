@@ -121,6 +121,18 @@ def test_gradients_are_added_up_in_float32(comm: MPI.Intracomm, dtype: torch.dty
     assert unused.grad is None
 
 
+def test_what_the_caller_waits_for_does_not_get_gradients(comm: MPI.Intracomm) -> None:
+    pending = comm.Irecv(bytearray(4096), MPI.ANY_SOURCE, MPI.ANY_TAG)
+    module = nn.Linear(5, 3)
+    mpiattn.torch.broadcast(module, comm)
+    module(torch.ones(2, 5)).sum().backward()
+    mpiattn.torch.sum_gradients(module, comm)
+    assert module.bias.grad is not None and torch.equal(module.bias.grad, torch.full((3,), 2.0 * comm.Get_size()))
+    assert not pending.Test()
+    pending.Cancel()
+    pending.Wait()
+
+
 @pytest.mark.parametrize("wrong", ["device", "d_model", "dtype", "numpy"])
 def test_a_wrong_input_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str) -> None:
     layer = mpiattn.torch.MeshAttention(24, 4, comm=comm)
@@ -150,3 +162,5 @@ def test_wrong_modules_are_one_error_on_all_ranks(comm: MPI.Intracomm) -> None:
     if comm.Get_size() > 1:
         with pytest.raises(mpiattn.InputError, match="same module on every rank"):
             mpiattn.torch.broadcast(nn.Linear(2, 3 if last else 4), comm)
+        with pytest.raises(mpiattn.InputError, match=f"meta device on rank {comm.Get_size() - 1}, on a cpu device"):
+            mpiattn.torch.sum_gradients(nn.Linear(2, 3, device="meta" if last else "cpu"), comm)

@@ -265,3 +265,11 @@ def test_a_model_that_is_not_sharded_says_so(comm: MPI.Intracomm) -> None:
     model = hf.LlamaForCausalLM._from_config(hf.LlamaConfig(**SIZES), attn_implementation="mpiattn")
     with pytest.raises(mpiattn.InputError, match="is called through"):
         model(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 5))
+
+
+def test_sharding_again_takes_no_more_communicators(comm: MPI.Intracomm) -> None:
+    kept = []
+    for _ in range(2):
+        with mpiattn.torch.shard(tiny("llama"), comm) as sharded:
+            kept.append((sharded.comm, sharded.sequence))
+    assert kept[0][0] is kept[1][0] and kept[0][1] is kept[1][1]
