@@ -25,7 +25,7 @@ from ..messages.message import Communicator, Pieces, Request, Tag, Testall, Wait
 from ..messages.parcel import Parcel, nbytes
 from ..messages.reduction import exchange
 from ..problems.problem import Problem
-from ..problems.scalars import whole
+from ..problems.scalars import shown, whole
 from .base import Attention
 from .options import Options
 
@@ -150,5 +150,5 @@ def check_groups(head_groups: object) -> int:
     """Return the number of groups, or raise ValueError where that is none."""
     number = whole(head_groups)
     if number is None or number < 1:
-        raise ValueError(f"head_groups is 1 or more, got {head_groups!r}")
+        raise ValueError(f"head_groups is 1 or more, got {shown(head_groups)}")
     return number

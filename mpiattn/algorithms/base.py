@@ -99,7 +99,7 @@ class Attention:
     ) -> None:
         self.comm = private(comm)
         self.mask = held(mask)
-        self.layout = layout or layouts.default(self.mask)
+        self.layout = layouts.default(self.mask) if layout is None else layout
         self.scale, self.softcap, self.partials = as_float(scale), as_float(softcap), partials
         self.kernel_name, self.gpu_messages = kernel, gpu_messages
         agree(
@@ -136,9 +136,9 @@ class Attention:
         q : (batch, heads, tokens, head_dim)
         k : (batch, kv_heads, key tokens, head_dim)
         v : (batch, kv_heads, key tokens, v_head_dim)
-            This rank's tokens; heads is a multiple of kv_heads. `backward` reads them again, and out too: they must
-            stay as they are until then. On CPUs a change is found and raises an InputError in `backward`; on GPUs it
-            gives wrong gradients.
+            This rank's tokens; heads is a multiple of kv_heads. `backward` reads them again, and out, saved.lse and
+            sinks too: they must stay as they are until then. On CPUs a change is found and raises an InputError in
+            `backward`; on GPUs it gives wrong gradients.
         sinks : float, (heads,), optional
             A logit for each head of q, the same on every rank, at which there is nothing to attend to: it takes
             its part of each query's softmax (Xiao et al. 2023, arXiv 2309.17453). See `sink_gradient`.
@@ -220,6 +220,9 @@ class Attention:
         else:  # the other ranks may be elsewhere: nothing that takes all of them
             self.end("this attention has ended, by an error inside `with`: build another one")
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an attention is not copied or pickled, as it has communicators and buffers: build another one")
+
     @classmethod
     def variants(cls, ranks: int) -> list[dict[str, Any]]:
         """Return the arguments of this algorithm's own with which it can be built on that many ranks."""
@@ -282,9 +285,9 @@ class Attention:
         check_saved(self.agreement, d_out, saved, self.identity, self.fingerprint)
         return self.prepare(saved.problem, saved.q, saved.dropout)
 
-    def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
+    def fingerprint(self, q: Array, k: Array, v: Array, *results: Array | None) -> int:
         """Return a number by which `backward` notices that what it reads again is no longer what `forward` left."""
-        return fingerprint(q, k, v, out)
+        return fingerprint(q, k, v, *results)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -334,9 +337,9 @@ class Attention:
         assert self.problem is not None
         if self.sinks is not None:
             out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
-        result = self.rounded(out)
-        given = self.sinks, self.dropout, self.identity, self.fingerprint(q, k, v, result)
-        return result, Saved(q, k, v, result, lse.astype(LSE), self.problem, *given)
+        result, lse = self.rounded(out), lse.astype(LSE)
+        given = self.sinks, self.dropout, self.identity, self.fingerprint(q, k, v, result, lse, self.sinks)
+        return result, Saved(q, k, v, result, lse, self.problem, *given)
 
     def rounded(self, total: Array) -> Array:
         """Return complete sums in the dtype of the problem, in memory that nothing else uses."""

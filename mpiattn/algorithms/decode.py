@@ -43,6 +43,7 @@ from ..problems.block import Block
 from ..problems.kv_cache import CacheProblem, heads_of, posed_to_cache, some_heads, span
 from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
+from ..problems.scalars import shown
 from .base import Attention
 from .given import Given, agreed_given, checksum, numbered
 from .options import Options
@@ -130,9 +131,9 @@ class DecodeAttention(Attention):
         agreed_given(others[:, 1:].tolist())
         return problem
 
-    def fingerprint(self, q: Array, k: Array, v: Array, out: Array) -> int:
-        """Return a number of q and out alone: reading the whole cache for each token takes as long as attention."""
-        return fingerprint(q, out)
+    def fingerprint(self, q: Array, k: Array, v: Array, *results: Array | None) -> int:
+        """Return a number without k and v: reading the whole cache for each token takes as long as attention."""
+        return fingerprint(q, *results)
 
     def plan(self, problem: Problem) -> None:
         """Say who is below this rank in the tree, who has anything to say, and who has which heads."""
@@ -251,5 +252,5 @@ def steps(size: int) -> list[int]:
 
 def check(combine: str) -> None:
     """Raise ValueError where that is no way to combine."""
-    if combine not in COMBINE:
-        raise ValueError(f"unknown combine {combine!r}: choose from {', '.join(COMBINE)}")
+    if not isinstance(combine, str) or combine not in COMBINE:
+        raise ValueError(f"unknown combine {shown(combine)}: choose from {', '.join(COMBINE)}")

@@ -32,7 +32,8 @@ def numbered(q: Array, given: Given) -> list[int]:
     sinks, dropout = given.get("sinks"), given.get("dropout")
     if sinks is None:
         return [unknown, NONE, 0, *drawn(dropout)]
-    fits = arrays.described(arrays.describe(sinks)) in [(np.shape(q)[1:2], dtype) for dtype in arrays.FLOATS]
+    shape, _ = arrays.described(arrays.describe(q)) or ((), None)
+    fits = arrays.described(arrays.describe(sinks)) in [(shape[1:2], dtype) for dtype in arrays.FLOATS]
     alike = fits and arrays.namespace(sinks) is arrays.namespace(q)
     return [unknown, FITS if alike else WRONG, checksum(sinks), *drawn(dropout)]
 

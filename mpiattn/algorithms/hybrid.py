@@ -22,7 +22,7 @@ from ..messages.connection import private
 from ..messages.message import Communicator
 from ..problems import grid
 from ..problems.problem import Problem
-from ..problems.scalars import whole
+from ..problems.scalars import shown, whole
 from .base import Attention
 from .mesh import MeshAttention
 from .options import Options
@@ -123,7 +123,7 @@ def shape(ranks: int, ulysses: int | None, rows: int | None, cols: int | None) -
     given = ulysses, rows, cols
     ulysses, rows, cols = (None if number is None else whole(number) or 0 for number in given)
     if any(number is not None and number < 1 for number in (ulysses, rows, cols)):
-        raise ValueError(f"ulysses, rows and cols are whole numbers, 1 or more, got {', '.join(map(repr, given))}")
+        raise ValueError(f"ulysses, rows and cols are whole numbers, 1 or more, got {', '.join(map(shown, given))}")
     if ulysses is None:
         known = max(rows or 1, 1) * max(cols or 1, 1)
         ulysses = grid.squarest(ranks)[1] if rows is cols is None else ranks // known
@@ -134,6 +134,6 @@ def shape(ranks: int, ulysses: int | None, rows: int | None, cols: int | None) -
     if choice not in shapes(ranks):
         fits = ", ".join("x".join(map(str, fit)) for fit in shapes(ranks))
         raise ValueError(
-            f"ulysses x rows x cols = {'x'.join(map(str, choice))} is not {ranks} ranks: choose from {fits}"
+            f"ulysses x rows x cols = {'x'.join(map(shown, choice))} is not {ranks} ranks: choose from {fits}"
         )
     return choice

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems.mask import Mask
 from ..problems.problem import PARTIALS
-from ..problems.scalars import real, text
+from ..problems.scalars import real, shown, text
 
 
 class Options(TypedDict, total=False):
@@ -48,6 +48,8 @@ def _wrong(check: Check) -> str | None:
         check()
     except (TypeError, ValueError) as error:
         return str(error)
+    except Exception as error:  # of what the user gave, on this rank perhaps
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -60,20 +62,20 @@ def check_mask(mask: object) -> None:
     if not isinstance(mask, Mask):
         raise ValueError(
             "a mask is Full(), Causal(), SlidingWindow(...), Documents(...), or of a class of your own derived from "
-            f"mpiattn.Mask, joined by &, got {mask!r}"
+            f"mpiattn.Mask, joined by &, got {shown(mask)}"
         )
 
 
 def check_scale(scale: object) -> None:
     """Raise ValueError where that is no factor of scores."""
     if scale is not None and real(scale) is None:
-        raise ValueError(f"a scale is a finite number, got {scale!r}")
+        raise ValueError(f"a scale is a finite number, got {shown(scale)}")
 
 
 def check_softcap(softcap: object) -> None:
     """Raise ValueError where that is no softcap."""
     if softcap is not None and (real(softcap) or 0) <= 0:
-        raise ValueError(f"a softcap is a number above 0, got {softcap!r}")
+        raise ValueError(f"a softcap is a number above 0, got {shown(softcap)}")
 
 
 def as_float(value: object) -> Any:
@@ -83,5 +85,5 @@ def as_float(value: object) -> Any:
 
 def check_partials(partials: object) -> None:
     """Raise ValueError where that is no way for partial sums to travel."""
-    if partials not in PARTIALS:
-        raise ValueError(f"unknown partials {partials!r}: choose from {', '.join(PARTIALS)}")
+    if not isinstance(partials, str) or partials not in PARTIALS:
+        raise ValueError(f"unknown partials {shown(partials)}: choose from {', '.join(PARTIALS)}")

@@ -38,7 +38,7 @@ class Saved:
     by: tuple[object, ...] = ()
     """The attention that made it: its `Attention.identity`."""
     print: int = 0
-    """Fingerprint of q, k, v and out."""
+    """Fingerprint of q, k, v, out, lse and sinks."""
 
 
 ROW = 512
@@ -53,7 +53,7 @@ def fingerprint(*arrays: object) -> int:
     """
     total = 0
     for number, array in enumerate(arrays):
-        if type(array) is np.ndarray and array.size:
+        if isinstance(array, np.ndarray) and array.size:  # a memmap too
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             whole = data.size // (8 * ROW) * (8 * ROW)
             words = data[:whole].view(np.uint64).reshape(-1, ROW)
@@ -68,7 +68,7 @@ def check_saved(
     """Raise InputError on every rank where, on one, d_out does not fit what was saved, or that is not `forward`'s."""
     own = isinstance(saved, Saved) and saved.by == identity
     saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
-    intact = not own or saved.print == fingerprint(saved.q, saved.k, saved.v, saved.out)
+    intact = not own or saved.print == fingerprint(saved.q, saved.k, saved.v, saved.out, saved.lse, saved.sinks)
     numbers = own, zlib.crc32(repr(saves).encode())
     table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact])
     agreement.refuse(table, d_out=d_out)
@@ -81,6 +81,6 @@ def check_saved(
     for rank, whole in enumerate(table[:, -1]):
         if not whole:
             raise InputError(
-                f"q, k, v or out were changed on rank {rank} between forward and backward, which reads them again: "
-                "give forward copies, or change copies"
+                f"q, k, v, out, lse or sinks were changed on rank {rank} between forward and backward, which reads "
+                "them again: give forward copies, or change copies"
             )

@@ -73,9 +73,10 @@ def describe(array: Any) -> NDArray[np.int64]:
     brings = hasattr(array, "__array_namespace__") or type(array).__module__ == CUPY
     brings &= not isinstance(array, np.ma.MaskedArray)  # its mask would be left out
     kind = namespace(array).__name__ if brings else ""
+    brings = kind != "numpy" or isinstance(array, np.ndarray | np.generic)  # others only lend NumPy's functions
     if kind == CUPY and array.device != namespace(array).cuda.Device():
         kind = ELSEWHERE
-    if kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
+    if brings and kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
         description[:3] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim
         description[3 : 3 + array.ndim] = array.shape
     return description

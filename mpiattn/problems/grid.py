@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from .scalars import whole
+from .scalars import shown, whole
 
 
 def grids(ranks: int) -> list[tuple[int, int]]:
@@ -31,11 +31,12 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     given = rows, cols
     rows, cols = (None if number is None else whole(number) or 0 for number in given)
     if any(number is not None and number < 1 for number in (rows, cols)):
-        raise ValueError(f"rows and cols of a grid are whole numbers, 1 or more, got {given[0]!r} and {given[1]!r}")
+        shapes = " and ".join(map(shown, given))
+        raise ValueError(f"rows and cols of a grid are whole numbers, 1 or more, got {shapes}")
     choice = (rows or ranks // (cols or 1), cols or ranks // (rows or 1))
     if choice not in grids(ranks):
         fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))
-        raise ValueError(f"a grid of {choice[0]}x{choice[1]} does not hold {ranks} ranks: choose from {fits}")
+        raise ValueError(f"a grid of {'x'.join(map(shown, choice))} does not hold {ranks} ranks: choose from {fits}")
     return choice
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 from .mask import Positions
-from .scalars import whole
+from .scalars import shown, whole
 
 
 def _runs(tokens: int, runs: int, run: int) -> Positions:
@@ -59,9 +59,9 @@ def default(mask: object) -> str:
 
 def check(layout: str, ranks: int = 0) -> str:
     """Return the layout's name, or raise ValueError with the names there are."""
-    name, _, parts = layout.partition("/")
+    name, _, parts = layout.partition("/") if isinstance(layout, str) else ("", "", "")
     if name not in LAYOUTS or not (parts or "1").isdecimal() or int(parts or 1) < 1:
-        raise ValueError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown layout {shown(layout)}: choose from {', '.join(LAYOUTS)}")
     if ranks % int(parts or 1):
         raise ValueError(f"layout {layout!r} takes a multiple of {parts} ranks, not {ranks}")
     return layout
@@ -86,7 +86,7 @@ def positions(layout: str, tokens: object, ranks: int, rank: int) -> Positions:
     """
     given, tokens = tokens, whole(tokens)  # a product of NumPy's small integers would overflow
     if tokens is None or tokens < 0:
-        raise InputError(f"tokens are a whole number, 0 or more, got {given!r}")
+        raise InputError(f"tokens are a whole number, 0 or more, got {shown(given)}")
     if layout == EVERYWHERE:
         return np.arange(tokens, dtype=np.int64)
     name, _, number = check(layout, ranks).partition("/")

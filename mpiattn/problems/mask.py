@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .scalars import plain, whole
+from .scalars import plain, shown, whole
 
 Positions = NDArray[np.int64]
 
@@ -129,7 +129,7 @@ class SlidingWindow(Mask):
             if reach is None or reach < 0:
                 raise InputError(
                     "a window reaches 0 or more tokens each way, a whole number of them, or math.inf for no limit, "
-                    f"got {name}={given!r}"
+                    f"got {name}={shown(given)}"
                 )
             object.__setattr__(self, name, reach if reach < END else math.inf)
 
@@ -179,7 +179,7 @@ class Documents(Mask):
             number = whole(length, floats=True)
             if number is None or number < 0:
                 raise InputError(
-                    f"document lengths are whole numbers, 0 or more, in one axis or iterable, got {length!r}"
+                    f"document lengths are whole numbers, 0 or more, in one axis or iterable, got {shown(length)}"
                 )
             numbers.append(number)
         object.__setattr__(self, "lengths", tuple(numbers))
@@ -193,10 +193,11 @@ class Documents(Mask):
         return (ends - self.lengths)[document], ends[document]
 
     def check(self, query_tokens: int, key_tokens: int) -> None:
+        total = sum(self.lengths)
         for tokens in (query_tokens, key_tokens):
-            if sum(self.lengths) != tokens:
+            if total != tokens:
                 raise InputError(
-                    f"the documents hold {sum(self.lengths)} tokens, the sequence has {tokens}{self._hint(tokens)}"
+                    f"the documents hold {shown(total)} tokens, the sequence has {tokens}{self._hint(tokens)}"
                 )
 
     def _hint(self, tokens: int) -> str:

@@ -47,4 +47,12 @@ def real(value: object) -> float | None:
 def text(value: object) -> str:
     """Return a value as text, the same for numbers that are equal, whatever their types."""
     value = plain(value)
-    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return shown(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def shown(value: object) -> str:
+    """Return a value as Python shows it; where it can't, as with numbers of 5,000 digits, the name of its type."""
+    try:
+        return repr(value)
+    except Exception:  # whatever a class of the user's raises
+        return f"a value of type {type(value).__name__} that has no text"

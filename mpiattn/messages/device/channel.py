@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...problems.scalars import shown
 from ..message import Communicator
 from ..parcel import Tracked, Uses
 from . import pinned
@@ -42,8 +43,8 @@ MODES = ("auto", "device", "host")
 
 def check_mode(mode: str) -> None:
     """Raise ValueError where there is no such way of messages."""
-    if mode not in MODES:
-        raise ValueError(f"unknown way of GPU messages {mode!r}: choose from {', '.join(MODES)}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"unknown way of GPU messages {shown(mode)}: choose from {', '.join(MODES)}")
 
 
 class Channel:
