@@ -189,6 +189,23 @@ def test_wrong_command_lines(tmp_path: Path, arguments: tuple[str, ...], message
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [("1e4", "float32"), ("1e6", "float64"), ("1e6", "bfloat16")])
+def test_large_scores_are_ok(scale: str, dtype: str) -> None:
+    """Where dQ and dK are all but 0, and what is left is the rounding of their terms."""
+    words = ("--tokens", "64", "--heads", "2", "--layout", "zigzag", "--iterations", "1")
+    done = mpiattn(2, "compare", "--algorithms", "ring,dense", "--scale", scale, "--dtype", dtype, *words)
+    assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout
+
+
+def test_infinity_is_reported(tmp_path: Path) -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
+    v[0, 0, 3, 1] = np.inf
+    np.savez(tmp_path / "inf.npz", q=q, k=k, v=v)
+    done = mpiattn(2, "compare", "--algorithms", "ring", "--layout", "zigzag", "--qkv", tmp_path / "inf.npz")
+    assert done.returncode == 1 and "Warning" not in done.stderr
+    assert "The input has 1 infinite numbers in v" in done.stdout
+
+
 def test_nan_is_reported(tmp_path: Path) -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
     q[0, 0, 3, 1] = np.nan

@@ -15,7 +15,9 @@ import pytest
 from launch import mpiexec
 from safetensors.numpy import load_file, save_file
 
+from mpiattn import InputError, machines, virtual
 from mpiattn.commands import inputs
+from mpiattn.commands.root import on_root
 from mpiattn.conformance import oracle
 from mpiattn.problems.mask import Causal
 
@@ -146,3 +148,44 @@ def test_a_seed_of_nothing(tmp_path: Path) -> None:
     refused(path, "--seed does nothing here", "--seed", "3", backward=False)
     load(path, "--seed", "3", "--sinks", backward=False)
     load(path, "--seed", "3")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"q": (2, 2, 23, 4)}, "they must have one batch size"),
+        ({"k": (2, 2, 23, 4), "v": (2, 2, 23, 4)}, "they must have one batch size"),
+        ({"q": (1, 3, 23, 4)}, "a.npz: q is float64 (1, 3, 23, 4), k float64 (1, 2, 23, 4)"),
+        ({"q": (1, 2, 23, 0), "k": (1, 2, 23, 0)}, "the same head_dim, at least 1"),
+        ({"v": (1, 2, 22, 4)}, "k and v must have the same heads and tokens"),
+    ],
+)
+def test_arrays_that_do_not_fit_together(tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    """Found before the oracle is asked for what is right."""
+    np.savez(tmp_path / "a.npz", **{**arrays(), **{name: np.zeros(shape) for name, shape in shapes.items()}})
+    refused(tmp_path / "a.npz", message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "99999999999999999999"), "bytes, and this machine has"),
+        (("--heads", "99999999999999"), "bytes, and this machine has"),
+        (("--tokens", "8", "--batch", "2000000000"), "bytes, and this machine has"),
+        (("--tokens", "8", "--seed", "-1"), "--seed is 0 or more, got -1"),
+    ],
+)
+def test_random_input_that_is_not_to_be_had(words: tuple[str, ...], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    inputs.add_arguments(parser)
+    parser.set_defaults(mask=Causal())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inputs.load(parser.parse_args(words))
+
+
+def test_memory_that_is_not_to_be_had() -> None:
+    def work() -> None:
+        raise MemoryError("Unable to allocate 1 PiB")
+
+    with pytest.raises(InputError, match="Unable to allocate 1 PiB"):
+        virtual.run(1, machines.load("laptop"), lambda comm: on_root(comm, work))

@@ -144,3 +144,23 @@ def test_lines_on_standard_error_come_whole(unbuffered: str, tmp_path: Path) -> 
     os.close(reader)
     assert done.returncode == 1 and any(piece.count(b"\n") > 1 for piece in pieces)
     assert all(piece.endswith(b"\n") and piece.strip() for piece in pieces), pieces
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    """As a shell or a scheduler closes them: the work is done all the same."""
+    words = f"-m mpiattn run --algorithm ring --tokens 16 --output {tmp_path / 'a.npz'}"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {words} {closed}"],
+        env=inherited(), capture_output=True, text=True, check=False, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    assert (tmp_path / "a.npz").exists()
+
+
+def test_characters_that_an_encoding_has_not(tmp_path: Path) -> None:
+    done = command(
+        "run", "--algorithm", "ring", "--tokens", "16", "--output", str(tmp_path / "\xe9.npz"), PYTHONIOENCODING="ascii"
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "\\xe9.npz: out, lse" in done.stdout
+    assert (tmp_path / "\xe9.npz").exists()

@@ -95,20 +95,25 @@ def fit_together(table: Sequence[Sequence[arrays.Spec | None]], spread: str = "t
                     f"{name} on rank {rank} is {show(spec)}, on rank 0 {show(first)}: "
                     f"only the number of {spread} may differ between ranks"
                 )
-        (q, q_dtype), (k, k_dtype), (v, v_dtype) = (spec for spec in row if spec is not None)
-        where = f"on rank {rank}, q is {show(row[0])}, k {show(row[1])}, v {show(row[2])}: "
-        if not q_dtype == k_dtype == v_dtype:
-            raise InputError(where + "they must have one dtype")
-        if not q[0] == k[0] == v[0]:
-            raise InputError(where + "they must have one batch size")
-        if k[1:3] != v[1:3]:
-            raise InputError(where + "k and v must have the same heads and tokens")
-        if q[3] != k[3] or q[3] < 1 or v[3] < 1:
-            raise InputError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
-        none = axis == 1 and q[1] == k[1] == 0
-        if not none and (k[1] < 1 or q[1] % k[1]):
-            legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
-            raise InputError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
+        fit([spec for spec in row if spec is not None], f"on rank {rank}, ", axis)
+
+
+def fit(specs: Sequence[arrays.Spec], where: str, axis: int = 2) -> None:
+    """Raise InputError where a q, k and v of 4 axes do not fit together; its text begins with where they are."""
+    (q, q_dtype), (k, k_dtype), (v, v_dtype) = specs
+    where += f"q is {show(specs[0])}, k {show(specs[1])}, v {show(specs[2])}: "
+    if not q_dtype == k_dtype == v_dtype:
+        raise InputError(where + "they must have one dtype")
+    if not q[0] == k[0] == v[0]:
+        raise InputError(where + "they must have one batch size")
+    if k[1:3] != v[1:3]:
+        raise InputError(where + "k and v must have the same heads and tokens")
+    if q[3] != k[3] or q[3] < 1 or v[3] < 1:
+        raise InputError(where + "q and k must have the same head_dim, at least 1, and v at least 1")
+    none = axis == 1 and q[1] == k[1] == 0
+    if not none and (k[1] < 1 or q[1] % k[1]):
+        legal = [heads for heads in range(1, q[1] + 1) if q[1] % heads == 0]
+        raise InputError(where + f"the {q[1]} heads of q need k and v with one of {legal} heads")
 
 
 def _without(axis: int, spec: arrays.Spec | None) -> Any:

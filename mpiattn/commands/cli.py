@@ -146,6 +146,7 @@ def run_command(args: argparse.Namespace, comm: Communicator | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    terminal.ready()
     comm = world()
     first = comm is None or comm.Get_rank() == 0
     ending.wait_for_first_rank(first)

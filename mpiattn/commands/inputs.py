@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from .. import planner
 from ..algorithms import Attention
+from ..algorithms.posed import fit
 from ..algorithms.shares import owned_heads, scatter
 from ..arrays import FLOATS, Array
 from ..arrays import dtype as dtype_of
@@ -22,7 +23,7 @@ from ..planner import Choice
 from ..planner.units import count
 from ..problems.dropout import Dropout
 from ..problems.problem import PARTIALS
-from . import files, terminal
+from . import files, npz, terminal
 
 SYNTHETIC = {"tokens": 2048, "heads": 8, "kv_heads": None, "head_dim": 64, "batch": 1}
 
@@ -168,6 +169,8 @@ def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
     for option in ("names", "axes"):
         if getattr(args, option) is not None and args.qkv is None:
             raise ValueError(f"--{option} does nothing without --qkv")
+    if seed(args) < 0:
+        raise ValueError(f"--seed is 0 or more, got {args.seed}")
     if args.seed is not None and not (backward or given or args.sinks or args.dropout is not None):
         raise ValueError("--seed does nothing here: only random inputs, sinks, dropout and --backward draw numbers")
     rng = np.random.default_rng(seed(args))
@@ -188,6 +191,7 @@ def load(args: argparse.Namespace, backward: bool = True) -> Inputs:
         else:
             arrays, name = files.sample(), "SmolLM2-135M-Instruct, layer 15, on the GPL-3 text"
     q, k, v = (converted(part, arrays[part], dtype) for part in "qkv")
+    fit([(array.shape, array.dtype) for array in (q, k, v)], f"{name}: ")
     args.mask.check(q.shape[2], k.shape[2])
     shape = *q.shape[:3], v.shape[3]
     d_out = arrays.get("d_out", rng.standard_normal(shape, dtype=np.float32))
@@ -208,7 +212,7 @@ def converted(name: str, array: Array, dtype: DTypeLike) -> Array:
 def warn_of_axes(arrays: dict[str, Array], args: argparse.Namespace) -> None:
     """Print a warning where heads outnumber tokens and no order of the axes is given: it may be another one."""
     shape = arrays["q"].shape
-    if args.axes is None and all(arrays[name].shape[1] > arrays[name].shape[2] for name in "qk"):
+    if args.axes is None and all(arrays[name].shape[1] > arrays[name].shape[2] > 0 for name in "qk"):
         terminal.to_stderr(
             f"warning: q in {args.qkv} is {shape}, read as {shape[1]} heads of {shape[2]} tokens. If it is {shape[1]} "
             f"tokens with {shape[2]} heads, as flash-attention has them, give --axes bthd; if not, --axes bhtd."
@@ -224,6 +228,9 @@ def synthetic(
         raise ValueError("--heads, --kv-heads, --head-dim and --batch are at least 1, --tokens at least 0")
     if heads % kv_heads:
         raise ValueError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
+    numbers = batch * (heads + 2 * kv_heads) * tokens * head_dim
+    if (nbytes := numbers * np.dtype(np.float32).itemsize) > (memory := npz.memory()):
+        raise ValueError(f"random input of these sizes takes {nbytes:.3g} bytes, and this machine has {memory:.3g}")
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     return {
         name: rng.standard_normal((batch, count, tokens, head_dim), dtype=np.float32) for name, count in shapes.items()

@@ -33,10 +33,15 @@ def load(archive: zipfile.ZipFile, name: str) -> Array:
         nbytes = announced(member)
     if nbytes > info.file_size or info.file_size > DENSEST * (info.compress_size + 1):
         raise ValueError(f"{nbytes} bytes are announced, and fewer are there")
-    if nbytes > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise ValueError(f"{nbytes} bytes are announced, and this machine has {memory}")
+    if nbytes > memory():
+        raise ValueError(f"{nbytes} bytes are announced, and this machine has {memory()}")
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def memory() -> int:
+    """Return how many bytes of memory this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def announced(member: IO[bytes]) -> int:

@@ -20,7 +20,7 @@ def on_root(comm: Communicator, work: Callable[[], Result]) -> Result | None:
             return work()
         except WriteError:
             raise
-        except (OSError, ValueError) as wrong:
+        except (OSError, ValueError, MemoryError) as wrong:
             raise InputError(str(wrong)) from None
 
     return patiently(comm, judged)

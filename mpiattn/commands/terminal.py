@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import os
 import re
@@ -37,6 +38,20 @@ def terminal(stream: int) -> str | None:
         except OSError:
             break
     return os.ttyname(stream) if os.isatty(stream) else None
+
+
+def ready() -> None:
+    """Let standard output and standard error be there and take any text.
+
+    A shell or a scheduler may have closed them, as `>&-` does, or have an encoding without the characters of a file's
+    name.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def to_stderr(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from ..problems.mask import Positions
 from . import oracle
-from .case import Case
 
 MOST = 3
 """Runs of wrong tokens that are told; the rest is counted."""
@@ -88,16 +87,18 @@ def runs(numbers: Sequence[int] | Array) -> str:
     return ", ".join(texts[:MOST]) + (f" and {len(texts) - MOST} more" if len(texts) > MOST else "")
 
 
-def cancelling(case: Case, given: dict[str, Array]) -> dict[str, float]:
-    """Return an eighth of the largest that the terms can be whose differences make a gradient.
+def cancelling(
+    given: Mapping[str, Array], scale: float | None, dropout: float, part: float = 1 / 8
+) -> dict[str, float]:
+    """Return a part of the largest that the terms can be whose differences make a gradient.
 
     An error is relative to no less: where the terms cancel, as they do for a query that sees one key, their
-    rounding is left, half an eps of `out` that `delta` is made of, which an eighth keeps below the tolerances.
+    rounding is left, half an eps of `out` that `delta` is made of, which 1/256 keeps below the tolerances.
     """
     q, k, v, d_out = (
         np.linalg.norm(given[name].astype(np.float64), axis=-1).max(initial=0) for name in (*"qkv", "out")
     )
-    factor = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
-    d_p = d_out * v / (1 - case.dropout) / 8
+    factor = given["q"].shape[-1] ** -0.5 if scale is None else abs(scale)
+    d_p = d_out * v / (1 - dropout) * part
     # What an error of lse does to probabilities depends on its size, not on that of lse.
     return {"lse": 1.0, "d_q": d_p * factor * k, "d_k": d_p * factor * q, "d_sinks": d_p}

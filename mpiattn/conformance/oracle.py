@@ -29,10 +29,11 @@ TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e
 """Largest error of an exact algorithm, relative to the largest value, by the dtype of its input and output."""
 
 
-def error(result: Array, reference: Array) -> float:
-    """Return the largest difference relative to the largest value of the reference; NaN where there is one."""
-    difference = np.abs(result - reference).max(initial=0)
-    return float(difference / (np.abs(reference).max(initial=0) or 1))
+def error(result: Array, reference: Array, least: float = 0) -> float:
+    """Return the largest difference relative to the largest value of the reference, or to `least`; may be NaN."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(result - reference).max(initial=0)
+    return float(difference / (max(np.abs(reference).max(initial=0), least) or 1))
 
 
 class Features(TypedDict, total=False):

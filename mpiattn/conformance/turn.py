@@ -30,7 +30,7 @@ class Turn:
         self.player, self.comm, self.case, self.xp = player, comm, case, xp
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.given, self.right = problem(case)
-        self.least = cancelling(case, self.given)
+        self.least = cancelling(self.given, case.scale, case.dropout)
         self.results: dict[str, Array] = {}
         self.received = Received()
 

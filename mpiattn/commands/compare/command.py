@@ -2,7 +2,8 @@
 
 By default every algorithm, grid and layout that fits the number of ranks, with a causal mask, on real input.
 Times are the slowest rank's, medians over rounds in which the algorithms take turns; waiting is time spent
-in waits for messages; errors are relative to the largest value, against textbook attention in float64.
+in waits for messages; errors are relative to the largest value, against textbook attention in float64, and those
+of dQ and dK to no less than 1/256 of scale |d_out| |v| |k| or |q|: with large scores they are rests of such terms.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ...algorithms import ALGORITHMS
-from ...arrays import Array
 from ...conformance import oracle
+from ...conformance.differences import cancelling
 from ...errors import InputError
 from ...machines import writing
 from ...messages.message import Communicator
@@ -33,7 +34,7 @@ from ..inputs import Inputs
 from ..progress import bar
 from ..root import on_root, patiently
 from .report import plot, print_results, report
-from .trial import Trial
+from .trial import RESULTS, Right, Trial
 
 ORACLE_SCORES = 2**28
 """Scores (heads x queries x keys) above which the oracle checks a sample of the queries."""
@@ -152,10 +153,13 @@ def build(
     return trials, left_out
 
 
-def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Array]:
-    """Return the oracle's out and d_q at the checked queries, d_k and d_v."""
+def expected(given: Inputs, queries: Positions | None, args: argparse.Namespace) -> list[Right]:
+    """Return the oracle's out and d_q at the checked queries, d_k and d_v, and what errors are relative to at least."""
     q, k, v = given.q, given.k, given.v
     d_out = given.d_out if queries is None else given.d_out[:, :, queries]
     features = {"softcap": args.softcap, **inputs.features(args, q.shape[1])}
-    out, _ = oracle.attention(q, k, v, args.mask, args.scale, queries, **features)
-    return [out, *oracle.gradients(q, k, v, d_out, args.mask, args.scale, queries, **features)]
+    least = cancelling({"q": q, "k": k, "v": v, "out": d_out}, args.scale, args.dropout or 0, 1 / 256)
+    with np.errstate(all="ignore"):  # the input may have infinite numbers
+        out, _ = oracle.attention(q, k, v, args.mask, args.scale, queries, **features)
+        gradients = oracle.gradients(q, k, v, d_out, args.mask, args.scale, queries, **features)
+    return [(right, least.get(name, 0)) for name, right in zip(RESULTS, (out, *gradients), strict=True)]

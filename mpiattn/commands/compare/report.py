@@ -116,8 +116,10 @@ def print_results(
     ):
         print(terminal.fold(note, terminal.width()))
     for name in ("q", "k", "v", "d_out"):
-        if count := int(np.isnan(getattr(given, name).astype(np.float32)).sum()):
-            print(f"The input has {count} NaN in {name}: what depends on them is NaN, and nothing is verified.")
+        numbers = getattr(given, name).astype(np.float64)
+        for what, found in (("NaN", np.isnan(numbers)), ("infinite numbers", np.isinf(numbers))):
+            if count := int(found.sum()):
+                print(f"The input has {count} {what} in {name}: what depends on them is NaN, and nothing is verified.")
 
 
 def plot(results: Sequence[dict[str, Any]], given: Inputs, path: Path) -> None:

@@ -32,6 +32,9 @@ PASSES = ("forward", "backward")
 
 RESULTS = ("out", "d_q", "d_k", "d_v")
 
+Right = tuple[Array, float]
+"""What a result should be, and what its errors are relative to at least."""
+
 
 @dataclass
 class Trial:
@@ -73,7 +76,7 @@ class Trial:
         self.xp = xp
         self.shapes, self.inputs, self.features = inputs.share(given, self.comm.comm, self.attention, args, xp)
 
-    def check(self, queries: Positions | None, right: Sequence[Array] | None) -> None:
+    def check(self, queries: Positions | None, right: Sequence[Right] | None) -> None:
         """Run once; keep the errors against the oracle (on rank 0), the peak memory, and what was received."""
         comm, trace, (*qkv, d_out) = self.comm.comm, self.comm.trace, self.inputs
         with held(self.xp, trace) as most_held:
@@ -93,7 +96,7 @@ class Trial:
             whole = gather(on_host(array), comm, where, shape=self.shapes[name], copies=copies)
             if whole is not None and reference is not None:
                 rows = whole if queries is None or name in "kv" else whole[:, :, queries]
-                self.errors.append(oracle.error(rows, reference))
+                self.errors.append(oracle.error(rows, *reference))
 
     def measure(self, kept: Trace | None) -> None:
         """Run once more; keep the time and the time spent in waits, forward and backward, and the events if asked."""
