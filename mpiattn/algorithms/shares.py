@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..arrays import DESCRIPTION, DTYPES, Array, Spec, describe, described, namespace
+from ..arrays import DTYPES, Array, Spec, describe, described, namespace, told
 from ..arrays.operations import operations
 from ..arrays.places import Places
 from ..errors import InputError
-from ..messages.connection import private
+from ..messages.connection import private, rows
 from ..messages.message import Communicator, Tag, Waitall
 from ..messages.parcel import Parcel
 from ..problems import layout as layouts
+from ..problems.scalars import shown, whole
+from .options import agree, alike
+from .posed import show
 
 Where = Callable[[tuple[int, ...], int], Any]
 """A function of a whole array's shape and a rank: the index at which the rank's share lies."""
@@ -25,10 +28,6 @@ def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
     """Return where each rank's tokens lie along an axis; or what says it, where that is given instead of a layout."""
     if not isinstance(layout, str):
         return layout
-    try:
-        layouts.check(layout)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
     def where(shape: tuple[int, ...], rank: int) -> Any:
         return (*[slice(None)] * (axis % len(shape)), layouts.positions(layout, shape[axis], ranks, rank))
@@ -63,14 +62,18 @@ def scatter(array: Array | None, comm: Communicator, layout: str | Where, root: 
     Raises
     ------
     InputError
-        On every rank, where the layout is unknown or the root has no such array.
+        On every rank, where the layout is unknown or the root has no such array, or layout, root or axis differ
+        between ranks.
     """
     comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
-    where = by_tokens(layout, size, axis)
+    where, root, axis = _agreed(comm, layout, root, axis)
     description = describe(array)
     comm.Bcast(description, root)
-    shape, dtype = _with_axis(axis, description, root)
+    spec = described(description)
+    if spec is None or not _has_axis(spec, axis):
+        raise _refusal(root, axis, spec, comm.bcast(told(array), root))
+    shape, dtype = spec
     own = Parcel([(_share(shape, where, rank), dtype)])
     requests = [comm.Irecv(own.message, root, Tag.SCATTER)]
     if array is not None and rank == root:
@@ -113,15 +116,20 @@ def gather(
     Raises
     ------
     InputError
-        On every rank, where the shares do not make up a whole in that layout.
+        On every rank, where the shares do not make up a whole in that layout, or an argument differs between ranks.
     """
     comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
-    where = by_tokens(layout, size, axis)
-    table = np.empty((size, DESCRIPTION), np.int64)
-    comm.Allgather(describe(array), table)
-    specs = [_with_axis(axis, description, owner) for owner, description in enumerate(table)]
+    where, root, axis = _agreed(comm, layout, root, axis, shape)
+    specs: list[Spec] = []
+    for owner, description in enumerate(rows(comm, describe(array))):
+        spec = described(description)
+        if spec is None or not _has_axis(spec, axis):
+            raise _refusal(owner, axis, spec, comm.bcast(told(array), owner))
+        specs.append(spec)
     first, dtype = specs[0]
+    if shape is not None and len(shape) != len(first):
+        raise InputError(f"the whole is to be {shape}, and rank 0 has {dtype} {first}: they must have as many axes")
     if shape is None:
         lengths = [*first]
         lengths[axis] = sum(part[axis] for part, _ in specs)
@@ -142,19 +150,52 @@ def gather(
     Waitall(requests)
     if rank != root:
         return None
-    whole = np.zeros(shape, dtype)
+    result = np.zeros(shape, dtype)
     for owner, part in enumerate(arriving):
         place = where(shape, owner)
-        whole[place] = part.arrays[0] if copies else whole[place] + part.arrays[0]
-    return whole
+        result[place] = part.arrays[0] if copies else result[place] + part.arrays[0]
+    return result
 
 
-def _with_axis(axis: int, description: NDArray[np.int64], rank: int) -> Spec:
-    """Return the shape and dtype of the array that a rank describes, or raise InputError."""
-    spec = described(description)
-    if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
-        raise InputError(f"rank {rank} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}")
-    return spec
+def _agreed(
+    comm: Communicator, layout: object, root: object, axis: object, shape: object = None
+) -> tuple[Where, int, int]:
+    """Return what says where shares lie, the root and the axis; raise the same InputError on all ranks; one collective.
+
+    Functions can't be compared: that all ranks give one is all that is asked.
+    """
+    given: Any = FUNCTION if callable(layout) else layout
+    lengths = shape if isinstance(shape, tuple | list) else (shape,)
+    agree(comm, partial(_check, given, root, axis, comm.Get_size()), partial(alike, *lengths))
+    axis = whole(axis) or 0
+    return by_tokens(cast("str | Where", layout), comm.Get_size(), axis), whole(root) or 0, axis
+
+
+FUNCTION = "a function"
+
+
+def _check(layout: str, root: object, axis: object, ranks: int) -> None:
+    """Raise ValueError where that is no layout, root or axis."""
+    if layout != FUNCTION:
+        layouts.check(layout, ranks)
+    number = whole(root)
+    if number is None or not 0 <= number < ranks:
+        raise ValueError(f"root is one of the {ranks} ranks, from 0, got {shown(root)}")
+    if whole(axis) is None:
+        raise ValueError(f"axis is a whole number, got {shown(axis)}")
+
+
+def _has_axis(spec: Spec, axis: int) -> bool:
+    """Return whether an array has that axis."""
+    return -len(spec[0]) <= axis < len(spec[0])
+
+
+def _refusal(rank: int, axis: int, spec: Spec | None, told: str) -> InputError:
+    """Return the error where a rank gives another thing than an array with an axis."""
+    given = told if spec is None else show(spec)
+    return InputError(
+        f"rank {rank} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}: it gives {given}"
+    )
 
 
 def _share(shape: tuple[int, ...], where: Where, rank: int) -> tuple[int, ...]:
