@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...messages.message import Communicator
 from ...problems.mask import Causal
 from .contenders import Contender, Setting
 
@@ -20,13 +21,12 @@ from .contenders import Contender, Setting
 def torch_contenders(setting: Setting) -> list[Contender]:
     """Return torch's context parallelism, and its attention on one GPU."""
     import torch
-    import torch.distributed as dist
     from torch.nn import functional
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     comm = setting.comm
     torch.cuda.set_device(setting.xp.cuda.Device().id)
-    size, rank, heads, dim = comm.Get_size(), comm.Get_rank(), setting.heads, setting.head_dim
+    size, heads, dim = comm.Get_size(), setting.heads, setting.head_dim
     causal = isinstance(setting.mask, Causal)
 
     def random(tokens: int) -> Any:
@@ -58,18 +58,9 @@ def torch_contenders(setting: Setting) -> list[Contender]:
         for part in (q, k, v):
             part.requires_grad_(False)
 
-    if not dist.is_initialized():
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = comm.bcast(free.getsockname()[1])
-        host = comm.bcast(socket.gethostname())
-        alone = all(comm.allgather(host == socket.gethostname()))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1" if alone else host, "MASTER_PORT": str(port)}
-        dist.init_process_group(
-            "nccl", rank=rank, world_size=size, device_id=torch.device("cuda", torch.cuda.current_device())
-        )
+    start(comm, "nccl")
     context = importlib.import_module("torch.distributed.tensor.experimental._attention")
-    mesh = dist.device_mesh.init_device_mesh("cuda", (size,))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (size,))
     whole = [random(setting.tokens) for _ in "qkv"]
 
     @contextlib.contextmanager
@@ -88,3 +79,21 @@ def torch_contenders(setting: Setting) -> list[Contender]:
         ),
         Contender("torch one GPU", passes(*near), fraction, around=lambda name: trained(name, *near)),
     ]
+
+
+def start(comm: Communicator, backend: str) -> None:
+    """Start torch's own messages among the ranks, unless they have started; "nccl" takes each rank's current GPU."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    size, rank = comm.Get_size(), comm.Get_rank()
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = comm.bcast(free.getsockname()[1])
+    host = comm.bcast(socket.gethostname())
+    alone = all(comm.allgather(host == socket.gethostname()))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1" if alone else host, "MASTER_PORT": str(port)}
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+    dist.init_process_group(backend, rank=rank, world_size=size, device_id=device)
