@@ -8,7 +8,7 @@ from typing import Any
 from ...messages.message import Communicator
 from .. import watching
 from ..terminal import Help
-from . import attention, error, kernel, overlap, train
+from . import attention, error, kernel, overlap, torch_train, train
 
 BENCHMARKS: dict[str, tuple[Any, str]] = {
     "kernel": (kernel, "the NumPy kernel against its own matrix products, a textbook version and torch"),
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, tuple[Any, str]] = {
     "error": (error, "whether results are as exact on many ranks as on one"),
     "attention": (attention, "algorithms beside themselves without messages, one kernel call and torch"),
     "train": (train, "training steps by each algorithm, beside what virtual ranks predict"),
+    "torch": (torch_train, "training steps in torch by each algorithm, beside torch's context parallelism"),
 }
 """Module and summary of each benchmark."""
 
