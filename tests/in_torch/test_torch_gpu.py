@@ -68,3 +68,17 @@ def test_a_model_on_gpus(comm: MPI.Intracomm, device: Any) -> None:
         loss.backward()
         sharded.sum_gradients()
         assert all(error(a.cpu(), b) < 1e-4 for a, b in zip(gradients(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_added_up_on_gpus_as_on_hosts(comm: MPI.Intracomm, device: Any, dtype: torch.dtype) -> None:
+    sums = []
+    for where in (device, torch.device("cpu")):
+        module = torch.nn.Linear(5, 301, dtype=dtype, device=where)
+        for weight in module.parameters():
+            whole = torch.randn(weight.shape, generator=torch.Generator().manual_seed(comm.Get_rank()))
+            weight.grad = whole.to(where, dtype)
+        mpiattn.torch.sum_gradients(module, comm)
+        sums.append(gradients(module))
+        assert all(gradient.device == where for gradient in sums[-1])
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(*sums, strict=True))
