@@ -193,6 +193,8 @@ class Attention:
 
     def positions(self, tokens: int) -> Positions:
         """Return the global positions of this rank's tokens, int64, for a sequence of that many."""
+        if freed(self.agreement.comm):
+            self.usable()
         return layouts.positions(self.layout, tokens, self.comm.Get_size(), self.comm.Get_rank())
 
     def owned(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Where:

@@ -90,6 +90,7 @@ class TensorParallelAttention(Attention):
         InputError
             On every rank, where the shapes do not fit on one.
         """
+        self.usable()
         table = self.agreement.arrays(out=out, weight=weight).tobytes()
         for rank, (out_spec, weight_spec) in enumerate(described(table, self.comm.Get_size(), 2)):
             (shape, _), (rows, _) = out_spec or ((), None), weight_spec or ((), None)
@@ -136,6 +137,7 @@ class TensorParallelAttention(Attention):
         InputError
             On every rank, where it is anything else on one.
         """
+        self.usable()
         specs = [spec for [spec] in described(self.agreement.arrays(share=share).tobytes(), self.comm.Get_size(), 1)]
         for rank, spec in enumerate(specs):
             if spec is None or spec != specs[0] or spec[1] not in FLOATS[:2]:

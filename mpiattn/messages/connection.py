@@ -29,6 +29,16 @@ def private(comm: object) -> Any:
     """
     if hasattr(comm, "private"):
         return comm.private()
+    check(comm)
+    from .private import duplicate
+
+    return watched(duplicate(comm))  # type: ignore[arg-type]
+
+
+def check(comm: object) -> None:
+    """Raise InputError where that is no communicator, has been freed, or connects two groups of ranks."""
+    if hasattr(comm, "private"):  # it stands in for MPI's
+        return
     if comm is None:
         raise InputError("comm is None: give an MPI communicator, such as MPI.COMM_WORLD")
     from mpi4py import MPI
@@ -39,9 +49,6 @@ def private(comm: object) -> Any:
         raise InputError("comm has been freed, or is none on this rank: give a communicator that all callers are in")
     if not isinstance(comm, MPI.Intracomm):
         raise InputError("comm connects two groups of ranks: give an intracommunicator, such as comm.Merge()")
-    from .private import duplicate
-
-    return watched(duplicate(comm))
 
 
 def rows(comm: Any, row: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import warnings
 from types import ModuleType
 
 from ..errors import InputError
+from .connection import check
 from .message import Communicator, constant
 
 
@@ -41,6 +42,7 @@ def use_gpu(comm: Communicator) -> ModuleType:
     InputError
         On every rank, where one has no CuPy or finds no GPU.
     """
+    check(comm)
     if importlib.util.find_spec("cupy") is None:
         missing = "CuPy is not installed: pip install 'mpiattn[cuda13]'"
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..algorithms import ALGORITHMS
 from ..algorithms.spelling import fitting, parse, spell
 from ..errors import InputError
 from ..machines.machine import Machine
+from ..problems.scalars import shown
 from .task import Task
 
 APART = {
@@ -91,7 +92,10 @@ def candidates(ranks: int, machine: Machine, algorithms: Sequence[str] | None = 
     Algorithms are given by name, or with arguments, such as `mesh:4x4`.
     """
     every = [name for name in ALGORITHMS if name not in APART]
-    texts = every if algorithms is None else list(algorithms)
+    texts = every if algorithms is None else algorithms
+    several = isinstance(texts, Collection) and not isinstance(texts, str)
+    if not several or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"algorithms are names in a list, such as ['ring', 'mesh'], got {shown(texts)}")
     if apart := [f"{text}: {APART[text]}" for text in texts if text in APART]:
         raise InputError(f"nothing to plan for {'; '.join(apart)}")
     asked = [parse(text, among=every) for text in texts]

@@ -17,10 +17,11 @@ from ..algorithms.options import Options
 from ..errors import InputError
 from ..machines import load
 from ..machines.machine import Machine
+from ..messages.connection import check
 from ..messages.hosts import by_host
 from ..messages.message import Communicator
 from ..problems.mask import Mask
-from ..problems.scalars import plain, whole
+from ..problems.scalars import plain, shown, whole
 from ..problems.user_mask import UserMask, held
 from .search import Ranking, plan
 from .task import Task
@@ -121,6 +122,7 @@ def choose(
     InputError
         On every rank alike, where arguments differ or make no sense, or nothing fits: says what would.
     """
+    check(comm)
     asked: dict[str, Any] = {
         "tokens": tokens, "heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim,
         "batch": batch, "dtype": dtype, "mask": held(mask), "backward": backward,
@@ -140,10 +142,14 @@ def choose(
         try:
             described = here(len(hosts) > near) if machine is None else machine
             described = load(described) if isinstance(described, str) else described
+            if not isinstance(described, Machine):
+                raise InputError(f"a machine is a Machine, a name, or the path of a TOML file, got {shown(machine)}")
             described = replace(described, ranks_per_node=near)
             found = plan(Task(**asked), described, len(hosts), memory, algorithms, quick=True)
         except InputError as wrong:
             error = str(wrong)
+        except Exception as wrong:  # the others wait
+            error = f"{type(wrong).__name__}: {wrong}"
     found, error = comm.bcast((found, error))
     if found is None:
         raise InputError(error)

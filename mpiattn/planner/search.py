@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ..errors import InputError
 from ..machines.machine import Machine
 from ..problems.mask import Causal, Full
-from ..problems.scalars import whole
+from ..problems.scalars import real, shown, whole
 from .candidates import Candidate, candidates
 from .estimate import estimate, held
 from .simulate import Outcome, simulate
@@ -104,9 +104,9 @@ def plan(
     given, ranks = ranks, whole(ranks) or 0
     if ranks < 1:
         raise InputError(f"ranks must be a whole number, 1 or more, got {given!r}")
-    limit = machine.memory if memory is None else memory
-    if not 0 < limit < math.inf:
-        raise InputError(f"memory must be more than 0 bytes, got {limit!r}")
+    limit = real(machine.memory if memory is None else memory) or 0
+    if limit <= 0:
+        raise InputError(f"memory must be more than 0 bytes, got {shown(memory)}")
     machine.rates(task.dtype)
     everyone = [(estimate(task, machine, ranks, one), one) for one in candidates(ranks, machine, algorithms)]
     everyone.sort(key=lambda pair: pair[0])

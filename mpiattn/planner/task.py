@@ -68,10 +68,10 @@ class Task:
                 raise InputError(f"{name} is at most {MOST} for a plan, which goes through all positions, got {number}")
             object.__setattr__(self, name, number)
         if self.heads % self.kv_heads:
-            legal = [heads for heads in range(1, self.heads + 1) if self.heads % heads == 0]
+            legal = [heads for heads in range(1, min(self.heads, 4096) + 1) if self.heads % heads == 0]
             raise InputError(f"{self.heads} heads can't share {self.kv_heads} K/V heads: choose one of {legal}")
         try:
-            arrays.dtype(self.dtype)
+            object.__setattr__(self, "dtype", arrays.dtype(self.dtype).name)
             if self.layout is not None:
                 layout.check(self.layout)
             check_partials(self.partials)

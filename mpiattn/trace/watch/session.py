@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import math
 import os
 import socket
 import subprocess
@@ -18,7 +17,9 @@ from typing import Any, TypeVar
 
 from ...errors import InputError
 from ...messages import observer
+from ...messages.connection import check
 from ...messages.message import Tag, constant
+from ...problems.scalars import real, shown
 from .record import Kind, Recorder, State
 
 T = TypeVar("T")
@@ -70,8 +71,9 @@ class watch:
     """
 
     def __init__(self, comm: Any, seconds: float = 60.0, *, file: str | Path = "mpiattn-stuck.json") -> None:
-        if not 0 < seconds < math.inf:
-            raise InputError(f"seconds is {seconds}: the watch takes a number above 0")
+        check(comm)
+        if (real(seconds) or 0) <= 0:
+            raise InputError(f"seconds is {shown(seconds)}: the watch takes a number above 0")
         self.plain, self.seconds, self.file = comm, float(seconds), str(Path(file).absolute())
 
     def __enter__(self) -> Any:
