@@ -305,6 +305,12 @@ def test_folder_of_several_files(tmp_path: Path) -> None:
         Folder(tmp_path)
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     weights = llama(dtype=np.float32).weights
     name, file = full(1, "mlp.up_proj"), tmp_path / "model.safetensors"
@@ -340,12 +346,29 @@ def test_bad_folders(tmp_path: Path) -> None:
         ({"head_dim": 3}, "must be even"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is a number above 0"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "only default, linear and llama3"),
+        ({"rope_scaling": "linear"}, "rope_scaling and rope_parameters are tables"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor of rope_scaling is a number above 0, got None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of rope_scaling is a number above 0, got 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor of rope_scaling is a number above 0"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor of rope_scaling is a number"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor of rope_scaling must be less"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1.0 is known"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is at most 10000"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is the number of a token, got '</s>'"),
+        ({"bos_token_id": [1]}, "bos_token_id is the number of a token"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is true or false, got 'no'"),
     ]
     for changed, message in wrong:
         write(tmp_path, weights, **changed)
         refused(message)
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    refused("config.json is damaged")
+    for text in ('{"model_type": ', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        refused("config.json is damaged")
+    write(tmp_path, weights)
+    file.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    refused("has no weight_map")
 
 
 def test_frequencies() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mpiattn import machines
 from mpiattn.errors import InputError
 from mpiattn.machines.machine import Rates
+from mpiattn.models.plan import Plan
 
 TEXT = """
 name = "small"
@@ -66,3 +68,11 @@ def test_rates_between_and_beyond_the_sizes_given() -> None:
     rates = Rates((100, 400), (1.0, 4.0), (2.0, 8.0))
     assert [rates.at(size, False) for size in (1, 100, 200, 400, 9999)] == pytest.approx([1, 1, 2, 4, 4])
     assert rates.at(200, True) == pytest.approx(4)
+
+
+def test_a_file_of_too_many_brackets(tmp_path: Path) -> None:
+    file = tmp_path / "deep.toml"
+    file.write_text("a = " + "[" * 100_000)
+    for read in (machines.load, lambda name: Plan.from_toml(Path(name))):
+        with pytest.raises(InputError, match=r"deep\.toml"):
+            read(str(file))

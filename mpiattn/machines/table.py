@@ -44,7 +44,7 @@ class Table:
         """Return the table of a whole file."""
         try:
             return cls(tomllib.loads(text), text, where)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{where}: {error}") from None
 
     def wrong(self, key: str, what: str) -> InputError:

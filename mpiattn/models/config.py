@@ -12,9 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..problems.scalars import real, whole
 
-UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None}
+UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "sliding_window": None,
+               "partial_rotary_factor": 1.0}  # fmt: skip
 """Options of other models of the family, and the one value that this one knows."""
+ROPE = {"default": (), "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}  # fmt: skip
+"""The known ways to scale rotary embeddings, and the numbers that each needs."""
+MOST_LAYERS = 10_000
+"""More layers than any model has: their weights are named one by one."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
 
@@ -47,12 +54,22 @@ class Config:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise InputError(f"num_hidden_layers is at most {MOST_LAYERS}, got {self.num_hidden_layers}")
+        kind = self.rope_scaling.get("rope_type", "default")
+        if kind not in tuple(ROPE):
+            raise InputError(f"rope_type {kind!r}: only default, linear and llama3 are known")
+        needed = {f"{name} of rope_scaling": self.rope_scaling.get(name) for name in ROPE[kind]}
+        for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta, **needed}.items():
+            if (real(value) or 0) <= 0:
                 raise InputError(f"{name} is a number above 0, got {value!r}")
-        if self.rope_scaling.get("rope_type", "default") not in ("default", "linear", "llama3"):
-            raise InputError(f"rope_type {self.rope_scaling['rope_type']!r}: only default, linear and llama3 are known")
+        if kind == "llama3" and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
+            raise InputError("low_freq_factor of rope_scaling must be less than high_freq_factor")
+        for name, ids in {"bos_token_id": (self.bos_token_id,), "eos_token_id": self.eos_token_id}.items():
+            if any(whole(one) is None for one in ids if one is not None):
+                raise InputError(f"{name} is the number of a token, got {ids[0] if len(ids) == 1 else ids!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InputError(f"tie_word_embeddings is true or false, got {self.tie_word_embeddings!r}")
 
     @classmethod
     def from_json(cls, given: object) -> Config:
@@ -60,10 +77,13 @@ class Config:
         if not isinstance(given, dict) or given.get("model_type") not in ("llama", "mistral"):
             kind = given.get("model_type") if isinstance(given, dict) else given
             raise InputError(f"model_type is {kind!r}: this is a Llama, for llama and mistral without a window")
+        parts = [given.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise InputError("rope_scaling and rope_parameters are tables of numbers")
+        rope = {**parts[0], **parts[1]}
         for name, known in UNSUPPORTED.items():
-            if given.get(name, known) != known:
-                raise InputError(f"{name} is {given[name]!r}: only {known!r} is known")
-        rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
+            if (value := {**rope, **given}.get(name)) is not None and value != known:
+                raise InputError(f"{name} is {value!r}: only {known!r} is known")
         rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
         rope = rope if rope["rope_type"] != "default" else {"rope_theta": rope.get("rope_theta")}
         theta = rope.pop("rope_theta", None)
@@ -78,7 +98,7 @@ class Config:
             )
         taken.setdefault("head_dim", taken["hidden_size"] // taken["num_attention_heads"])
         ends = taken.get("eos_token_id", ())
-        taken["eos_token_id"] = (ends,) if isinstance(ends, int) else tuple(ends)
+        taken["eos_token_id"] = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
         return cls(**{**taken, "rope_scaling": rope, **({"rope_theta": theta} if theta else {})})
 
     def to_json(self) -> dict[str, Any]:

@@ -33,13 +33,15 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        given = read_json(path / "config.json")
         try:
-            self.config = Config.from_json(read_json(path / "config.json"))
+            self.config = Config.from_json(given)
         except InputError as error:
             raise InputError(f"{path / 'config.json'}: {error}") from None
         names = [SINGLE]
         if not (path / SINGLE).is_file() and (path / INDEX).is_file():
-            table = read_json(path / INDEX).get("weight_map")
+            index = read_json(path / INDEX)
+            table = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
                 raise InputError(f"{path / INDEX} has no weight_map that names a file for each weight")
             names = sorted({Path(name).name for name in table.values()})
@@ -79,7 +81,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
 

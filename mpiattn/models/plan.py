@@ -81,8 +81,8 @@ class Plan:
                 raise InputError(f"{name} is a number from 0 to 1, got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
-        if self.warmup < 0 or self.weight_decay < 0 or self.seed < 0:
-            raise InputError("warmup, weight_decay and seed are at least 0")
+        if self.warmup < 0 or not 0 <= self.weight_decay < math.inf or self.seed < 0:
+            raise InputError("warmup, weight_decay and seed are numbers, at least 0")
         if self.tokens > self.model.max_position_embeddings:
             raise InputError(f"tokens {self.tokens} are more than max_position_embeddings of the model")
 
@@ -93,7 +93,7 @@ class Plan:
             given = tomllib.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is no TOML file: {error}") from None
         try:
             return cls.from_tables(given)

@@ -196,7 +196,8 @@ def _checked(name: str, mask: Mask, queries: Positions) -> tuple[NDArray[np.int6
 
 def _bound(what: str, given: object, queries: Positions) -> NDArray[np.int64]:
     """Return one of the bounds as int64 up to `END`."""
-    bound = given if isinstance(given, np.ndarray) else None
+    masked = isinstance(given, np.ma.MaskedArray)  # what it hides would be numbers
+    bound = given if isinstance(given, np.ndarray) and not masked else None
     if bound is None or bound.shape != queries.shape:
         shown = f"{type(given).__module__}.{type(given).__qualname__}" if bound is None else f"of shape {bound.shape}"
         shown = shown.removeprefix("builtins.")

@@ -9,6 +9,7 @@ that are left when one dies: mpiexec --with-ft ulfm -n 4 mpiattn train --elastic
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,7 @@ from ...models.training import Trainer
 from ...problems.layout import LAYOUTS
 from ...trace.comm import TracedComm
 from .. import charts, chosen, gpu
+from ..npz import memory
 from ..root import on_root, patiently
 from . import elastic
 from .figure import draw
@@ -116,6 +118,11 @@ def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
     if args.resume and args.output is None:
         raise InputError("--resume goes with --output, the folder of the checkpoints")
     plan = Plan.from_toml(args.config)
+    numbers = 4 * sum(map(math.prod, plan.model.shapes.values()))  # weights, gradients, AdamW's two means
+    if (nbytes := 4 * numbers) > memory():
+        raise InputError(
+            f"{args.config}: to train this model takes {nbytes:.3g} bytes; this machine has {memory():.3g}"
+        )
     text = args.text.read_bytes()
     if args.output:
         if checkpoint.complete(args.output) and not args.resume:
