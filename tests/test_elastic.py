@@ -38,9 +38,11 @@ def test_killed_down_to_one_rank(tmp_path: Path) -> None:
     right = elastic_kills.alone(tmp_path, steps)
     job = elastic_kills.disturbed(tmp_path, steps, 3, order, random.Random(0))
     assert elastic_kills.difference(job.curve["train"], right) < 1e-10, job.text
-    assert [rank for death in job.curve["deaths"] for rank in death["ranks"]] == order
-    assert all(death["time"] > killed for death, killed in zip(job.curve["deaths"], job.kills, strict=True))
-    assert job.text.count("lost in step") == 2 == job.text.count("after the death was noticed")
+    lost = [(rank, death["time"]) for death in job.curve["deaths"] for rank in death["ranks"]]
+    assert sorted(rank for rank, _ in lost) == order
+    assert all(time > job.kills[order.index(rank)] for rank, time in lost)
+    # A loaded machine may notice both at once, or the second before the step after the first is done.
+    assert 1 <= job.text.count("after the death was noticed") <= job.text.count("lost in step") <= 2
     last = tmp_path / "disturbed" / f"step-{steps:08}"  # written by the one that is left
     assert json.loads((last / "state.json").read_text())["losses"]["train"] == job.curve["train"]
     assert f"saved {last}: --resume goes on from it" in job.text
