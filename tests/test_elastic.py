@@ -34,7 +34,7 @@ def test_killed_down_to_one_rank(tmp_path: Path) -> None:
     """Rank 0 among them; the losses are those of a run that is left alone."""
     if "Open MPI" not in mpi():
         pytest.skip("only Open MPI goes on when a rank dies")
-    steps, order = 300, [0, 2]
+    steps, order = 600, [0, 2]
     right = elastic_kills.alone(tmp_path, steps)
     job = elastic_kills.disturbed(tmp_path, steps, 3, order, random.Random(0))
     assert elastic_kills.difference(job.curve["train"], right) < 1e-10, job.text
