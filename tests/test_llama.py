@@ -135,11 +135,30 @@ def test_attention_layer_drops_with_a_seed(comm: Any) -> None:
         ({"algorithm": "ring", "grid_shape": (1, 1)}, "has no grid"),
         ({"grid_shape": (3, 5)}, "grid of 3x5"),
         ({"dropout": 1.5}, "rate"),
+        ({"d_model": 8.0}, "d_model is a whole number, 1 or more, got 8.0"),
+        ({"num_heads": None}, "num_heads is a whole number, 1 or more, got None"),
+        ({"grid_shape": 5}, "whole numbers, 1 or more"),
+        ({"seed": -1}, "seed is a whole number, 0 or more, got -1"),
     ],
 )
-def test_attention_layer_refuses(comm: Any, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_attention_layer_refuses(comm: Any, arguments: dict[str, Any], message: str, everywhere: bool) -> None:
+    """On every rank, also where one is wrong."""
+    arguments = arguments if everywhere or comm.rank == comm.size - 1 else {}
+    with pytest.raises(ValueError, match=f"{message}|was given"):
         AttentionLayer(**{"d_model": 8, "num_heads": 2, "comm": comm, **arguments})
+
+
+@pytest.mark.mpi(min_size=2, max_size=3)
+def test_attention_layers_are_the_same_on_all_ranks(comm: Any) -> None:
+    with pytest.raises(InputError, match="was given"):
+        AttentionLayer(8, 2, comm=comm, seed=comm.rank)
+    x = np.zeros((1, 4, 8), np.float32)
+    with AttentionLayer(8, 2, comm=comm, algorithm="ring") as layer:
+        for wrong in (x[0], x[:, :, :7], None, x.tolist()):
+            with pytest.raises(InputError, match=r"x is .*; it must be an array \(batch, tokens, 8\)"):
+                layer.forward(wrong if comm.rank == comm.size - 1 else x)
+        layer.forward(x)
 
 
 # Generation

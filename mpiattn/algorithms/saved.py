@@ -72,9 +72,13 @@ def check_saved(
     numbers = own, zlib.crc32(repr(saves).encode())
     table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact])
     agreement.refuse(table, d_out=d_out)
+    for rank, owned in enumerate(table[:, -3]):
+        if not owned:
+            raise InputError(
+                f"on rank {rank}, saved is not what forward of this algorithm returns with the same options, or it was "
+                "changed since"
+            )
     specs = described(table[:, :-1].tobytes(), len(table), 2)
-    if not own:
-        raise InputError("saved is not what forward of this algorithm returns with the same options")
     for rank, (gradient, out) in enumerate(specs):
         if gradient != out:
             raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")

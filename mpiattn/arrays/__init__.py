@@ -88,8 +88,17 @@ def described(description: NDArray[np.int64]) -> Spec | None:
     return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
 
 
+class Unfit:
+    """What stands for a value that is no array and can't be made one."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
 def told(value: Any) -> str:
     """Return what is wrong with a value that `describe` can't describe, and how to make an array of it that it can."""
+    if isinstance(value, Unfit):
+        return value.text
     kind, dtype = type(value), getattr(value, "dtype", None)
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     if kind.__module__.partition(".")[0] == "torch":

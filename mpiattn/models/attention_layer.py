@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ..algorithms import ALGORITHMS, Attention, Saved
+from ..algorithms.options import agree, alike
 from ..algorithms.shares import gather, scatter
 from ..algorithms.spelling import examples
 from ..arrays import Array, namespace
 from ..errors import InputError
+from ..messages.connection import private
 from ..messages.message import Communicator
 from ..messages.reduction import all_reduce
+from ..problems import grid
 from ..problems.dropout import Dropout
 from ..problems.layout import EVERYWHERE
+from ..problems.scalars import shown, whole
 from .layers import linear, linear_backward
 from .llama import to_heads, to_rows
 
@@ -83,19 +88,14 @@ class AttentionLayer:
             from mpi4py import MPI
 
             comm = MPI.COMM_WORLD
-        if algorithm not in ALGORITHMS:
-            raise InputError(f"unknown algorithm {algorithm!r}: choose from {', '.join(ALGORITHMS)}")
-        if num_heads < 1 or d_model < 1 or d_model % num_heads:
-            raise InputError(f"num_heads must be a divisor of d_model {d_model}, got {num_heads}")
+        own = partial(check, d_model, num_heads, grid_shape, dropout, algorithm, seed)
+        agree(private(comm), own, partial(alike, str(dtype)))
         if grid_shape is not None:
-            if "rows" not in examples(algorithm):
-                raise InputError(f"{algorithm} has no grid: leave grid_shape out")
-            options["rows"], options["cols"] = grid_shape
-        Dropout(dropout, 0)  # finds a wrong rate
+            options["rows"], options["cols"] = grid.pair(grid_shape)
         self.attention: Attention = ALGORITHMS[algorithm](comm, **options)
         if self.attention.layout == EVERYWHERE or self.attention.copied:
             raise InputError(f"{algorithm} does not share out tokens: take another algorithm, such as mesh or ring")
-        self.comm, self.head_dim, self.dropout = comm, d_model // num_heads, dropout
+        self.comm, self.d_model, self.head_dim, self.dropout = comm, d_model, d_model // num_heads, dropout
         rng, bound = np.random.default_rng(seed), 1 / math.sqrt(d_model)
         self.weights: dict[str, Array] = {}
         for name in PROJECTIONS:
@@ -112,8 +112,8 @@ class AttentionLayer:
         seed : int, optional
             Of the dropout, in training: another one at each step, the same on every rank.
         """
-        drop = Dropout(self.dropout, seed) if seed is not None and self.dropout else None
-        q, k, v = (to_heads(self.project(x, name), self.head_dim) for name in "qkv")  # (b, heads, t, d)
+        self.attention.usable()
+        drop, q, k, v = self.attention.agreement.together(partial(self.prepare, x, seed))
         out, saved = self.attention.forward(q, k, v, dropout=drop)
         rows = to_rows(out)
         return self.project(rows, "o"), SavedLayer(x, rows, saved)
@@ -136,6 +136,15 @@ class AttentionLayer:
         for gradient in gradients.values():
             all_reduce(self.attention.comm, gradient)
         return d_x, gradients
+
+    def prepare(self, x: Array, seed: int | None) -> tuple[Dropout | None, Array, Array, Array]:
+        """Return the dropout, q, k and v of this rank's tokens, (b, heads, t, d); an InputError where x is none."""
+        shape: tuple[int, ...] = getattr(x, "shape", ())
+        if len(shape) != 3 or shape[2] != self.d_model:
+            raise InputError(f"x is {shape or type(x).__name__}; it must be an array (batch, tokens, {self.d_model})")
+        drop = Dropout(self.dropout, seed) if seed is not None and self.dropout else None
+        q, k, v = (to_heads(self.project(x, name), self.head_dim) for name in "qkv")
+        return drop, q, k, v
 
     def project(self, rows: Array, name: str) -> Array:
         """Return a projection of rows."""
@@ -189,3 +198,17 @@ class SequenceParallel(AttentionLayer):
     def gather(self, rows: Array) -> Array | None:
         """Return all tokens on rank 0, None elsewhere."""
         return gather(rows, self.attention.comm, self.attention.layout, axis=1)
+
+
+def check(d_model: int, num_heads: int, grid_shape: object, dropout: float, algorithm: str, seed: int) -> None:
+    """Raise ValueError where there is no such layer."""
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {shown(algorithm)}: choose from {', '.join(ALGORITHMS)}")
+    for name, number, least in (("d_model", d_model, 1), ("num_heads", num_heads, 1), ("seed", seed, 0)):
+        if (given := whole(number)) is None or given < least:
+            raise ValueError(f"{name} is a whole number, {least} or more, got {shown(number)}")
+    if d_model % num_heads:
+        raise ValueError(f"num_heads must be a divisor of d_model {d_model}, got {num_heads}")
+    if grid_shape is not None and "rows" not in examples(algorithm):
+        raise ValueError(f"{algorithm} has no grid: leave grid_shape out")
+    Dropout(dropout, 0)  # finds a wrong rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 from .scalars import shown, whole
 
@@ -38,6 +39,13 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
         fits = ", ".join(f"{r}x{c}" for r, c in grids(ranks))
         raise ValueError(f"a grid of {'x'.join(map(shown, choice))} does not hold {ranks} ranks: choose from {fits}")
     return choice
+
+
+def pair(shape: Any) -> tuple[Any, Any]:
+    """Return (rows, cols) of a grid's shape, or of none what `check` refuses."""
+    if shape is None:
+        return None, None
+    return (shape[0], shape[1]) if isinstance(shape, tuple | list) and len(shape) == 2 else ([shape], None)
 
 
 def parse(text: str) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import Unfit
+
 Array = Any
 
 ON_GPUS = {
@@ -32,16 +34,29 @@ def to_array(tensor: Tensor) -> Array:
 
     Returns
     -------
-    NumPy or CuPy array, contiguous; None of anything else, which `forward` refuses on all ranks alike
+    NumPy or CuPy array, contiguous; of anything else what `forward` refuses on all ranks alike
     """
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type not in ("cpu", "cuda") or tensor.is_sparse:
-        return None
-    bare = tensor.detach().contiguous()  # NumPy refuses what requires a gradient; MPI sends memory as it lies
+    if not isinstance(tensor, torch.Tensor):
+        return Unfit(f"no tensor but {type(tensor).__name__}: torch.as_tensor makes one of an array")
+    if tensor.device.type not in ("cpu", "cuda"):
+        return Unfit(f"a tensor on the device {tensor.device}: it must be on a CPU or a CUDA device")
+    if tensor.layout != torch.strided:
+        return Unfit(f"a tensor of the layout {tensor.layout}: tensor.to_dense() makes one that can be sent")
+    # NumPy refuses what requires a gradient or is to be negated; MPI sends memory as it lies.
+    bare = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if bare.device.type == "cuda":
         return on_gpu(bare)
     brain = bare.dtype == torch.bfloat16  # which NumPy does not know by itself: it goes as bytes
-    array = (bare.view(torch.int16) if brain else bare).numpy()
+    try:
+        array = (bare.view(torch.int16) if brain else bare).numpy()
+    except (TypeError, RuntimeError):  # of a dtype that NumPy has not
+        return unfit(bare)
     return array.view(ml_dtypes.bfloat16) if brain else array
+
+
+def unfit(tensor: Tensor) -> Unfit:
+    """Return what stands for a tensor of a dtype that is not taken."""
+    return Unfit(f"a tensor of {tensor.dtype}: tensor.float() makes one that can be sent")
 
 
 def on_gpu(tensor: Tensor) -> Array:
@@ -49,7 +64,7 @@ def on_gpu(tensor: Tensor) -> Array:
     import cupy
 
     if tensor.dtype not in ON_GPUS:
-        return None
+        return unfit(tensor)
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
     return cupy.ndarray(tuple(tensor.shape), ON_GPUS[tensor.dtype], cupy.cuda.MemoryPointer(memory, 0))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..algorithms import Attention, Saved
 from ..arrays.softmax import delta, sink_gradient
+from ..errors import InputError
 from ..problems.dropout import Dropout
 from .arrays import queue_of, to_array, to_tensor
 
@@ -81,9 +84,16 @@ class AttentionFunction(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # else a second derivative would be 0, without a word
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v and the sinks."""
-        *kept, lse, given = ctx.saved_tensors  # asked for once: checkpointing computes them anew at this moment
+        try:
+            *kept, lse, given = ctx.saved_tensors  # asked for once: checkpointing computes them anew at this moment
+        except RuntimeError as error:
+            if "inplace" in str(error):  # one was written to since, on this rank perhaps: the others are to know
+                with contextlib.suppress(InputError):
+                    ctx.attention.backward(to_array(d_out), None)
+            raise
         problem, dropout, by, fingerprint = ctx.rest
         with queue_of(d_out):
             q, k, v, out, lse, d_array = map(to_array, (*kept, lse, d_out))

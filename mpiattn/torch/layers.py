@@ -12,7 +12,9 @@ from .. import algorithms
 from ..algorithms.options import Options, agree
 from ..errors import InputError
 from ..messages.message import Communicator
+from ..problems import grid
 from ..problems.dropout import Dropout
+from ..problems.scalars import shown, whole
 from .function import attention
 from .weights import broadcast
 
@@ -50,9 +52,10 @@ class AttentionLayer(nn.Module):
         num_kv_heads: int | None = None, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = d_model, num_heads, num_kv_heads or num_heads
+        sizes = d_model, num_heads, num_heads if num_kv_heads is None else num_kv_heads
         agree(attention.comm, partial(check, *sizes, dropout))
-        self.d_model, self.num_heads, self.num_kv_heads = sizes
+        d_model, num_heads, self.num_kv_heads = (whole(size) or 0 for size in sizes)
+        self.d_model, self.num_heads = d_model, num_heads
         self.attention, self.dropout = attention, dropout
         head_dim = d_model // num_heads
         self.W_q = nn.Linear(d_model, d_model, bias)
@@ -128,15 +131,18 @@ class MeshAttention(AttentionLayer):
             from mpi4py import MPI
 
             comm = MPI.COMM_WORLD
-        rows, cols = grid_shape or (None, None)
+        rows, cols = grid.pair(grid_shape)
         mesh = algorithms.MeshAttention(comm, rows=rows, cols=cols, **options)
         super().__init__(d_model, num_heads, mesh, dropout=dropout, num_kv_heads=num_kv_heads, bias=bias)
 
 
 def check(d_model: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
     """Raise ValueError where the sizes of a layer do not fit."""
-    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+    for name, size in {"d_model": d_model, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
+        if (whole(size) or 0) < 1:
+            raise ValueError(f"{name} is a whole number, 1 or more, got {shown(size)}")
+    if d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got {d_model} and {num_heads}")
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_heads % num_kv_heads:
         raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
     Dropout(dropout)

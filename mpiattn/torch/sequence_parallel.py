@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..algorithms.options import agree
 from ..algorithms.shares import gather, scatter
@@ -113,6 +114,7 @@ class Scatter(torch.autograd.Function):
         return to_tensor(scatter(array, comm, layout, axis=TOKENS)).to(device)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gather the gradients on rank 0."""
         whole = gather(to_array(gradient.cpu()), ctx.comm, ctx.layout, axis=TOKENS)
@@ -131,6 +133,7 @@ class Gather(torch.autograd.Function):
         return own[:, :0] * 1 if whole is None else to_tensor(whole).to(own.device)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Scatter the gradient of rank 0."""
         array = to_array(gradient.cpu()) if ctx.comm.Get_rank() == 0 else None

@@ -196,6 +196,61 @@ def test_dropout(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
+def test_a_tensor_written_to_on_one_rank_is_an_error_on_all(comm: MPI.Intracomm) -> None:
+    """Torch's own on that rank; the others do not wait for it."""
+    with built(comm) as attention:
+        q, k, v = leaves(attention, inputs(tokens=23)[:3])
+        k = k.detach().clone()
+        out = mpiattn.torch.attention(attention, q, k, v)
+        last = comm.size - 1
+        if comm.rank == last:
+            k.mul_(2)
+        with pytest.raises((RuntimeError, mpiattn.InputError)) as raised:
+            out.sum().backward()
+        words = "modified by an inplace operation" if comm.rank == last else f"on rank {last}, saved is not what"
+        assert words in str(raised.value)
+
+
+@pytest.mark.mpi
+def test_second_derivatives_are_refused(comm: MPI.Intracomm) -> None:
+    """They would be 0, without a word, as in the gradient of a penalty on gradients."""
+    with built(comm) as attention:
+        q, k, v = leaves(attention, inputs(tokens=23)[:3])
+        out = mpiattn.torch.attention(attention, q, k, v)
+        (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (out.sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.mpi
+def test_a_tensor_that_is_to_be_negated(comm: MPI.Intracomm) -> None:
+    """As the imaginary part of a conjugate is."""
+    with built(comm) as attention:
+        q, k, v = leaves(attention, inputs(tokens=23)[:3])
+        expected = mpiattn.torch.attention(attention, -q, k, v)
+        assert torch.equal(mpiattn.torch.attention(attention, torch._neg_view(q), k, v), expected)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda k: k.detach().numpy(), "no tensor but ndarray: torch.as_tensor"),
+        (lambda k: None, "no tensor but NoneType"),
+        (lambda k: k.detach().to(torch.float8_e4m3fn), r"a tensor of torch\.float8_e4m3fn: tensor\.float\(\)"),
+        (lambda k: k.detach().to("meta"), "a tensor on the device meta"),
+        (lambda k: k.detach().to_sparse(), r"a tensor of the layout torch\.sparse_coo: tensor\.to_dense\(\)"),
+    ],
+)
+def test_what_is_no_such_tensor(comm: MPI.Intracomm, wrong: Any, message: str) -> None:
+    with built(comm) as attention:
+        q, k, v = leaves(attention, inputs(tokens=23)[:3])
+        k = wrong(k) if comm.rank == comm.size - 1 else k
+        with pytest.raises(mpiattn.InputError, match=f"k on rank {comm.size - 1} is {message}"):
+            mpiattn.torch.attention(attention, q, k, v)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("wrong", ["dtype", "meta", "array", "shape", "sinks"])
 def test_bad_input_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str) -> None:
     here = comm.Get_rank() == comm.Get_size() - 1
