@@ -210,8 +210,11 @@ def test_nan_is_reported(tmp_path: Path) -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
     q[0, 0, 3, 1] = np.nan
     np.savez(tmp_path / "nan.npz", q=q, k=k, v=v)
-    done = mpiattn(2, "compare", "--algorithms", "ring", "--layout", "zigzag", "--qkv", tmp_path / "nan.npz")
+    words = ("--algorithms", "ring", "--layout", "zigzag", "--qkv", tmp_path / "nan.npz", "--json", tmp_path / "a.json")
+    done = mpiattn(2, "compare", *words)
     assert done.returncode == 1
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text and json.loads(text)["results"][0]["error_out"] is None
     assert "The input has 1 NaN in q" in done.stdout and "nan" in done.stdout and "WRONG" in done.stdout
 
 

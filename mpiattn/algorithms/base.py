@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -222,7 +222,7 @@ class Attention:
         else:  # the other ranks may be elsewhere: nothing that takes all of them
             self.end("this attention has ended, by an error inside `with`: build another one")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("an attention is not copied or pickled, as it has communicators and buffers: build another one")
 
     @classmethod

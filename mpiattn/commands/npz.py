@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from typing import IO
 
 import numpy as np
 
 from ..arrays import Array
+from ..machines.reading import memory
 
 DENSEST = 1032
 """Bytes that a byte of a zip file can stand for at most, by the way in which deflate works."""
@@ -37,11 +37,6 @@ def load(archive: zipfile.ZipFile, name: str) -> Array:
         raise ValueError(f"{nbytes} bytes are announced, and this machine has {memory()}")
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def memory() -> int:
-    """Return how many bytes of memory this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def announced(member: IO[bytes]) -> int:

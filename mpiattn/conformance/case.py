@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..errors import InputError
+from ..machines.reading import memory
 from ..problems.dropout import Dropout
 from ..problems.layout import LAYOUTS
 from ..problems.scalars import whole
@@ -57,9 +60,27 @@ class Case:
             name, _, value = part.partition("=")
             if name not in types:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(types)}")
+            if types[name] is bool and value not in ("True", "False"):
+                raise argparse.ArgumentTypeError(f"{name} is True or False, got {value!r}")
             convert = next(kind for kind in (*get_args(types[name]), types[name]) if kind is not type(None))
             values[name] = value == "True" if convert is bool else convert(value)
         return cls(**values)
+
+    def check(self) -> None:
+        """Raise InputError where there is no such problem, or no memory for it."""
+        least = {"tokens": 0, "kv_tokens": 0, "batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "v_head_dim": 1}
+        for name, number in {**least, "seed": 0}.items():
+            if (value := getattr(self, name)) is not None and value < number:
+                raise InputError(f"{name} of a case is at least {number}, got {value}")
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads {self.heads} of a case must be a multiple of kv_heads {self.kv_heads}")
+        try:
+            arrays.dtype(self.dtype)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        nbytes = 8 * sum(map(math.prod, self.shapes.values()))
+        if nbytes > memory():
+            raise InputError(f"{self} takes {nbytes:.3g} bytes, and this machine has {memory():.3g}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -155,6 +176,7 @@ def matrix() -> list[Case]:
 @functools.lru_cache(maxsize=512)  # the whole matrix
 def problem(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the global arrays q, k, v, out (its gradient), sinks, and what the oracle makes of them."""
+    case.check()
     rng = np.random.default_rng(case.seed)
     given = {name: rng.standard_normal(shape) for name, shape in (case.shapes | {"sinks": (case.heads,)}).items()}
     if case.peak:

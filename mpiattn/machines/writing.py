@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,8 +54,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, document: object) -> None:
-    """Write a JSON file; see `replacing`."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
+    """Write a JSON file, with null for numbers that are not finite, which JSON has not; see `replacing`."""
+    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    """Return a document with None in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check(*paths: Path | None) -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..arrays import FLOATS, Array
 from ..errors import InputError
+from ..machines.reading import content
 from .config import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -78,7 +79,7 @@ class Folder:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or raise InputError."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(content(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..machines.reading import content
 from .config import Config, check_sizes
 
 if sys.version_info >= (3, 11):
@@ -90,7 +91,7 @@ class Plan:
     def from_toml(cls, path: Path) -> Plan:
         """Return what a file says; an InputError names a key that is not known, and the nearest that is."""
         try:
-            given = tomllib.loads(path.read_text("utf-8"))
+            given = tomllib.loads(content(path).decode("utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     return choice
 
 
-def pair(shape: Any) -> tuple[Any, Any]:
+def pair(shape: object) -> tuple[Any, Any]:
     """Return (rows, cols) of a grid's shape, or of none what `check` refuses."""
     if shape is None:
         return None, None

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..commands.trace.report import flows
 from ..errors import WriteError
+from ..machines.reading import content
 from ..machines.writing import write_text
 from ..messages.message import Communicator
 from .clocks import gather
@@ -117,10 +118,10 @@ def _label(event: Event) -> str:
 def read(file: str | Path) -> list[Trace]:
     """Return the traces of all ranks from a file that `write` wrote, or raise ValueError."""
     try:
-        content = json.loads(Path(file).read_text())
-        ranks = ranks_of(content)
+        document = json.loads(content(Path(file)))
+        ranks = ranks_of(document)
         traces = [Trace() for _ in range(ranks)]
-        for entry in content["traceEvents"]:
+        for entry in document["traceEvents"]:
             if entry["ph"] == "X":
                 rank, event = event_of(entry, ranks)
                 traces[rank].events.append(event)

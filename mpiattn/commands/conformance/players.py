@@ -40,7 +40,7 @@ def foreign(args: argparse.Namespace, comm: Communicator, given: dict[str, Any])
     if os.getcwd() not in sys.path:  # a script's own folder is there, that in which it is called is not
         sys.path.insert(0, os.getcwd())
     module, colon, name = args.module.partition(":")
-    if not (module and colon and name):
+    if not (module and colon and name) or "/" in module or module.startswith("."):
         raise InputError(f"--module {args.module}: say MODULE:FACTORY, such as foreign_ring:attention")
     try:
         factory = getattr(importlib.import_module(module), name)

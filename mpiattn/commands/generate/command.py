@@ -18,6 +18,7 @@ from ... import planner
 from ...algorithms import ALGORITHMS, Attention
 from ...algorithms.decode import COMBINE
 from ...errors import InputError
+from ...machines.reading import content
 from ...messages.message import Communicator
 from ...models.cache import Cache
 from ...models.config import Config
@@ -108,7 +109,7 @@ def text(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     try:
-        return str(args.prompt_file.read_text("utf-8"))
+        return content(args.prompt_file).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.prompt_file} is no text in UTF-8: {error}") from None
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
 from ...machines import writing
+from ...machines.reading import content, memory
 from ...messages.message import Communicator
 from ...models import checkpoint
 from ...models.plan import Plan
@@ -26,7 +27,6 @@ from ...models.training import Trainer
 from ...problems.layout import LAYOUTS
 from ...trace.comm import TracedComm
 from .. import charts, chosen, gpu
-from ..npz import memory
 from ..root import on_root, patiently
 from . import elastic
 from .figure import draw
@@ -123,7 +123,7 @@ def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
         raise InputError(
             f"{args.config}: to train this model takes {nbytes:.3g} bytes; this machine has {memory():.3g}"
         )
-    text = args.text.read_bytes()
+    text = content(args.text)
     if args.output:
         if checkpoint.complete(args.output) and not args.resume:
             raise InputError(f"{args.output} has checkpoints: go on with --resume, or name another folder")
