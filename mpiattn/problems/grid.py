@@ -41,11 +41,14 @@ def check(ranks: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     return choice
 
 
-def pair(shape: object) -> tuple[Any, Any]:
+def pair(shape: object) -> tuple[int | None, int | None]:
     """Return (rows, cols) of a grid's shape, or of none what `check` refuses."""
     if shape is None:
         return None, None
-    return (shape[0], shape[1]) if isinstance(shape, tuple | list) and len(shape) == 2 else ([shape], None)
+    if isinstance(shape, tuple | list) and len(shape) == 2:
+        return shape[0], shape[1]
+    none: Any = [shape]
+    return none, None
 
 
 def parse(text: str) -> tuple[int, int]:
