@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..algorithms import ALGORITHMS
 from ..errors import InputError
+from ..problems.scalars import shown, whole
+from .batch import IGNORED
 
 
 def check(algorithm: str, data: int, ranks: int) -> None:
@@ -18,13 +20,16 @@ def check(algorithm: str, data: int, ranks: int) -> None:
     able = [name for name in ALGORITHMS if name not in ("tensor_parallel", "decode")]
     if algorithm not in able:
         raise ValueError(f"algorithm {algorithm!r} does not share out tokens: choose from {', '.join(able)}")
-    if data < 1 or ranks % data:
-        fits = [groups for groups in range(1, ranks + 1) if ranks % groups == 0]
-        raise ValueError(f"{ranks} ranks do not make {data} groups: choose from {fits}")
+    groups = whole(data)
+    if groups is None or groups < 1 or ranks % groups:
+        fits = [number for number in range(1, ranks + 1) if ranks % number == 0]
+        raise ValueError(f"{ranks} ranks do not make {shown(data)} groups: choose from {fits}")
 
 
 def check_model(model: torch.nn.Module) -> None:
     """Raise ValueError where tokens of a model meet elsewhere than in attention, or in one that can't be split."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ValueError(f"a model is one of transformers, got {type(model).__name__}")
     name, config = type(model).__name__, model.config.get_text_config()
     kinds: Sequence[str] = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     other = sorted({*kinds} - {"full_attention", "sliding_attention", "attention"})
@@ -53,6 +58,27 @@ def check_tensors(model: torch.nn.Module, tensors: dict[str, object]) -> None:
             raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != model.device:
             raise InputError(f"{name} is on {tensor.device}, the model on {model.device}: move one of them with .to()")
+
+
+def check_tokens(model: Any, input_ids: Tensor, labels: Tensor | None = None) -> None:
+    """Raise InputError where these are no tokens of the model: one rank alone would compute them, and find out."""
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    known = (
+        ("input_ids", input_ids, model.get_input_embeddings(), (torch.int64, torch.int32)),
+        ("labels", labels, head, (torch.int64,)),
+    )
+    for name, tensor, weights, dtypes in known:
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise InputError(f"{name} must be of {dtypes[0]}, got {tensor.dtype}")
+        count = weights.weight.shape[0]
+        others = (tensor < 0) | (tensor >= count)
+        if name == "labels":
+            others &= tensor != IGNORED
+        if others.any():
+            but = f", and {IGNORED} of what is no target" if name == "labels" else ""
+            raise InputError(f"{name} has {int(tensor[others][0])}: the model has tokens 0 to {count - 1}{but}")
 
 
 def windows_alone(config: Any) -> bool:

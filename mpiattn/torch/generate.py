@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..messages.message import Communicator
 from .batch import fingerprint, laid_out
 from .cache import Generation, SameScores
+from .checks import check_tokens
 from .weights import refuse
 
 NOT_HERE = "assistant_model", "cache_implementation", "past_key_values", "cache", "prompt_lookup_num_tokens"
@@ -66,6 +67,7 @@ def check(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, opt
         raise InputError("input_ids must be a tensor (batch, tokens), with a token at least")
     if input_ids.device != model.device:
         raise InputError(f"input_ids are on {input_ids.device}, the model on {model.device}")
+    check_tokens(model, input_ids)
     padding = getattr(model.generation_config, "pad_token_id", None)
     hidden = attention_mask is None and padding not in (None, model.generation_config.eos_token_id)
     if (attention_mask is not None and (attention_mask != 1).any()) or (hidden and (input_ids == padding).any()):

@@ -17,7 +17,7 @@ from ..messages.message import Communicator
 from ..problems.mask import Causal, Mask
 from .batch import IGNORED, Batch, fingerprint, laid_out
 from .call import Call, SumOfRanks
-from .checks import check, check_model, check_tensors, windows_alone
+from .checks import check, check_model, check_tensors, check_tokens, windows_alone
 from .hugging_face import NAME
 from .weights import broadcast, refuse, sum_gradients
 
@@ -51,7 +51,7 @@ class Sharded:
     ) -> None:
         comm = private(comm)  # the caller's messages never meet these
         agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
-        self.model, self.algorithm, self.options = model, ALGORITHMS[algorithm], options
+        self.model, self.algorithm, self.options, data = model, ALGORITHMS[algorithm], options, int(data)
         self.comm = comm.Create_cart([data, comm.Get_size() // data], periods=[False, False], reorder=False)
         self.sequence = self.comm.Sub([False, True])
         self.groups, self.group = data, self.comm.Get_coords(self.comm.Get_rank())[0]
@@ -107,6 +107,7 @@ class Sharded:
         try:
             check_tensors(self.model, dict(zip(names, given, strict=True)))
             batch = laid_out(*given)
+            check_tokens(self.model, batch.input_ids, batch.labels)  # what padding holds is not computed
         except InputError as error:
             reason = str(error)
         seed = int(torch.randint(2**62, ())) if self.model.training else 0

@@ -195,6 +195,35 @@ def test_a_wrong_batch_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str
         sharded(ids, ids)  # and goes on
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("input_ids", -1, "input_ids has -1: the model has tokens 0 to"),
+        ("input_ids", 10**6, "input_ids has 1000000: the model has tokens 0 to"),
+        ("labels", -1, "labels has -1: the model has tokens 0 to .*, and -100 of what is no target"),
+        ("labels", 10**6, "labels has 1000000"),
+    ],
+)
+def test_tokens_of_another_model(comm: MPI.Intracomm, name: str, number: int, words: str) -> None:
+    """One token of them all, which one rank alone would compute; of what is padding it does not matter."""
+    ids = tokens(2, 13)
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    batch[name] = ids.clone()
+    batch[name][1, 12] = number
+    with mpiattn.torch.shard(tiny("llama"), comm) as sharded:
+        with pytest.raises(mpiattn.InputError, match=words):
+            sharded(**batch)
+        if name == "input_ids":
+            with pytest.raises(mpiattn.InputError, match=words):
+                sharded.generate(batch[name], max_new_tokens=2)
+            kept = torch.ones_like(ids)
+            kept[1, 12] = 0
+            sharded(batch[name], ids.masked_fill(kept == 0, -100), kept)
+        with pytest.raises(mpiattn.InputError, match=r"input_ids must be of torch\.int64, got torch\.float32"):
+            sharded(ids.float())
+        sharded(ids, ids)
+
+
 def test_what_cannot_be_split_is_named(comm: MPI.Intracomm) -> None:
     def refused(model: Any, words: str, **options: Any) -> None:
         with pytest.raises(mpiattn.InputError, match=words):
@@ -203,6 +232,9 @@ def test_what_cannot_be_split_is_named(comm: MPI.Intracomm) -> None:
     llama = tiny("llama")
     refused(llama, "does not share out tokens", algorithm="decode")
     refused(llama, "do not make", data=comm.Get_size() + 1)
+    for groups in ("1", 1.0, 0, None):
+        refused(llama, "do not make", data=groups)
+    refused(torch.nn.Linear(2, 2), "a model is one of transformers, got Linear")
     refused(llama, "unknown layout", layout="spiral")
     refused(llama, "does not hold", rows=comm.Get_size() + 1)
     refused(llama, "rows", algorithm="ring", rows=1)
