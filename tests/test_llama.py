@@ -228,17 +228,30 @@ def test_nucleus() -> None:
 def test_generation_refuses(comm: Any) -> None:
     model, last = llama(), comm.Get_rank() == comm.Get_size() - 1
     with mpiattn.RingAttention(comm, mask=Causal()) as attention:
-        generator = Generator(model, attention)
+        generator: Any = Generator(model, attention)
         for prompt, count, message in [
             ([], 1, "prompt is empty"),
             ([1, 61], 1, "token 61; the model knows 0 to 60"),
             ([1] * 65, 1, "65 tokens; the model's context is 64"),
             ([1], -1, "at least 0"),
             ([1, 2] if last else [1], 1, "another prompt" if comm.Get_size() > 1 else ""),
+            (None if last else [1], 1, "a prompt is a sequence of tokens, got NoneType"),
+            ([1, 2.5] if last else [1, 2], 1, "a token is a whole number, got 2.5"),
+            ("text", 1, "a token is a whole number, got 't'"),
+            ([1], "5" if last else 5, "max_new_tokens is at least 0, got '5'"),
         ]:
             if message:
                 with pytest.raises(InputError, match=message):
                     list(generator.generate(prompt, count))
+        for sampler, message in (
+            (lambda logits: logits[61], "the sampler raised IndexError"),
+            (lambda logits: 61, "the sampler returned 61; the model knows 0 to 60"),
+            (lambda logits: None, "the sampler returned None"),
+        ):
+            with pytest.raises(InputError, match=message):
+                list(generator.generate([1], 1, sampler))
+        whole = list(generator.generate(np.array([1, 2, 3]), np.int64(2)))
+        assert whole == list(generator.generate(iter([1, 2, 3]), 2))
         cache = generator.cache()
         list(generator.generate([1] * 60, 1, cache=cache))
         with pytest.raises(InputError, match=r"5 tokens, after 60 in the cache; .* 64"):

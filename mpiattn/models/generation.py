@@ -15,6 +15,7 @@ from ..arrays.operations import on_host
 from ..errors import InputError
 from ..problems.layout import EVERYWHERE
 from ..problems.mask import Causal, Full, Positions
+from ..problems.scalars import shown, whole
 from .cache import Cache
 from .llama import Llama
 
@@ -80,7 +81,7 @@ class Generator:
         """
         cache = self.cache() if cache is None else cache
         cache.check(self.comm, self.llama.config)
-        self.check(prompt, cache, max_new_tokens)
+        prompt, max_new_tokens = self.agreed(prompt, cache, max_new_tokens)
         start = time.perf_counter()
         hidden = self.extend(prompt, cache) if cache.length else self.prefill(prompt, cache)
         self.prefill_seconds = time.perf_counter() - start
@@ -96,22 +97,24 @@ class Generator:
         """Return an empty cache."""
         return Cache(self.comm, self.llama.config, self.llama.head, self.xp)
 
-    def check(self, prompt: Sequence[int], cache: Cache, max_new_tokens: int) -> None:
-        """Raise InputError where the prompt is none for this model; the same on every rank."""
+    def agreed(self, prompt: Sequence[int], cache: Cache, max_new_tokens: int) -> tuple[list[int], int]:
+        """Return the tokens and how many to generate; raise InputError on every rank where they don't fit the model."""
         known, context = self.llama.config.vocab_size, self.llama.config.max_position_embeddings
-        prompts = self.comm.allgather((list(prompt), max_new_tokens))
-        for rank, given in enumerate(prompts):
-            if given != prompts[0]:
+        prompts = self.comm.allgather(numbers_of(prompt, max_new_tokens))
+        for rank, (tokens, length, wrong) in enumerate(prompts):
+            if wrong:
+                raise InputError(wrong)
+            if (tokens, length) != prompts[0][:2]:
                 raise InputError(f"rank {rank} was given another prompt or length than rank 0")
-        if not prompt:
+        tokens, length, _ = prompts[0]
+        if not tokens:
             raise InputError("the prompt is empty")
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is at least 0, got {max_new_tokens}")
-        if len(prompt) + cache.length > context:
+        if len(tokens) + cache.length > context:
             before = f", after {cache.length} in the cache" if cache.length else ""
-            raise InputError(f"the prompt has {len(prompt)} tokens{before}; the model's context is {context}")
-        if wrong := [token for token in prompt if not 0 <= token < known]:
-            raise InputError(f"the prompt has token {wrong[0]}; the model knows 0 to {known - 1}")
+            raise InputError(f"the prompt has {len(tokens)} tokens{before}; the model's context is {context}")
+        if unknown := [token for token in tokens if not 0 <= token < known]:
+            raise InputError(f"the prompt has token {unknown[0]}; the model knows 0 to {known - 1}")
+        return tokens, length
 
     def prefill(self, prompt: Sequence[int], cache: Cache) -> Array:
         """Fill the cache with a prompt; return the hidden state of its last token, (1, 1, features), on every rank."""
@@ -159,16 +162,44 @@ class Generator:
 
     def choose(self, hidden: Array, sampler: Sampler) -> int:
         """Return the next token: rank 0 chooses, the others receive it."""
-        token = np.empty(1, np.int64)
+        token, wrong = np.empty(1, np.int64), ""
         if self.comm.Get_rank() == 0:
-            token[0] = sampler(on_host(self.llama.logits(hidden)[0, 0]))
+            token[0], wrong = drawn(sampler, on_host(self.llama.logits(hidden)[0, 0]))
         self.comm.Bcast(token, 0)
+        if token[0] < 0:
+            raise InputError(self.comm.bcast(wrong))
         return int(token[0])
 
     def free(self) -> None:
         """Free what this object made; all ranks call it together."""
         self.several.free()
         self.single.free()
+
+
+def numbers_of(prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], int, str]:
+    """Return the tokens of a prompt and how many to generate as integers, and what is wrong with them, if anything."""
+    try:
+        given = list(prompt)
+    except TypeError:
+        return [], 0, f"a prompt is a sequence of tokens, got {type(prompt).__name__}"
+    tokens, length = [whole(token) for token in given], whole(max_new_tokens)
+    if None in tokens:
+        return [], 0, f"a token is a whole number, got {shown(given[tokens.index(None)])}"
+    if length is None or length < 0:
+        return [], 0, f"max_new_tokens is at least 0, got {shown(max_new_tokens)}"
+    return [token for token in tokens if token is not None], length, ""
+
+
+def drawn(sampler: Sampler, logits: Array) -> tuple[int, str]:
+    """Return the token that a sampler chooses; or -1, and why there is none."""
+    try:
+        given = sampler(logits)
+    except Exception as error:  # the other ranks wait
+        return -1, f"the sampler raised {type(error).__name__}: {error}"
+    token = whole(given)
+    if token is None or not 0 <= token < len(logits):
+        return -1, f"the sampler returned {shown(given)}; the model knows 0 to {len(logits) - 1}"
+    return token, ""
 
 
 def greedy(logits: Array) -> int:
