@@ -113,11 +113,11 @@ def shift(score: Array, query: Array, total: Array, visible: Array | None) -> No
     The online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), except that a shift stays
     until a score exceeds it by SLACK: any shift near the maximum gives the same result.
     """
+    fresh = total[-1] == 0  # no keys so far: the shift means nothing yet and may move either way
+    if not fresh.any() and score.max() <= SLACK:  # with what is hidden: to leave that out takes longer
+        return
     if visible is not None:
         np.copyto(score, -np.inf, where=~visible)
-    fresh = total[-1] == 0  # no keys so far: the shift means nothing yet and may move either way
-    if score.max() <= SLACK and not fresh.any():
-        return
     rise = score.max(axis=0)
     rise = np.where(fresh & ~np.isneginf(rise), rise, np.maximum(rise, 0))
     score -= rise
@@ -153,12 +153,10 @@ def weigh(score: Array, form: Form, visible: Array | None, bounded: bool = False
     bounded : bool
         Whether scores are known to be within +-SAFE.
     top : float, optional
-        What scores count as that are more, by rounding; without it, what is visible is not more by much.
+        What scores count as that are more, by rounding; without it, none is more by much.
     """
     if not bounded:
         floor = FLOOR[score.itemsize]
-        if top is None and visible is not None:  # what is hidden may be anything; keep it from overflowing
-            np.minimum(score, SAFE, out=score)
         if not (score.min() >= floor and (top is None or score.max() <= top)):
             np.clip(score, floor, top, out=score)
     form.exp(score, out=score)
@@ -169,6 +167,9 @@ def weigh(score: Array, form: Form, visible: Array | None, bounded: bool = False
 def longest(rows: Array) -> float:
     """Return the largest Euclidean norm of the rows, (..., dim); NaN where there is one."""
     rows = rows.astype(accumulator(rows.dtype), copy=False)
+    square = float(np.einsum("...d,...d->...", rows, rows).max(initial=0))
+    if 1e-30 < square < math.inf:
+        return math.sqrt(square)
     largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
     if not 0 < largest < math.inf:
         return largest

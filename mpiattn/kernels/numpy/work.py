@@ -39,8 +39,7 @@ class Work:
         """
         heads, tokens, dim = rows.shape
         result = self.buffer("query", (dim + 1, tokens * heads), dtype)
-        result[:-1].reshape(dim, tokens, heads)[...] = rows.T
-        result[:-1] *= factor
+        np.multiply(rows.T, factor, out=result[:-1].reshape(dim, tokens, heads), dtype=dtype)
         return result
 
     def product(self, name: str, a: Array, b: Array) -> Array:
