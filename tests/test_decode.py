@@ -51,6 +51,7 @@ def test_decode(comm: MPI.Intracomm, shape: str, combine: str) -> None:
             heads = attention.owned("out", {"q": q.shape})(d_out.shape, rank)[-1]  # all, but after an all-to-all
             out, saved = attention.forward(q[:, :, queries], k[:, :, mine], v[:, :, mine], given)
             forward = traced.trace.received()
+            assert np.array_equal(attention.again(q[:, :, queries], k[:, :, mine], v[:, :, mine]), out)
             traced.trace.clear()
             d_q, d_k, d_v = attention.backward(d_out[:, heads][:, :, queries], saved)
             costs = COSTS["decode"](attention.problem, rank, combine)

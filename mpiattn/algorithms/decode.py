@@ -118,6 +118,17 @@ class DecodeAttention(Attention):
         self.given = kv_positions
         return super().forward(q, k, v, **given)
 
+    def again(self, q: Array, k: Array, v: Array) -> Array:
+        """Return the out of arrays that are, on every rank, of the shapes and dtypes that `forward` was given last.
+
+        For another block of a model, without `backward`: the ranks need not agree anew, which takes as long as a new
+        token's attention itself.
+        """
+        assert self.problem is not None
+        with self.running("forward"):
+            out, _ = self.attend(self.problem, q, k, v)
+            return self.rounded(out)
+
     def pose(self, q: Array, k: Array, v: Array, given: Given) -> Problem:
         """Return the problem that all ranks' arrays pose, which agree on what they are given beside them."""
         shard = _, sound, _, _ = span(self.given, getattr(k, "shape", ()))
@@ -154,6 +165,8 @@ class DecodeAttention(Attention):
         out, lse = own.arrays
         if self.block:
             self.kernel.forward(q, k, v, block=self.block, out=out, lse=lse)
+        if self.size == 1:
+            return out, lse
         if self.combine == "tree":
             self.tree(own, Tag.O, lambda total, share: merge(*total.arrays, *share.arrays))
             return out, lse

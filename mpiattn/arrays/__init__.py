@@ -69,7 +69,7 @@ def dtype(name: str) -> np.dtype[np.generic]:
 
 def describe(array: Any) -> NDArray[np.int64]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
-    description = np.full(DESCRIPTION, -1, dtype=np.int64)
+    description = [-1] * DESCRIPTION
     brings = hasattr(array, "__array_namespace__") or type(array).__module__ == CUPY
     brings &= not isinstance(array, np.ma.MaskedArray)  # its mask would be left out
     kind = namespace(array).__name__ if brings else ""
@@ -77,9 +77,8 @@ def describe(array: Any) -> NDArray[np.int64]:
     if kind == CUPY and array.device != namespace(array).cuda.Device():
         kind = ELSEWHERE
     if brings and kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
-        description[:3] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim
-        description[3 : 3 + array.ndim] = array.shape
-    return description
+        description[: 3 + array.ndim] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim, *array.shape
+    return np.array(description, np.int64)
 
 
 def described(description: NDArray[np.int64]) -> Spec | None:

@@ -35,7 +35,10 @@ def costs(problem: CacheProblem, rank: int, combine: str = "allreduce") -> Costs
 
 
 def memory(problem: CacheProblem, rank: int, combine: str = "allreduce") -> tuple[Pass, Pass]:
-    """Partial results of the new tokens; their sums, and what arrives of these, or rows to normalise them."""
+    """Partial results of the new tokens; their sums, and what arrives of these, or rows to normalise them.
+
+    One rank combines nothing forward.
+    """
     o, d_q, d_kv = nbytes(problem.o(rank)), nbytes(problem.d_q(rank)), nbytes(problem.d_kv(rank))
     size = int(problem.wide.itemsize)
 
@@ -43,19 +46,22 @@ def memory(problem: CacheProblem, rank: int, combine: str = "allreduce") -> tupl
         return (problem.ranks - 1) * even(nbytes // size, problem.ranks)[rank] * size
 
     if combine == "tree":
-        return Pass(2 * o), Pass(2 * d_q, d_kv)
+        return Pass(o if problem.ranks == 1 else 2 * o), Pass(2 * d_q, d_kv)
     if combine == "alltoall":
         shares = [heads_of(problem.heads, problem.ranks, owner) for owner in range(problem.ranks)]
         parts = [nbytes(some_heads(problem.o(rank), heads)) for heads in shares]
         rows = sum(nbytes(some_heads(problem.d_out(rank), heads)) for heads in shares)
-        forward = Pass(o + sum(parts) + problem.ranks * parts[rank])
+        forward = Pass(o if problem.ranks == 1 else o + sum(parts) + problem.ranks * parts[rank])
         return forward, Pass(d_q + rows + nbytes(problem.d_out(rank)), d_kv, d_kv + arriving(d_q))
+    backward = Pass(d_q, d_kv, d_kv + arriving(d_q))
+    if problem.ranks == 1:
+        return Pass(o), backward
     lse, weights, count = nbytes(problem.o(rank)[1:]), _weighted(problem, rank), math.prod(problem.o(rank)[1][0])
     sums = nbytes([weights])
     # Of each row while they are normalised: the sum of its weights, two lse, and whether there is anything.
     return (
         Pass(o, sums + lse, sums + lse + max(count * size + 2 * lse + count, arriving(sums))),
-        Pass(d_q, d_kv, d_kv + arriving(d_q)),
+        backward,
     )
 
 

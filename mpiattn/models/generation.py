@@ -44,8 +44,8 @@ class Generator:
 
     Notes
     -----
-    The ranks check that a new token's queries are the same bits on all of them: they must compute alike, on
-    processors of one kind.
+    The ranks check in the first block that a new token's queries are the same bits on all of them: they must compute
+    alike, on processors of one kind.
     """
 
     def __init__(self, llama: Llama, attention: Attention, combine: str = "allreduce") -> None:
@@ -141,24 +141,25 @@ class Generator:
         own = mine - cache.length
         cache.extend(mine, length)
 
-        def attend(block: int, q: Array, k: Array, v: Array) -> tuple[Array, Saved]:
+        def attend(block: int, q: Array, k: Array, v: Array) -> tuple[Array, None]:
             cache.put(block, k[:, :, own], v[:, :, own])
-            return self.decode(q, *cache.of(block), cache.positions)
+            return self.decode(block, q, *cache.of(block), cache.positions), None
 
         hidden = self.llama.forward(self.xp.asarray(np.asarray(tokens, np.int64)[None]), positions, attend)
         return hidden[:, -1:]
 
-    def decode(self, q: Array, k: Array, v: Array, positions: Positions) -> tuple[Array, Saved]:
+    def decode(self, block: int, q: Array, k: Array, v: Array, positions: Positions) -> Array:
         """Return the attention of the last tokens, (1, heads, tokens, head_dim), to the caches of all ranks.
 
         A single token sees all keys. So the query heads that share a K/V head are given as if they were tokens of one
-        head: the keys are read once for all of them.
+        head: the keys are read once for all of them. What the ranks agree on in the first block holds for all blocks.
         """
         b, heads, tokens, dim = q.shape
-        if tokens > 1:
-            return self.several.forward(q, k, v, kv_positions=positions)
-        out, saved = self.single.forward(q.reshape(b, k.shape[1], -1, dim), k, v, kv_positions=positions)
-        return out.reshape(b, heads, tokens, -1), saved
+        attention, rows = self.several, q
+        if tokens == 1:
+            attention, rows = self.single, q.reshape(b, k.shape[1], -1, dim)
+        out = attention.again(rows, k, v) if block else attention.forward(rows, k, v, kv_positions=positions)[0]
+        return out.reshape(b, heads, tokens, -1)
 
     def choose(self, hidden: Array, sampler: Sampler) -> int:
         """Return the next token: rank 0 chooses, the others receive it."""
