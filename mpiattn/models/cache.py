@@ -44,35 +44,35 @@ class Cache:
         self.config, self.xp = config, xp
         self.length = 0
         self.positions: Positions = np.empty(0, np.int64)
-        shape = config.num_hidden_layers, 2, 1, config.num_key_value_heads, 0, config.head_dim
-        self.memory: Array = xp.empty(shape, like.dtype)  # (block, k or v, batch, heads, tokens, head_dim)
+        shape = 2, 1, config.num_key_value_heads, 0, config.head_dim  # (k or v, batch, heads, tokens, head_dim)
+        self.memory: list[Array] = [xp.empty(shape, like.dtype)] * config.num_hidden_layers
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values of this rank."""
-        per_token = self.memory[:, :, :, :, :1].size if self.memory.size else 0
-        return int(per_token * len(self.positions) * self.memory.dtype.itemsize)
+        return sum(part.nbytes for block in range(len(self.memory)) for part in self.of(block))
 
     def extend(self, positions: Positions, length: int) -> None:
         """Make room for the tokens at these positions, on this rank, of a sequence of that length."""
         held = len(self.positions)
         self.positions, self.length = np.concatenate([self.positions, positions]), length
-        if len(self.positions) > self.memory.shape[4]:
-            room = (len(self.positions) // STEP + 1) * STEP
-            shape = *self.memory.shape[:4], room, self.memory.shape[5]
-            grown = self.xp.empty(shape, self.memory.dtype)
-            grown[:, :, :, :, :held] = self.memory[:, :, :, :, :held]
-            self.memory = grown
+        room = (len(self.positions) // STEP + 1) * STEP
+        for block, memory in enumerate(self.memory):
+            if len(self.positions) > memory.shape[3]:
+                grown = self.xp.empty((*memory.shape[:3], room, memory.shape[4]), memory.dtype)
+                grown[..., :held, :] = memory[..., :held, :]
+                self.memory[block] = grown
 
     def put(self, block: int, k: Array, v: Array) -> None:
         """Set the last keys and values of a block, those that `extend` has made room for."""
         end, count = len(self.positions), k.shape[2]
-        self.memory[block, 0, :, :, end - count : end] = k
-        self.memory[block, 1, :, :, end - count : end] = v
+        memory = self.memory[block]
+        memory[0, :, :, end - count : end] = k
+        memory[1, :, :, end - count : end] = v
 
     def of(self, block: int) -> tuple[Array, Array]:
         """Return this rank's keys and values of a block: (batch, heads, tokens, head_dim) each."""
-        k, v = self.memory[block, :, :, :, : len(self.positions)]
+        k, v = self.memory[block][..., : len(self.positions), :]
         return k, v
 
     def owned(self, length: int) -> Positions:
