@@ -75,7 +75,7 @@ def test_rotary() -> None:
     """A pair of features is one complex number, turned; the scores of turned vectors go by distance."""
     x, angles = normal(B, 2, T, F), np.arange(T)[:, None] * np.array([1.0, 0.3, 0.1, 0.01])
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = np.stack([np.cos(angles)] * 2, axis=1), np.stack([-np.sin(angles), np.sin(angles)], axis=1)
     assert np.allclose(layers.rotary(x, cos, sin), np.concatenate([turned.real, turned.imag], axis=-1))
 
     def backward(d_out: Array, x: Array) -> Array:

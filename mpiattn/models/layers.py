@@ -14,6 +14,7 @@ import numpy as np
 from ..arrays import Array, accumulator, namespace
 
 GELU = math.sqrt(2 / math.pi), 0.044715
+LOG2E = math.log2(math.e)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -63,7 +64,9 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     eps : float
         Added to the mean square.
     """
-    return (x * _inverse_rms(x, eps)).astype(x.dtype, copy=False) * weight
+    out: Array = (x * _inverse_rms(x, eps)).astype(x.dtype, copy=False)
+    out *= weight
+    return out
 
 
 def rms_norm_backward(d_out: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
@@ -100,15 +103,13 @@ def rotary(x: Array, cos: Array, sin: Array) -> Array:
     Parameters
     ----------
     x : (batch, heads, tokens, head_dim)
-    cos, sin : (tokens, head_dim / 2)
-        Of its angles.
+    cos, sin : (tokens, 2, head_dim / 2)
+        Of its angles, twice; the first sine of each negative.
     """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    out: Array = namespace(x).empty(x.shape, x.dtype)
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    out: Array = pairs * cos
+    out += pairs[..., ::-1, :] * sin
+    return out.reshape(x.shape)
 
 
 def rotary_backward(d_out: Array, cos: Array, sin: Array) -> Array:
@@ -121,7 +122,7 @@ def swiglu(gate: Array, up: Array) -> Array:
     out = _one_more(gate)
     namespace(gate).divide(gate, out, out=out)
     out *= up
-    return out
+    return out.astype(gate.dtype, copy=False)
 
 
 def swiglu_backward(d_out: Array, gate: Array, up: Array) -> tuple[Array, Array]:
@@ -192,10 +193,11 @@ def _over_tokens(rows: Array, weight: Array) -> Array:
 
 
 def _one_more(x: Array) -> Array:
-    """Return 1 + exp(-x); where exp(-x) overflows, infinity is right."""
-    out = -x
+    """Return 1 + exp(-x), float32 or wider; where exp(-x) overflows, infinity is right."""
+    xp = namespace(x)
+    out: Array = xp.multiply(x, -LOG2E, dtype=accumulator(x.dtype))
     with np.errstate(over="ignore"):
-        namespace(x).exp(out, out=out)
+        xp.exp2(out, out=out)  # takes half the time of exp
     out += 1
     return out
 
@@ -203,7 +205,7 @@ def _one_more(x: Array) -> Array:
 def _sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x))."""
     out = _one_more(x)
-    return namespace(x).reciprocal(out, out=out)  # type: ignore[no-any-return]
+    return namespace(x).reciprocal(out, out=out).astype(x.dtype, copy=False)  # type: ignore[no-any-return]
 
 
 def _gelu_tanh(x: Array) -> Array:

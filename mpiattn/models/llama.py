@@ -94,6 +94,7 @@ class Llama:
             x, saved = self.block(number, x, angles, attend)
             if tape is not None:
                 tape.append((before,) if recompute else saved)
+            del saved  # so that the next block has its memory, unless the tape keeps it
         if tape is not None:
             tape.append((tokens, x, angles))
         return rms_norm(x, self.weights["model.norm.weight"], self.eps)
@@ -108,10 +109,13 @@ class Llama:
         qkv = self.products(h, number, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         q, k, v = (to_heads(rows, self.config.head_dim) for rows in qkv)
         out, saved = attend(number, rotary(q, *angles), rotary(k, *angles), v)  # (b, heads, t, d)
-        y = x + linear(to_rows(out), self.of(number, "self_attn.o_proj"))
+        y = linear(to_rows(out), self.of(number, "self_attn.o_proj"))
+        y += x
         h = rms_norm(y, self.of(number, "post_attention_layernorm"), self.eps)
         gate, up = self.products(h, number, "mlp.gate_proj", "mlp.up_proj")
-        return y + linear(swiglu(gate, up), self.of(number, "mlp.down_proj")), (x, out, saved, y, gate, up)
+        z = linear(swiglu(gate, up), self.of(number, "mlp.down_proj"))
+        z += y
+        return z, (x, out, saved, y, gate, up)
 
     def backward(
         self, d_hidden: Array, tape: list[Any], attend: AttendBackward, gradients: dict[str, Array] | None = None,
@@ -191,13 +195,14 @@ class Llama:
         return self.weights[full(number, name)]
 
     def angles(self, positions: Positions) -> tuple[Array, Array]:
-        """Return cosine and sine of the rotary angles at these positions: (tokens, head_dim / 2).
+        """Return cosine and sine of the rotary angles at these positions, as `rotary` takes them.
 
         Frequencies and angles are rounded to float32, as in the code that such models were trained with.
         """
         xp, dtype = namespace(self.weights["model.norm.weight"]), self.weights["model.norm.weight"].dtype
         angles = np.outer(positions.astype(np.float32), self.config.frequencies)  # (t, d / 2)
-        return tuple(xp.asarray(turn(angles, dtype=np.float64).astype(dtype)) for turn in (np.cos, np.sin))
+        cos, sin = (turn(angles, dtype=np.float64).astype(dtype) for turn in (np.cos, np.sin))
+        return xp.asarray(np.stack([cos, cos], axis=1)), xp.asarray(np.stack([-sin, sin], axis=1))
 
 
 def full(number: int, name: str) -> str:

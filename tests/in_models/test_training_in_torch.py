@@ -73,7 +73,7 @@ def by_torch(dtype: str, blocks: int) -> list[float]:
     for step in range(given.steps):
         tokens, targets, positions = source.drawn(TRAINING, step)
         order = np.argsort(positions)
-        angles = [torch.tensor(turn[order]) for turn in source.llama.angles(positions)]
+        angles = [torch.tensor(turn[order][:, 1]) for turn in source.llama.angles(positions)]
         adam.zero_grad()
         loss = loss_of(weights, given, angles, torch.tensor(tokens[:, order]), torch.tensor(targets[:, order]))
         loss.backward()
