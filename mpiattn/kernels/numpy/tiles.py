@@ -16,7 +16,7 @@ from mpiattn.problems.block import Block
 
 QUERIES, KEYS = 384, 512  # a tile: its scores (768 kB in float32) stay in the second-level cache
 TOGETHER = 4  # heads in a tile at most
-SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked
+SIDE = 128  # keys in a tile at the mask's edge: narrow, so that little of it is masked; of heads together half of it
 
 
 Array = NDArray[Any]
@@ -39,6 +39,7 @@ def plan(block: Block, group: int = 1) -> tuple[int, list[tuple[slice, list[Tile
     without a mask; those before and after, that some of its queries see, make narrow ones.
     """
     together = max(count for count in range(1, TOGETHER + 1) if group % count == 0)
+    side = SIDE if together == 1 else SIDE // 2  # a row of tiles has fewer tokens, and so a narrower edge
     start, stop = block.runs
     # Rows end where the runs jump: between the two parts of a zigzag chunk, between documents.
     jump = np.maximum(np.diff(start), np.diff(stop))
@@ -56,7 +57,7 @@ def plan(block: Block, group: int = 1) -> tuple[int, list[tuple[slice, list[Tile
             if full[0] >= full[1]:
                 full = int(last.max()), int(last.max())
             tiles = [Tile(keys, slice(0, len(first) * together), None) for keys in _cut(*full, KEYS)]
-            sides = _cut(int(first[some].min()), full[0], SIDE) + _cut(full[1], int(last[some].max()), SIDE)
+            sides = _cut(int(first[some].min()), full[0], side) + _cut(full[1], int(last[some].max()), side)
             for keys in sides:
                 seeing = np.flatnonzero(some & (first < keys.stop) & (last > keys.start))
                 if not len(seeing):
