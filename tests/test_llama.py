@@ -158,7 +158,19 @@ def test_attention_layers_are_the_same_on_all_ranks(comm: Any) -> None:
         for wrong in (x[0], x[:, :, :7], None, x.tolist()):
             with pytest.raises(InputError, match=r"x is .*; it must be an array \(batch, tokens, 8\)"):
                 layer.forward(wrong if comm.rank == comm.size - 1 else x)
-        layer.forward(x)
+        out, saved = layer.forward(x)
+        last: Any = comm.rank == comm.size - 1
+        for gradient, what, message in (
+            (out[:, :1], saved, "d_out is .* it must be an array .1, 4, 8."),
+            (None, saved, "d_out is NoneType"),
+            (out, None, "saved is not what a layer's forward returns"),
+        ):
+            with pytest.raises(InputError, match=message):
+                layer.backward(*((gradient, what) if last else (out, saved)))
+        layer.backward(out, saved)
+        x += last
+        with pytest.raises(InputError, match="x was changed between forward and backward"):
+            layer.backward(out, saved)
 
 
 # Generation

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from ..algorithms import ALGORITHMS, Attention, Saved
 from ..algorithms.options import agree, alike
+from ..algorithms.saved import fingerprint
 from ..algorithms.shares import gather, scatter
 from ..algorithms.spelling import examples
 from ..arrays import Array, namespace
@@ -40,6 +41,8 @@ class SavedLayer:
     x: Array
     rows: Array
     saved: Saved
+    print: int = 0
+    """Fingerprint of x."""
 
 
 class AttentionLayer:
@@ -116,7 +119,7 @@ class AttentionLayer:
         drop, q, k, v = self.attention.agreement.together(partial(self.prepare, x, seed))
         out, saved = self.attention.forward(q, k, v, dropout=drop)
         rows = to_rows(out)
-        return self.project(rows, "o"), SavedLayer(x, rows, saved)
+        return self.project(rows, "o"), SavedLayer(x, rows, saved, fingerprint(x))
 
     def backward(self, d_out: Array, saved: SavedLayer) -> tuple[Array, dict[str, Array]]:
         """Return the gradients of x, of this rank's tokens, and of the weights, summed over all ranks.
@@ -127,6 +130,8 @@ class AttentionLayer:
         saved : SavedLayer
             From `forward`.
         """
+        self.attention.usable()
+        self.attention.agreement.together(partial(check_backward, d_out, saved))
         gradients: dict[str, Array] = {}
         d_rows = self.project_backward(d_out, saved.rows, "o", gradients)
         d_heads = self.attention.backward(to_heads(d_rows, self.head_dim), saved.saved)
@@ -198,6 +203,16 @@ class SequenceParallel(AttentionLayer):
     def gather(self, rows: Array) -> Array | None:
         """Return all tokens on rank 0, None elsewhere."""
         return gather(rows, self.attention.comm, self.attention.layout, axis=1)
+
+
+def check_backward(d_out: Array, saved: object) -> None:
+    """Raise InputError where these are no gradient of a layer's output and what its `forward` saved."""
+    if not isinstance(saved, SavedLayer):
+        raise InputError(f"saved is not what a layer's forward returns, but {type(saved).__name__}")
+    if (shape := getattr(d_out, "shape", None)) != saved.x.shape:
+        raise InputError(f"d_out is {shape or type(d_out).__name__}; it must be an array {saved.x.shape}, as x was")
+    if saved.print != fingerprint(saved.x):
+        raise InputError("x was changed between forward and backward, which reads it again: give forward a copy")
 
 
 def check(d_model: int, num_heads: int, grid_shape: object, dropout: float, algorithm: str, seed: int) -> None:
