@@ -216,6 +216,7 @@ def test_the_command_prints_the_plan_and_three_lines_why(capsys: Any, tmp_path: 
         (("--kv-heads", "0"), "kv_heads must be a whole number, 1 or more, got 0"),
         (("--kv-heads", "5"), "16 heads can't share 5 K/V heads: choose one of"),
         (("--ranks", "-2"), "ranks must be a whole number, 1 or more, got -2"),
+        (("--ranks", "10000000"), "a plan for 10000000 ranks takes 8e+14 bytes"),
         (("--memory", "20MB"), "possible are about"),
         (("--memory", "1KB"), "not even one token fits into 1 kB a rank"),
         (("--machine", "nowhere"), "no machine 'nowhere': give the path of a TOML file, or one of a100-ib"),

@@ -95,6 +95,25 @@ def flat(trainer: Trainer) -> Any:
     return np.concatenate([weight.reshape(-1) for weight in trainer.weights.values()]).astype(np.float64)
 
 
+@pytest.mark.mpi(sizes=[1, 2])
+def test_what_is_not_finite_moves_no_weight(comm: Any) -> None:
+    """The loss of one rank's tokens, and gradients too large for the sum of their squares."""
+    for method, message in (("forward", "step 2: the loss is nan"), ("backward", "the norm of the gradients is (inf|nan)")):
+        trainer = Trainer(comm, SMALL, TEXT)
+        trainer.train()
+        weights, right = flat(trainer), getattr(trainer.attention, method)
+
+        def spoilt(*arrays: Any, right: Any = right, factor: float = np.inf if method == "forward" else 1e200) -> Any:
+            first, *others = right(*arrays)
+            return first * (factor if comm.Get_rank() == 0 else 1), *others
+
+        setattr(trainer.attention, method, spoilt)
+        with pytest.raises(InputError, match=message):
+            trainer.train()
+        assert np.array_equal(flat(trainer), weights) and trainer.step == 1
+        trainer.free()
+
+
 @pytest.mark.mpi(sizes=[4])
 def test_fewer_tokens_than_ranks(comm: Any) -> None:
     assert losses(comm, 2, plan(tokens=3)) == pytest.approx(losses(alone(), 2, plan(tokens=3)), rel=1e-12)

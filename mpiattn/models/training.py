@@ -9,6 +9,7 @@ Which sequences a step has goes by the seed and the step alone, so the loss is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -103,14 +104,21 @@ class Trainer:
         return self.optimiser.steps
 
     def train(self) -> float:
-        """Do the next step; return its loss: the mean over its tokens, in nats, on every rank."""
+        """Do the next step; return its loss: the mean over its tokens, in nats, on every rank.
+
+        Raises
+        ------
+        InputError
+            On every rank, where the loss or the gradients are not finite; the weights stay those before the step.
+        """
         loss, gradients = self.gradients(self.step)
         self.update(gradients)
         return loss
 
+    @np.errstate(over="ignore", invalid="ignore")  # the norm says it
     def update(self, gradients: Mapping[str, Array]) -> None:
         """Move the weights, which ends a step: without a message, and to the same bits on every rank."""
-        clip(gradients, self.plan.clip)
+        self.finite("norm of the gradients", clip(gradients, self.plan.clip))
         self.optimiser.step(gradients, self.plan.rate(self.step))
         self.round()
 
@@ -120,19 +128,26 @@ class Trainer:
             if self.llama.weights[name] is not weight:
                 self.llama.weights[name][...] = weight
 
+    @np.errstate(over="ignore", invalid="ignore")  # the loss says it
     def gradients(self, step: int) -> tuple[float, dict[str, Array]]:
         """Return the loss of a step's sequences and its gradients, complete on every rank."""
         tokens, targets, mine = self.drawn(TRAINING, step)
         tape: list[Any] = []
         hidden = self.llama.forward(tokens, mine, self.attend, tape, recompute=self.plan.recompute)
         logits = self.llama.logits(hidden)
-        loss = self.total(cross_entropy(logits, targets))
+        loss = self.finite("loss", self.total(cross_entropy(logits, targets)))
         d_logits = cross_entropy_backward(1 / (self.plan.batch * self.plan.tokens), logits, targets)
         gradients: dict[str, Array] = {}
         d_hidden, d_head, _ = linear_backward(d_logits, hidden, self.llama.head)
         add(gradients, self.head, d_head)
         self.llama.backward(d_hidden, tape, self.attention.backward, gradients, self.attend)
         return loss, self.added_up(gradients)
+
+    def finite(self, name: str, number: float) -> float:
+        """Return a number that is the same on every rank, or raise InputError where it is none to go on from."""
+        if not math.isfinite(number):
+            raise InputError(f"step {self.step + 1}: the {name} is {number}; learn at a lower rate, or warm up longer")
+        return number
 
     def validate(self, batches: int = 4) -> float:
         """Return the loss of sequences from the text that is held out, always the same ones."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
+from ..machines import reading
 from ..machines.machine import Machine
 from ..problems.mask import Causal, Full
 from ..problems.scalars import real, shown, whole
@@ -104,6 +105,10 @@ def plan(
     given, ranks = ranks, whole(ranks) or 0
     if ranks < 1:
         raise InputError(f"ranks must be a whole number, 1 or more, got {given!r}")
+    if (pairs := 8 * ranks**2) > reading.memory():
+        raise InputError(
+            f"a plan for {ranks} ranks takes {pairs:.3g} bytes for their pairs; this machine has {reading.memory():.3g}"
+        )
     limit = real(machine.memory if memory is None else memory) or 0
     if limit <= 0:
         raise InputError(f"memory must be more than 0 bytes, got {shown(memory)}")

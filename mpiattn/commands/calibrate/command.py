@@ -24,6 +24,7 @@ from ... import arrays, machines
 from ...errors import InputError
 from ...machines import writing
 from ...machines.machine import Machine, Rates
+from ...machines.reading import memory
 from ...messages.device.channel import Channel
 from ...messages.device.comm import DeviceComm
 from ...messages.hosts import hosts as hosts_of
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             name=args.name or args.output.stem,
             source=f"{source}, {library}".replace('"', "'"),
             ranks_per_node=per_node,
-            memory=passes.memory() / per_node if xp is np else xp.cuda.Device().mem_info[1],
+            memory=memory() / per_node if xp is np else xp.cuda.Device().mem_info[1],
             memory_bandwidth=bandwidth,
             launch=launch,
             links=found,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -44,11 +43,3 @@ def launches(comm: Communicator, dtype: DTypeLike, head_dim: int, rounds: int, x
             on.cast(total, dtype)
 
     return median(comm, rounds, passes, xp) / (4 * SOME)
-
-
-def memory() -> float:
-    """Return the bytes of memory of this host."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemTotal"):
-            return float(line.split()[1]) * 1024
-    return 8e9
