@@ -98,7 +98,10 @@ def flat(trainer: Trainer) -> Any:
 @pytest.mark.mpi(sizes=[1, 2])
 def test_what_is_not_finite_moves_no_weight(comm: Any) -> None:
     """The loss of one rank's tokens, and gradients too large for the sum of their squares."""
-    for method, message in (("forward", "step 2: the loss is nan"), ("backward", "the norm of the gradients is (inf|nan)")):
+    for method, message in (
+        ("forward", "step 2: the loss is nan"),
+        ("backward", "the norm of the gradients is (inf|nan)"),
+    ):
         trainer = Trainer(comm, SMALL, TEXT)
         trainer.train()
         weights, right = flat(trainer), getattr(trainer.attention, method)
