@@ -56,6 +56,9 @@ class OnHost:
         out, saved = self.attention.forward(*(array.get() for array in arrays), **given)
         return self.cupy.asarray(out), saved
 
+    def again(self, *arrays: Any) -> Any:
+        return self.cupy.asarray(self.attention.again(*(array.get() for array in arrays)))
+
     def backward(self, d_out: Any, saved: Any) -> Any:
         return tuple(map(self.cupy.asarray, self.attention.backward(d_out.get(), saved)))
 
