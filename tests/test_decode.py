@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mpiattn import Causal, DecodeAttention, SlidingWindow
+from mpiattn import Causal, DecodeAttention, InputError, SlidingWindow
 from mpiattn.arrays import Array
 from mpiattn.conformance import oracle
 from mpiattn.conformance.case import Case, problem
@@ -141,3 +141,23 @@ def test_all_to_all_of_heads(comm: MPI.Intracomm) -> None:
             assert np.allclose(out, right[:, share])
     assert nbytes["alltoall"] == (size - 1, (size - 1) * heads * (dim + 1) * 8 // size)
     assert 2 * nbytes["alltoall"][1] <= nbytes["allreduce"][1]
+
+
+@pytest.mark.mpi(max_size=3)
+def test_again_takes_what_forward_was_given_last(comm: MPI.Intracomm) -> None:
+    q, k = np.ones((1, 2, 1, 4)), np.ones((1, 2, 3, 4))
+    with DecodeAttention(comm) as attention:
+        for before, given in (
+            ([], [q, k, k]),
+            ([q, k, k], [q, k[:, :, :2], k[:, :, :2]]),
+            ([q, k, k], [q.astype(np.float32), k, k]),
+        ):
+            if before:
+                attention.forward(*before)
+            with pytest.raises(InputError, match="again takes"):
+                attention.again(*given)
+        attention.forward(q, k, k, sinks=np.ones(2))
+        with pytest.raises(InputError, match="without sinks"):
+            attention.again(q, k, k)
+    with pytest.raises(InputError, match="this attention has ended"):
+        attention.again(q, k, k)

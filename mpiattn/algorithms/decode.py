@@ -84,7 +84,7 @@ class DecodeAttention(Attention):
     def __init__(self, comm: Communicator, *, combine: str = "allreduce", **options: Unpack[Options]) -> None:
         options["layout"] = options.get("layout") or "contiguous"
         super().__init__(comm, partial(check, combine), **options)
-        self.combine = combine
+        self.combine, self.last = combine, outline()
         if combine == "alltoall":
             self.copied = frozenset({"q"})
         self.connect(self.comm)
@@ -116,15 +116,24 @@ class DecodeAttention(Attention):
             Global positions of this rank's keys, ascending; on every rank or on none.
         """
         self.given = kv_positions
-        return super().forward(q, k, v, **given)
+        result = super().forward(q, k, v, **given)
+        self.last = outline(q, k, v)
+        return result
 
     def again(self, q: Array, k: Array, v: Array) -> Array:
         """Return the out of arrays that are, on every rank, of the shapes and dtypes that `forward` was given last.
 
-        For another block of a model, without `backward`: the ranks need not agree anew, which takes as long as a new
-        token's attention itself.
+        For another block of a model, without `backward` and sinks: the ranks need not agree anew, which takes as long
+        as a new token's attention itself.
+
+        Raises
+        ------
+        InputError
+            On the rank whose arrays are others, where all ranks must call `forward`.
         """
-        assert self.problem is not None
+        self.usable()
+        if self.problem is None or self.sinks is not None or outline(q, k, v) != self.last:
+            raise InputError("again takes arrays of the shapes and dtypes that forward was given last, without sinks")
         with self.running("forward"):
             out, _ = self.attend(self.problem, q, k, v)
             return self.rounded(out)
@@ -261,6 +270,11 @@ def _posed(
 def steps(size: int) -> list[int]:
     """Return 1, 2, 4, ... below the number of ranks."""
     return [2**level for level in range((size - 1).bit_length())]
+
+
+def outline(*arrays: Array) -> list[tuple[tuple[int, ...], Any]]:
+    """Return the shapes and dtypes of arrays."""
+    return [(array.shape, array.dtype) for array in arrays]
 
 
 def check(combine: str) -> None:
