@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import DESCRIPTION, Array
+from ..arrays import DESCRIPTION, Array, Spec
 from ..arrays.softmax import merge, normalised, weighted
 from ..errors import InputError
 from ..messages.message import Communicator, Tag, Waitall
@@ -272,7 +272,7 @@ def steps(size: int) -> list[int]:
     return [2**level for level in range((size - 1).bit_length())]
 
 
-def outline(*arrays: Array) -> list[tuple[tuple[int, ...], Any]]:
+def outline(*arrays: Array) -> list[Spec]:
     """Return the shapes and dtypes of arrays."""
     return [(array.shape, array.dtype) for array in arrays]
 
