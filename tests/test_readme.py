@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +31,9 @@ three.py
 
 
 def readme(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, README, *map(str, arguments)], capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # Debian has no python without a 3
+    words = [sys.executable, README, *map(str, arguments)]
+    return subprocess.run(words, env=os.environ | {"PATH": path}, capture_output=True, text=True)
 
 
 def test_check(tmp_path: Path) -> None:
