@@ -32,7 +32,7 @@ three.py
 
 def readme(*arguments: object) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # Debian has no python without a 3
-    words = [sys.executable, README, *map(str, arguments)]
+    words = [sys.executable, str(README), *map(str, arguments)]
     return subprocess.run(words, env=os.environ | {"PATH": path}, capture_output=True, text=True)
 
 
