@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import DTYPES, Array, Spec, describe, described, namespace, told
 from ..arrays.operations import operations
@@ -70,10 +71,7 @@ def scatter(array: Array | None, comm: Communicator, layout: str | Where, root: 
     where, root, axis = _agreed(comm, layout, root, axis)
     description = describe(array)
     comm.Bcast(description, root)
-    spec = described(description)
-    if spec is None or not _has_axis(spec, axis):
-        raise _refusal(root, axis, spec, comm.bcast(told(array), root))
-    shape, dtype = spec
+    shape, dtype = _with_axis(comm, axis, description, root, array)
     own = Parcel([(_share(shape, where, rank), dtype)])
     requests = [comm.Irecv(own.message, root, Tag.SCATTER)]
     if array is not None and rank == root:
@@ -121,12 +119,8 @@ def gather(
     comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
     where, root, axis = _agreed(comm, layout, root, axis, shape)
-    specs: list[Spec] = []
-    for owner, description in enumerate(rows(comm, describe(array))):
-        spec = described(description)
-        if spec is None or not _has_axis(spec, axis):
-            raise _refusal(owner, axis, spec, comm.bcast(told(array), owner))
-        specs.append(spec)
+    table = rows(comm, describe(array))
+    specs = [_with_axis(comm, axis, description, owner, array) for owner, description in enumerate(table)]
     first, dtype = specs[0]
     if shape is not None and len(shape) != len(first):
         raise InputError(f"the whole is to be {shape}, and rank 0 has {dtype} {first}: they must have as many axes")
@@ -185,17 +179,15 @@ def _check(layout: str, root: object, axis: object, ranks: int) -> None:
         raise ValueError(f"axis is a whole number, got {shown(axis)}")
 
 
-def _has_axis(spec: Spec, axis: int) -> bool:
-    """Return whether an array has that axis."""
-    return -len(spec[0]) <= axis < len(spec[0])
-
-
-def _refusal(rank: int, axis: int, spec: Spec | None, told: str) -> InputError:
-    """Return the error where a rank gives another thing than an array with an axis."""
-    given = told if spec is None else show(spec)
-    return InputError(
-        f"rank {rank} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}: it gives {given}"
-    )
+def _with_axis(comm: Communicator, axis: int, description: NDArray[np.int64], rank: int, own: object) -> Spec:
+    """Return the shape and dtype of the array that a rank describes, or raise InputError; all ranks know all of it."""
+    spec = described(description)
+    if spec is None or not -len(spec[0]) <= axis < len(spec[0]):
+        given = comm.bcast(told(own), rank) if spec is None else show(spec)
+        raise InputError(
+            f"rank {rank} must give an array with an axis {axis}, of {', '.join(map(str, DTYPES))}: it gives {given}"
+        )
+    return spec
 
 
 def _share(shape: tuple[int, ...], where: Where, rank: int) -> tuple[int, ...]:

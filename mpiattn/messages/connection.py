@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.operations import of
 from ..errors import InputError
 from .device.comm import carrier
+from .message import Communicator
 from .observer import watched
 
 
@@ -92,3 +94,10 @@ def on_device(comm: Any, xp: ModuleType, mode: str) -> tuple[Any, Any]:
     if hasattr(comm, "on_device"):
         return comm.on_device(xp, mode)  # type: ignore[no-any-return]
     return carrier(comm, xp, mode)
+
+
+def carrying(comm: Communicator, xp: ModuleType, mode: str = "auto") -> Communicator:
+    """Return what sends arrays of a namespace over a private communicator: itself, but for those of GPUs."""
+    if of(xp).QUEUED:
+        comm, _ = on_device(comm, xp, mode)
+    return comm

@@ -18,9 +18,8 @@ import numpy as np
 
 from ..algorithms import ALGORITHMS, Attention, Saved
 from ..arrays import Array, accumulator, dtype
-from ..arrays.operations import of
 from ..errors import InputError
-from ..messages.connection import on_device, private
+from ..messages.connection import carrying, private
 from ..messages.message import Cartesian, Communicator
 from ..messages.reduction import all_reduce
 from ..problems.layout import EVERYWHERE
@@ -183,10 +182,7 @@ class Trainer:
         """Return the sums of all ranks' gradients: one all-reduce of all of them."""
         parts = [gradients[name].astype(weight.dtype, copy=False).reshape(-1) for name, weight in self.weights.items()]
         flat = self.xp.concatenate(parts)
-        comm = self.grid
-        if of(self.xp).QUEUED:  # arrays of GPUs
-            comm, _ = on_device(comm, self.xp, self.options.get("gpu_messages", "auto"))
-        all_reduce(comm, flat)
+        all_reduce(carrying(self.grid, self.xp, self.options.get("gpu_messages", "auto")), flat)
         sums, start = {}, 0
         for name, weight in self.weights.items():
             sums[name] = flat[start : start + weight.size].reshape(weight.shape)

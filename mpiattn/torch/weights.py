@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..arrays import namespace
-from ..arrays.operations import of
 from ..errors import InputError
-from ..messages.connection import on_device, private
+from ..messages.connection import carrying, private
 from ..messages.message import Communicator, Rows
 from ..messages.reduction import all_reduce
 from .arrays import queue_of, to_array, to_tensor
@@ -101,8 +100,7 @@ def sum_gradients(module: torch.nn.Module, comm: Communicator) -> None:
         total = torch.cat([gradient.detach().reshape(-1).to(device, dtype) for gradient in bucket])
         with queue_of(total):
             array = to_array(total)
-            xp = namespace(array)
-            all_reduce(on_device(comm, xp, "auto")[0] if of(xp).QUEUED else comm, array)
+            all_reduce(carrying(comm, namespace(array)), array)
         for gradient, part in zip(bucket, total.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(part.reshape(gradient.shape))
 

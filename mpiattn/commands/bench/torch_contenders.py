@@ -15,7 +15,8 @@ from ...algorithms import Attention
 from ...algorithms.spelling import Asked, spell
 from ...messages.message import Communicator
 from .. import terminal
-from .torch_shares import ROTATIONS, Share, algorithm, context_parallel
+from .torch_parallel import ROTATIONS
+from .torch_shares import Share, algorithm, context_parallel
 
 
 @dataclass

@@ -17,6 +17,9 @@ from ...messages.message import Communicator
 from ...problems.mask import Causal
 from .contenders import Contender, Setting
 
+ROTATIONS = ("allgather", "alltoall")
+"""How torch's context parallelism can send K and V."""
+
 
 def torch_contenders(setting: Setting) -> list[Contender]:
     """Return torch's context parallelism, and its attention on one GPU."""
@@ -74,7 +77,7 @@ def torch_contenders(setting: Setting) -> list[Contender]:
     return [
         *(
             Contender(f"torch context_parallel, {method}", passes(*whole), around=partial(parallel, method=method))
-            for method in ("allgather", "alltoall")
+            for method in ROTATIONS
             if size > 1
         ),
         Contender("torch one GPU", passes(*near), fraction, around=lambda name: trained(name, *near)),

@@ -21,9 +21,6 @@ from .quiet import silence
 from .torch_llama import Attend
 from .torch_parallel import start
 
-ROTATIONS = ("allgather", "alltoall")
-"""How torch's context parallelism can send K and V."""
-
 
 @dataclass(frozen=True)
 class Share:
