@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -45,3 +47,13 @@ def gpu_missing() -> str | None:
     import cupy
 
     return None if cupy.is_available() else "CuPy finds no GPU"
+
+
+@pytest.fixture
+def xp(comm: Any) -> Any:
+    """CuPy, with a GPU for each rank if there are as many."""
+    from mpiattn.messages.hosts import use_gpu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return use_gpu(comm)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,6 @@ from mpiattn.errors import InputError
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
 from mpiattn.messages.device.probe import takes_device_memory
-from mpiattn.messages.hosts import use_gpu
 from mpiattn.messages.message import Tag, Waitall
 from mpiattn.problems import layout
 from mpiattn.problems.block import Block
@@ -219,14 +217,6 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
         results.append([on_host(array.astype(np.float32)) for array in (out, lse, d_q, d_k, d_v)])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
-
-
-@pytest.fixture
-def xp(comm: Any) -> Any:
-    """CuPy, with a GPU for each rank if there are as many."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return use_gpu(comm)
 
 
 @pytest.fixture(params=["device", "host"])

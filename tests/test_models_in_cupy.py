@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from test_training import TEXT, plan
 from mpiattn import ALGORITHMS, Causal, RingAttention
 from mpiattn.arrays import Array, operations
 from mpiattn.arrays.operations import on_host
-from mpiattn.messages.hosts import use_gpu
 from mpiattn.models import checkpoint, training
 from mpiattn.models.attention_layer import AttentionLayer
 from mpiattn.models.generation import Generator
@@ -117,14 +115,6 @@ def test_a_layer_in_the_double(comm: Any, double: Any) -> None:
 
 
 # On GPUs
-
-
-@pytest.fixture
-def xp(comm: Any) -> Any:
-    """CuPy, with a GPU for each rank if there are as many."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return use_gpu(comm)
 
 
 @pytest.mark.gpu

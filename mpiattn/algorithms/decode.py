@@ -43,7 +43,7 @@ from ..problems.block import Block
 from ..problems.kv_cache import CacheProblem, heads_of, posed_to_cache, some_heads, span
 from ..problems.mask import Mask, Positions
 from ..problems.problem import Problem
-from ..problems.scalars import shown
+from ..problems.scalars import check_name
 from .base import Attention
 from .given import Given, agreed_given, checksum, numbered
 from .options import Options
@@ -279,5 +279,4 @@ def outline(*arrays: Array) -> list[Spec]:
 
 def check(combine: str) -> None:
     """Raise ValueError where that is no way to combine."""
-    if not isinstance(combine, str) or combine not in COMBINE:
-        raise ValueError(f"unknown combine {shown(combine)}: choose from {', '.join(COMBINE)}")
+    check_name("combine", combine, COMBINE)

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems.mask import Mask
 from ..problems.problem import PARTIALS
-from ..problems.scalars import real, shown, text
+from ..problems.scalars import check_name, real, shown, text
 
 
 class Options(TypedDict, total=False):
@@ -85,5 +85,4 @@ def as_float(value: object) -> Any:
 
 def check_partials(partials: object) -> None:
     """Raise ValueError where that is no way for partial sums to travel."""
-    if not isinstance(partials, str) or partials not in PARTIALS:
-        raise ValueError(f"unknown partials {shown(partials)}: choose from {', '.join(PARTIALS)}")
+    check_name("partials", partials, PARTIALS)

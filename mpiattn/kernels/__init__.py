@@ -8,7 +8,7 @@ from ..arrays import gpus
 from ..errors import InputError
 from ..problems.dropout import Dropout
 from ..problems.problem import Problem
-from ..problems.scalars import shown
+from ..problems.scalars import check_name
 from .contract import Kernel
 
 KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn")}
@@ -20,9 +20,8 @@ LACKS = {"cudnn": {"softcap", "dropout"}, "torch": {"softcap", "dropout"}}
 
 def check(name: str | None) -> None:
     """Raise ValueError where there is no kernel of that name."""
-    fits = [kernel for kernels in KERNELS.values() for kernel in kernels]
-    if name is not None and not (isinstance(name, str) and name in fits):
-        raise ValueError(f"unknown kernel {shown(name)}: choose from {', '.join(fits)}")
+    if name is not None:
+        check_name("kernel", name, [kernel for kernels in KERNELS.values() for kernel in kernels])
 
 
 def choose(

@@ -27,7 +27,7 @@ from ..messages.reduction import all_reduce
 from ..problems import grid
 from ..problems.dropout import Dropout
 from ..problems.layout import EVERYWHERE
-from ..problems.scalars import shown, whole
+from ..problems.scalars import check_name, shown, whole
 from .layers import linear, linear_backward
 from .llama import to_heads, to_rows
 
@@ -217,8 +217,7 @@ def check_backward(d_out: Array, saved: object) -> None:
 
 def check(d_model: int, num_heads: int, grid_shape: object, dropout: float, algorithm: str, seed: int) -> None:
     """Raise ValueError where there is no such layer."""
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {shown(algorithm)}: choose from {', '.join(ALGORITHMS)}")
+    check_name("algorithm", algorithm, ALGORITHMS)
     for name, number, least in (("d_model", d_model, 1), ("num_heads", num_heads, 1), ("seed", seed, 0)):
         if (given := whole(number)) is None or given < least:
             raise ValueError(f"{name} is a whole number, {least} or more, got {shown(number)}")

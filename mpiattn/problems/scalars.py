@@ -1,8 +1,9 @@
-"""Numbers as arguments: Python's, NumPy's, and arrays without axes are all taken, and kept as Python's."""
+"""Numbers and names as arguments. Python's numbers, NumPy's, and arrays without axes are taken, and kept as Python's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -56,3 +57,9 @@ def shown(value: object) -> str:
         return repr(value)
     except Exception:  # whatever a class of the user's raises
         return f"a value of type {type(value).__name__} that has no text"
+
+
+def check_name(what: str, name: object, known: Collection[str]) -> None:
+    """Raise ValueError where that is none of the known names."""
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown {what} {shown(name)}: choose from {', '.join(known)}")

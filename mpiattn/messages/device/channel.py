@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...problems.scalars import shown
+from ...problems.scalars import check_name
 from ..message import Communicator
 from ..parcel import Tracked, Uses
 from . import pinned
@@ -43,8 +43,7 @@ MODES = ("auto", "device", "host")
 
 def check_mode(mode: str) -> None:
     """Raise ValueError where there is no such way of messages."""
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"unknown way of GPU messages {shown(mode)}: choose from {', '.join(MODES)}")
+    check_name("way of GPU messages", mode, MODES)
 
 
 class Channel:
