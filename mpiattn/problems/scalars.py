@@ -1,4 +1,4 @@
-"""Numbers and names as arguments. Python's numbers, NumPy's, and arrays without axes are taken, and kept as Python's."""
+"""Numbers and names as arguments. Numbers of Python, NumPy, and arrays without axes are kept as Python's."""
 
 from __future__ import annotations
 
