@@ -29,6 +29,8 @@ from mpiattn.conformance.user_masks import parse
 from mpiattn.costs import COSTS
 from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError
+from mpiattn.kernels.contract import Kernel
+from mpiattn.kernels.fa4.library import unusable
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
 from mpiattn.messages.device.probe import takes_device_memory
@@ -41,6 +43,8 @@ from mpiattn.problems.user_mask import UserMask, held
 from mpiattn.trace.comm import TracedComm
 
 pytestmark = pytest.mark.gpu
+
+LIBRARIES = [name for name in kernels.KERNELS["cupy"] if name != "cupy"]
 
 SHAPES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("bfloat16", "zigzag", "causal", {"tokens": 1024, "head_dim": 128, "v_head_dim": 128}),
@@ -58,6 +62,7 @@ SHAPES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("float16", "contiguous", "documents=100,0,300,112+causal", {"tokens": 512, "head_dim": 64, "v_head_dim": 64}),
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 256, "v_head_dim": 256}),
     ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 128, "v_head_dim": 64}),
+    ("bfloat16", "zigzag", "causal", {"tokens": 512, "head_dim": 192, "v_head_dim": 128, "kv_heads": 4}),
 )
 HALVES = [Case(dtype=dtype, layout=chosen, mask=mask, **shape) for dtype, chosen, mask, shape in SHAPES]
 LARGE = [
@@ -76,18 +81,23 @@ def posed(case: Case, ranks: int) -> Problem:
     return Problem(ranks, *sizes, arrays.dtype(case.dtype), case.layout, mask)
 
 
+def chosen_or_skip(name: str, whole: Problem, scale: float | None = None, *needs: Any) -> Kernel:
+    """Return the kernel of that name for a problem; skip the test where it can't do it."""
+    try:
+        return kernels.choose("cupy", whole, scale, name, *needs)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("case", [*(case for case in fast() if not case.sinks), *HALVES, *LARGE], ids=str)
-@pytest.mark.parametrize("name", ["cupy", "cudnn"])
+@pytest.mark.parametrize("name", kernels.KERNELS["cupy"])
 def test_kernel(name: str, case: Case) -> None:
     """All blocks of a problem spread over three ranks, on one."""
     import cupy
 
     whole = posed(case, 3)
-    try:
-        dropout = case.given.get("dropout")
-        kernel = kernels.choose("cupy", whole, case.scale, name, case.softcap, dropout)
-    except InputError as error:
-        pytest.skip(str(error))
+    dropout = case.given.get("dropout")
+    kernel = chosen_or_skip(name, whole, case.scale, case.softcap, dropout)
     kernel.drop(dropout)
     given, right = problem(case)
     wide, results = accumulator(whole.dtype), {}
@@ -172,14 +182,16 @@ def test_merge_and_delta_are_those_of_the_host(dtype: str) -> None:
     )
 
 
-def test_a_kernel_that_can_not_do_it_says_which_can() -> None:
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_kernel_that_can_not_do_it_says_which_can(name: str) -> None:
     with pytest.raises(InputError, match=r"float16 and bfloat16, not float32; kernel 'cupy' can|not installed"):
-        kernels.choose("cupy", posed(Case(dtype="float32"), 1), None, "cudnn")
+        kernels.choose("cupy", posed(Case(dtype="float32"), 1), None, name)
     with pytest.raises(InputError, match="choose from cupy, cudnn"):
         kernels.choose("cupy", posed(Case(dtype="float32"), 1), None, "numpy")
 
 
-def test_sums_that_wait_are_those_that_do_not() -> None:
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_sums_that_wait_are_those_that_do_not(name: str) -> None:
     """More shares than one pass adds up, of whole rows and of some; a sum that arrives; narrow and wide results."""
     import cupy
 
@@ -188,10 +200,7 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
         cupy.asarray(rng.standard_normal((1, 2, 640, 64)).astype(arrays.dtype("bfloat16"))) for _ in "qkvo"
     )
     whole = posed(Case(tokens=640, heads=2, head_dim=64, v_head_dim=64, dtype="bfloat16"), 1)
-    try:
-        kernel = kernels.choose("cupy", whole, None, "cudnn")
-    except InputError as error:
-        pytest.skip(str(error))
+    kernel = chosen_or_skip(name, whole)
     where = [np.arange(start, start + 64) for start in range(0, 640, 64)]
     everything = np.arange(640)
     results = []
@@ -217,6 +226,53 @@ def test_sums_that_wait_are_those_that_do_not() -> None:
         results.append([on_host(array.astype(np.float32)) for array in (out, lse, d_q, d_k, d_v)])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_calls_come_one_after_the_other_on_the_current_stream(name: str) -> None:
+    """Another stream than the default one, other arrays of the same shapes, and one array as q, k and v."""
+    import cupy
+
+    whole = posed(Case(tokens=512, heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="bfloat16"), 1)
+    both = [chosen_or_skip(other, whole) for other in (name, "cupy")]
+    block = Block(whole.mask, np.arange(512), np.arange(512))
+    given = np.random.default_rng(0).standard_normal((3, 3, 1, 2, 512, 64), dtype=np.float32)
+    results = []
+    for kernel in both:
+        with cupy.cuda.Stream(non_blocking=True):
+            for wide in map(cupy.asarray, given):
+                for _ in range(50):  # a kernel that does not wait for these takes other numbers
+                    wide = wide * 1.01
+                q, k, v = (array.astype(whole.dtype) for array in wide)
+                out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, LSE)
+                kernel.forward(q, k, v, block=block, out=out, lse=lse)
+                kernel.forward(q, q, q, block=block, out=out, lse=lse)  # merged with what is there
+                results.append([on_host(out), on_host(lse)])
+    for one, other in zip(results[:3], results[3:], strict=True):
+        for array, right in zip(one, other, strict=True):
+            np.testing.assert_allclose(array, right, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_gradients_added_up_in_one_order_are_the_same_bits(mask: str, kv_heads: int) -> None:
+    import cupy
+
+    case = Case(tokens=2048, heads=4, kv_heads=kv_heads, head_dim=128, v_head_dim=128, dtype="bfloat16", mask=mask)
+    whole = posed(case, 1)
+    kernel = chosen_or_skip("fa4", whole, None, None, None, True, True)
+    rng = np.random.default_rng(0)
+    shapes = [(1, heads, 2048, 128) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, d_out = (cupy.asarray(rng.standard_normal(shape).astype(whole.dtype)) for shape in shapes)
+    block = Block(whole.mask, np.arange(2048), np.arange(2048))
+    out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, LSE)
+    kernel.forward(q, k, v, block=block, out=out, lse=lse)
+    row_delta, bits = delta(d_out, out.astype(q.dtype)), []
+    for _ in range(5):
+        d_q, d_k, d_v = (cupy.zeros(array.shape, np.float32) for array in (q, k, v))
+        kernel.backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_delta, d_q=d_q, d_k=d_k, d_v=d_v)
+        bits.append([on_host(array).tobytes() for array in (d_q, d_k, d_v)])
+    assert all(one == bits[0] for one in bits)
 
 
 @pytest.fixture(params=["device", "host"])
@@ -283,15 +339,21 @@ def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wro
     "command",
     [
         "compare --arrays cupy --algorithms ring,mesh,ulysses --layout zigzag --iterations 1 --tokens 300 --sinks",
-        "compare --kernel cudnn --algorithms ring,mesh --iterations 1 --tokens 300 --dtype bfloat16 --partials narrow",
+        *(
+            f"compare --kernel {name} --algorithms ring,mesh --iterations 1 --tokens 300 --dtype bfloat16 "
+            "--partials narrow"
+            for name in LIBRARIES
+        ),
         "conformance --arrays cupy --algorithms ring,mesh --gpu-messages host --case seed=3",
-        "conformance --kernel cudnn --algorithms ring --case dtype=bfloat16",
+        *(f"conformance --kernel {name} --algorithms ring --case dtype=bfloat16" for name in LIBRARIES),
         "run --kernel cupy --algorithm mesh --backward --tokens 300 --output {folder}/out.npz",
         "calibrate --arrays cupy --tokens 256,1024 --bytes 1000000 --rounds 2 --output {folder}/here.toml",
     ],
 )
 def test_commands(comm: Any, xp: Any, mpi_tmp_path: Any, command: str) -> None:
     name, *words = command.format(folder=mpi_tmp_path).split()
+    if "fa4" in words and unusable():
+        pytest.skip(unusable())
     assert cli.COMMANDS[name][0].main(cli.parser().parse_args([name, *words]), comm) == 0
 
 

@@ -1,6 +1,6 @@
-"""What cuDNN takes for a rank's own block, whole and in the two parts of the ring's backward pass.
+"""What a library takes for a rank's own block, whole and in the two parts of the ring's backward pass.
 
-    python benchmarks/gpu/own_block.py
+    python benchmarks/gpu/own_block.py [KERNEL]
 
 Milliseconds; early: the queries that see half of the pairs, late: the others. "square" cuts the late part in a
 rectangle and a square, as the package does, "bottom right" leaves it whole. host: until the call is queued.
@@ -9,6 +9,7 @@ rectangle and a square, as the package does, "bottom right" leaves it whole. hos
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,13 +20,17 @@ import numpy as np
 from mpiattn import arrays
 from mpiattn.arrays.cupy import rows
 from mpiattn.arrays.operations import cast
-from mpiattn.kernels.cudnn import pieces
 from mpiattn.kernels.cudnn.kernel import CudnnKernel
+from mpiattn.kernels.fa4.kernel import Fa4Kernel
+from mpiattn.kernels.pieces import cut
+from mpiattn.kernels.pieces.kernel import PieceKernel
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Causal
 
 HEADS, DIM = 32, 128
 BFLOAT16 = arrays.dtype("bfloat16")
+KERNELS: dict[str, type[CudnnKernel | Fa4Kernel]] = {"cudnn": CudnnKernel, "fa4": Fa4Kernel}
+NAME = (*sys.argv[1:], "cudnn")[0]
 
 
 def random(*shape: int) -> cp.ndarray:
@@ -52,33 +57,34 @@ def measure(tokens: int) -> None:
     lse, row_delta = cp.full((1, HEADS, tokens), 9.0, np.float32), rows.delta(d_out, saved)
     totals = [cp.zeros(q.shape, np.float32) for _ in "qkv"]
     out, out_lse = cp.zeros(q.shape, np.float32), cp.zeros((1, HEADS, tokens), np.float32)
-    everything, cut = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
+    everything, half = np.arange(tokens), int(tokens * math.sqrt(0.5)) // 128 * 128
     parts = [
-        Block(Causal(), everything[rows], everything, rows) for rows in (slice(None), slice(0, cut), slice(cut, tokens))
+        Block(Causal(), everything[rows], everything, rows)
+        for rows in (slice(None), slice(0, half), slice(half, tokens))
     ]
 
-    def backward(kernel: CudnnKernel, block: Block) -> None:
+    def backward(kernel: PieceKernel, block: Block) -> None:
         kernel.remember(row_delta, saved)
         for total in totals:
             kernel.begin(total)
         sums = dict(zip(("d_q", "d_k", "d_v"), totals, strict=True))
         kernel.backward(q, k, v, block=block, d_out=d_out, lse=lse, delta=row_delta, **sums)
 
-    def forward(kernel: CudnnKernel, block: Block) -> None:
+    def forward(kernel: PieceKernel, block: Block) -> None:
         kernel.begin(out, out_lse)
         kernel.forward(q, k, v, block=block, out=out, lse=out_lse)
 
-    for label, pieces.SQUARE in (("square", 128), ("bottom right", tokens)):
-        kernel = CudnnKernel(None, BFLOAT16)
+    for label, cut.SQUARE in (("square", 128), ("bottom right", tokens)):
+        kernel = KERNELS[NAME](None, BFLOAT16)
         (w, hw), (e, _), (l, hl) = (timed(partial(backward, kernel, part)) for part in parts)
         (fw, _), (fe, _), (fl, fh) = (timed(partial(forward, kernel, part)) for part in parts)
         print(
-            f"T={tokens}, {tokens - cut} late, {label}: "
+            f"T={tokens}, {tokens - half} late, {label}: "
             f"bwd whole {w:.3f} early {e:.3f} late {l:.3f} (host {hw:.3f} {hl:.3f}) | "
             f"fwd whole {fw:.3f} early {fe:.3f} late {fl:.3f} (host {fh:.3f})"
         )
 
 
-print(f"machine: {cp.cuda.runtime.getDeviceProperties(0)['name'].decode()}")
+print(f"kernel: {NAME}; machine: {cp.cuda.runtime.getDeviceProperties(0)['name'].decode()}")
 for length in (2048, 4096, 6144, 8192, 16384, 32768):
     measure(length)

@@ -29,7 +29,17 @@ from ..problems.user_mask import held
 from .agreement import Agreement, settled
 from .buffers import Buffers
 from .given import Given, agreed_given, numbered
-from .options import Check, agree, alike, as_float, check_mask, check_partials, check_scale, check_softcap
+from .options import (
+    Check,
+    agree,
+    alike,
+    as_float,
+    check_deterministic,
+    check_mask,
+    check_partials,
+    check_scale,
+    check_softcap,
+)
 from .posed import posed
 from .saved import Saved, check_saved, fingerprint
 from .shares import Where, by_tokens
@@ -61,13 +71,15 @@ class Attention:
         How partial sums (out, dQ, dK, dV) travel: as they are added up, in float32 or wider, or rounded to the dtype
         of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. In
         allgather, decode and tensor_parallel they are always wide.
-    kernel : {"numpy", "torch", "cupy", "cudnn"}, optional
+    kernel : {"numpy", "torch", "cupy", "cudnn", "fa4"}, optional
         What computes a block. By default the fastest that can do the problem at hand. "numpy" and "cupy" are right for
-        scores of any size; "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
+        scores of any size; "fa4", "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
         docs/limits.md.
     gpu_messages : {"auto", "device", "host"}
         Whether messages between GPUs are of device memory or go through the host's. By default the first,
         if the MPI library turns out to take it.
+    deterministic : bool
+        Whether gradients are the same bits from run to run on GPUs, too: "cudnn" can't, "fa4" is slower then.
 
     Raises
     ------
@@ -96,12 +108,13 @@ class Attention:
         partials: str = "wide",
         kernel: str | None = None,
         gpu_messages: str = "auto",
+        deterministic: bool = False,
     ) -> None:
         self.comm = private(comm)
         self.mask = held(mask)
         self.layout = layouts.default(self.mask) if layout is None else layout
         self.scale, self.softcap, self.partials = as_float(scale), as_float(softcap), partials
-        self.kernel_name, self.gpu_messages = kernel, gpu_messages
+        self.kernel_name, self.gpu_messages, self.deterministic = kernel, gpu_messages, deterministic
         agree(
             self.comm,
             partial(check_mask, self.mask),
@@ -111,6 +124,7 @@ class Attention:
             partial(check_scale, scale),
             partial(check_softcap, softcap),
             partial(check_partials, partials),
+            partial(check_deterministic, deterministic),
             partial(alike, type(self).__name__),
             *own,
         )
@@ -323,7 +337,7 @@ class Attention:
 
     def choose(self, problem: Problem, xp: ModuleType, dropout: Dropout | None) -> None:
         """Choose the kernel for a problem of arrays of that namespace."""
-        options = self.scale, self.kernel_name, self.softcap, dropout, self.final
+        options = self.scale, self.kernel_name, self.softcap, dropout, self.final, self.deterministic
         # Arrays without data have no kernel here: `kernel_on` takes that of their virtual communicator.
         known = xp.__name__ in kernels.KERNELS
         self.kernel = kernel_on(self.comm, kernels.choose(xp.__name__, problem, *options) if known else None)

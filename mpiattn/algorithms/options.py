@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, TypedDict
 
+import numpy as np
+
 from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems.mask import Mask
@@ -22,6 +24,7 @@ class Options(TypedDict, total=False):
     partials: str
     kernel: str | None
     gpu_messages: str
+    deterministic: bool
 
 
 Check = partial[Any]
@@ -86,3 +89,9 @@ def as_float(value: object) -> Any:
 def check_partials(partials: object) -> None:
     """Raise ValueError where that is no way for partial sums to travel."""
     check_name("partials", partials, PARTIALS)
+
+
+def check_deterministic(deterministic: object) -> None:
+    """Raise ValueError where that is neither yes nor no."""
+    if not isinstance(deterministic, bool | np.bool_):
+        raise ValueError(f"deterministic is True or False, got {shown(deterministic)}")

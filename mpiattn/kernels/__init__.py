@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import version
 
 from ..arrays import gpus
 from ..errors import InputError
@@ -11,11 +12,19 @@ from ..problems.problem import Problem
 from ..problems.scalars import check_name
 from .contract import Kernel
 
-KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn")}
+KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn", "fa4")}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
-LACKS = {"cudnn": {"softcap", "dropout"}, "torch": {"softcap", "dropout"}}
-"""Features, of softcap and dropout, that a kernel lacks."""
+FASTEST_FIRST = "fa4", "cudnn"
+"""Kernels on GPUs that are tried before "cupy"."""
+
+ORDER = "fixed order of sums"
+LACKS = {
+    "torch": {"softcap", "dropout", ORDER},
+    "cudnn": {"softcap", "dropout", ORDER},
+    "fa4": {"softcap", "dropout"},
+}
+"""Features, of these three, that a kernel lacks."""
 
 
 def check(name: str | None) -> None:
@@ -26,7 +35,7 @@ def check(name: str | None) -> None:
 
 def choose(
     kind: str, problem: Problem, scale: float | None = None, name: str | None = None, softcap: float | None = None,
-    dropout: Dropout | None = None, rounds: bool = True,
+    dropout: Dropout | None = None, rounds: bool = True, deterministic: bool = False,
 ) -> Kernel:  # fmt: skip
     """Return the kernel that is the fastest for a problem, or the one that is asked for.
 
@@ -37,11 +46,13 @@ def choose(
     problem : Problem
     scale, softcap
         See `algorithms.base.Attention`.
-    name : {"numpy", "torch", "cupy", "cudnn"}, optional
+    name : {"numpy", "torch", "cupy", "cudnn", "fa4"}, optional
     dropout : Dropout, optional
         What the kernel will have to drop; it is told at each call.
     rounds : bool
         Whether complete sums may be rounded to the inputs' dtype: nothing is added to them elsewhere.
+    deterministic : bool
+        Whether sums are to be the same bits from run to run.
 
     Raises
     ------
@@ -51,7 +62,8 @@ def choose(
     names = KERNELS[kind]
     if name is not None and name not in names:
         raise InputError(f"kernel {name!r} does not work on {kind} arrays: choose from {', '.join(names)}")
-    wanted = {key for key, value in (("softcap", softcap), ("dropout", dropout)) if value is not None}
+    features = (("softcap", softcap), ("dropout", dropout), (ORDER, deterministic or None))
+    wanted = {feature for feature, value in features if value is not None}
     able = [kernel for kernel in names if not LACKS.get(kernel, set()) & wanted]
     if not able or (name or able[0]) not in able:
         others = [kernel for kernel in dict.fromkeys(("numpy", *names)) if not LACKS.get(kernel, set()) & wanted]
@@ -68,27 +80,56 @@ def choose(
 
             return TorchKernel(scale)
         return NumpyKernel(scale, softcap)
-    from .cudnn.kernel import CudnnKernel
-    from .cudnn.library import unable
+    for library in FASTEST_FIRST:
+        if library in able and name in (None, library):
+            reason, kernel = _by_library(library, problem, scale, rounds, deterministic)
+            if kernel is not None:
+                return kernel
+            if name is not None:
+                raise InputError(f"kernel {name!r} can't do this: {reason}; kernel 'cupy' can")
     from .cupy.kernel import CupyKernel
 
-    reason = "" if name == "cupy" else unable(problem)
-    if "cudnn" not in able:
-        reason = reason or "it has no softcap and no dropout"
-    if name == "cudnn" and reason:
-        raise InputError(f"kernel 'cudnn' can't do this: {reason}; kernel 'cupy' can")
-    return CupyKernel(scale, softcap) if name == "cupy" or reason else CudnnKernel(scale, problem.dtype, rounds)
+    return CupyKernel(scale, softcap)
+
+
+def _by_library(
+    name: str, problem: Problem, scale: float | None, rounds: bool, deterministic: bool
+) -> tuple[str, Kernel | None]:
+    """Return why a library's kernel can't do a problem, or the kernel."""
+    kernel: Kernel | None = None
+    if name == "fa4":
+        from .fa4.library import unable
+
+        reason = unable(problem, scale)
+        if not reason:
+            from .fa4.kernel import Fa4Kernel
+
+            kernel = Fa4Kernel(scale, problem.dtype, rounds, deterministic)
+    else:
+        from .cudnn import library
+
+        reason = library.unable(problem)
+        if not reason:
+            from .cudnn.kernel import CudnnKernel
+
+            kernel = CudnnKernel(scale, problem.dtype, rounds)
+    return reason, kernel
 
 
 def on_gpus() -> str:
-    """Return in one line which kernel computes on GPUs, and why."""
+    """Return in one line which kernels compute on GPUs, and why no others do."""
     if importlib.util.find_spec("cupy") is None:
         return "none: CuPy is not installed"
     if not gpus():
         return "none: CuPy finds no GPU"
     from .cudnn.library import loaded
+    from .fa4.library import unusable
 
-    cudnn, reason = loaded()
-    if cudnn is None:
-        return f"cupy: {reason}"
-    return f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}: float16, bfloat16; else cupy"
+    cudnn, without_cudnn = loaded()
+    without_fa4 = unusable()
+    there = [] if without_fa4 else [f"fa4 {version('flash-attn-4')}"]
+    if cudnn is not None:
+        there.append(f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}")
+    missing = [f"no {name}: {why}" for name, why in (("fa4", without_fa4), ("cudnn", without_cudnn)) if why]
+    kernels = f"{'; else '.join(there)}: float16, bfloat16; else cupy" if there else "cupy"
+    return "; ".join([kernels, *missing])

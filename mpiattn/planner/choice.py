@@ -164,6 +164,7 @@ def auto(
     kv_tokens: int | None = None, v_head_dim: int | None = None, partials: str = "wide",
     machine: str | Machine | None = None, memory: float | None = None, algorithms: Sequence[str] | None = None,
     scale: float | None = None, softcap: float | None = None, kernel: str | None = None, gpu_messages: str = "auto",
+    deterministic: bool = False,
 ) -> Iterator[Attention]:  # fmt: skip
     """Build the algorithm that `choose` chooses, for a with block.
 
@@ -171,7 +172,7 @@ def auto(
     ----------
     comm, tokens, ..., algorithms
         See `choose`.
-    scale, softcap, kernel, gpu_messages
+    scale, softcap, kernel, gpu_messages, deterministic
         See `Attention`.
 
     Yields
@@ -189,7 +190,9 @@ def auto(
         layout=layout, backward=backward, kv_tokens=kv_tokens, v_head_dim=v_head_dim, partials=partials,
         machine=machine, memory=memory, algorithms=algorithms,
     )  # fmt: skip
-    built = choice.attention(comm, scale=scale, softcap=softcap, kernel=kernel, gpu_messages=gpu_messages)
+    built = choice.attention(
+        comm, scale=scale, softcap=softcap, kernel=kernel, gpu_messages=gpu_messages, deterministic=deterministic
+    )
     with built as attention:
         yield attention
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
-from numpy.typing import DTypeLike
 
 from mpiattn.arrays import accumulator
+
+from .place import VECTOR, Place
 
 Array = Any
 
 THREADS = 256
-VECTOR = 16  # bytes of sums that a thread has at a time
 PACK = 8  # numbers that a thread of `packed_pass` has at a time
 BLOCKS = 2112  # 16 for each of 132 multiprocessors; each goes on from row to row
 PASSES = "merge", "accumulate", "copy", "cast", "delta", "norm", "stand_in"
@@ -47,31 +46,6 @@ def compiled(
     """Return a pass; `more` are its numbers at a time, and further types."""
     a, t, *others = (str(x) if isinstance(x, int) else TYPES[np.dtype(x).name] for x in (wide, dtype, *more))
     return _module(a, t).get_function(f"{name}<{', '.join((a, t, *others))}>")
-
-
-class Place(NamedTuple):
-    """Layout of an array in memory: its shape, strides in bytes, bytes of a number, whether it begins a vector."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-    aligned: bool = True
-
-    @classmethod
-    def of(cls, array: Array) -> Place:
-        """Return the layout of an array."""
-        return cls(array.shape, array.strides, array.itemsize, array.data.ptr % VECTOR == 0)
-
-    @classmethod
-    def packed(cls, shape: Sequence[int], dtype: DTypeLike) -> Place:
-        """Return the layout of a new array, contiguous."""
-        size = np.dtype(dtype).itemsize
-        return cls(tuple(shape), tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))), size)
-
-    @property
-    def steps(self) -> list[int]:
-        """Strides in numbers."""
-        return [stride // self.itemsize for stride in self.strides]
 
 
 class RowPass:

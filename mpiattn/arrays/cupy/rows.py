@@ -12,7 +12,8 @@ from numpy.typing import DTypeLike
 from mpiattn.arrays import accumulator
 from mpiattn.arrays.places import Places
 
-from .passes import Place, RowPass
+from .passes import RowPass
+from .place import Place
 
 Array = Any
 

@@ -28,6 +28,7 @@ from ...problems.problem import PARTIALS
 from .. import chosen, gpu, terminal
 from ..env.environment import environment
 from ..root import on_root
+from . import torch_fa4
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
 from .torch_parallel import torch_contenders
 
@@ -38,7 +39,8 @@ In rounds in which all take turns, each algorithm is measured beside
 
   without messages       the same calls with the messages left out: what is lost against it is exposed communication
   one call               one kernel call, a rank's queries against its own keys unmasked, looped on all ranks at once
-  torch context_parallel torch's own, with cuDNN, by all-gather and by all-to-all  (where torch finds the GPUs)
+  torch context_parallel torch's own, with cuDNN and, where installed, FlashAttention-4 (FA4), by all-gather and by
+                         all-to-all  (where torch finds the GPUs)
   torch one GPU          torch's attention of a rank's share alone, looped on all ranks at once
 
 Times are the slowest rank's; speeds count the products that the mask leaves: 4 pairs * heads * head_dim operations
@@ -139,6 +141,9 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
     """Return the speeds and fractions as a table."""
     by_name = {contender.name: contender for contender in contenders}
     torch = [contender for contender in contenders if contender.name.startswith("torch context_parallel")]
+    others = {"x torch\nparallel": [contender for contender in torch if not contender.name.endswith(torch_fa4.LABEL)]}
+    if len(torch) > len(others["x torch\nparallel"]):
+        others["x torch\nwith FA4"] = [contender for contender in torch if contender.name.endswith(torch_fa4.LABEL)]
     rows = []
     for contender in contenders:
         row: list[Any] = [contender.name]
@@ -147,17 +152,14 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
             seconds = contender.seconds[name]
             median = statistics.median(seconds)
             rate = setting.operations * WORK[name] * contender.fraction / setting.comm.Get_size() / median / 1e12
-            best = min(torch, key=lambda c: statistics.median(c.seconds[name]), default=None)
             row += [f"{median * 1e3:.3f}", f"{rate:.3g}"]
             row.append(_ratio(quiet.seconds[name], seconds) if quiet else "")
-            row.append(_ratio(best.seconds[name], seconds) if best and contender.fraction == 1 else "")
+            for other in others.values():
+                best = min(other, key=lambda c: statistics.median(c.seconds[name]), default=None)
+                row.append(_ratio(best.seconds[name], seconds) if best and contender.fraction == 1 else "")
         rows.append(row)
-    heads = [
-        text
-        for name in PASSES
-        for text in (f"{name}\nms", "TFLOP/s\nper rank", "of without\nmessages", "x torch\nparallel")
-    ]
-    drop = ("x torch\nparallel", "forward\nms")
+    heads = [text for name in PASSES for text in (f"{name}\nms", "TFLOP/s\nper rank", "of without\nmessages", *others)]
+    drop = (*reversed(others), "forward\nms")
     align = ("left", *["right"] * len(heads))
     return terminal.table(rows, ["", *heads], drop, disable_numparse=True, colalign=align)
 

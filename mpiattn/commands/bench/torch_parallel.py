@@ -15,8 +15,10 @@ import numpy as np
 
 from ...messages.message import Communicator
 from ...problems.mask import Causal
+from . import torch_fa4
 from .contenders import Contender, Setting
 
+Tensor = Any  # torch's, which is imported where there is one
 ROTATIONS = ("allgather", "alltoall")
 """How torch's context parallelism can send K and V."""
 
@@ -35,16 +37,16 @@ def torch_contenders(setting: Setting) -> list[Contender]:
     def random(tokens: int) -> Any:
         return torch.randn(1, heads, tokens, dim, device="cuda", dtype=getattr(torch, np.dtype(setting.dtype).name))
 
-    def passes(q: Any, k: Any, v: Any) -> dict[str, Callable[[], object]]:
-        def forward() -> Any:
-            with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    def passes(by: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+        def forward() -> Tensor:
+            with torch.no_grad(), sdpa_kernel(by):
                 return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
         gradient: Any = None
 
         def both() -> None:
             nonlocal gradient
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel(by):
                 out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
                 if gradient is None:
                     gradient = torch.randn_like(out)
@@ -54,7 +56,7 @@ def torch_contenders(setting: Setting) -> list[Contender]:
         return {"forward": forward, "forward+backward": both}
 
     @contextlib.contextmanager
-    def trained(name: str, q: Any, k: Any, v: Any) -> Iterator[None]:
+    def trained(name: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[None]:
         for part in (q, k, v):
             part.requires_grad_(name != "forward")
         yield
@@ -74,13 +76,24 @@ def torch_contenders(setting: Setting) -> list[Contender]:
 
     near = [random(setting.tokens // size) for _ in "qkv"]
     fraction = size * 4.0 * (setting.tokens // size) ** 2 * heads * dim / (2 if causal else 1) / setting.operations
+    kernels = {"": SDPBackend.CUDNN_ATTENTION}
+    if all(comm.allgather(torch_fa4.offered())):
+        kernels[torch_fa4.LABEL] = SDPBackend.FLASH_ATTENTION
     return [
         *(
-            Contender(f"torch context_parallel, {method}", passes(*whole), around=partial(parallel, method=method))
+            Contender(
+                f"torch context_parallel, {method}{label}",
+                passes(by, *whole),
+                around=partial(parallel, method=method),
+            )
+            for label, by in kernels.items()
             for method in ROTATIONS
             if size > 1
         ),
-        Contender("torch one GPU", passes(*near), fraction, around=lambda name: trained(name, *near)),
+        *(
+            Contender(f"torch one GPU{label}", passes(by, *near), fraction, around=lambda name: trained(name, *near))
+            for label, by in kernels.items()
+        ),
     ]
 
 

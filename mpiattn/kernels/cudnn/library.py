@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from mpiattn.problems.problem import Problem
@@ -19,11 +21,12 @@ def loaded() -> tuple[Any, str]:
         return None, "nvidia-cudnn-frontend is not installed"
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
+    # The frontend looks for libraries where the system's are, not pip's; those that are loaded it finds. Without the
+    # first one it takes the GPU for an older one, and attention 6 to 8 times as long.
     for name in ("cudart", "nvrtc"):
-        # The frontend looks for these where the system's libraries are, not pip's. Without the first one it takes
-        # the GPU for an older one, and attention 6 to 8 times as long. Those that are loaded it finds.
         with contextlib.suppress(DynamicLibNotFoundError):
             load_nvidia_dynamic_lib(name)
+    _load_cudnn()
     import cudnn
 
     try:
@@ -31,6 +34,17 @@ def loaded() -> tuple[Any, str]:
     except Exception as error:
         return None, f"the cuDNN library does not load ({error})"
     return cudnn, ""
+
+
+def _load_cudnn() -> None:
+    """Load the cuDNN that Python's packages bring, as torch does, if they bring one: the system's may be older."""
+    try:
+        package = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:  # of nvidia
+        return
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(Path(folder) / "lib" / "libcudnn.so.9"))
 
 
 def unable(problem: Problem) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from mpiattn.arrays.cupy.passes import Place
+from mpiattn.arrays.cupy.place import Place
 
+from ..pieces.scratch import Scratch
 from .library import handle_of, loaded
-from .scratch import Scratch
 
 
 class Graph:

@@ -8,30 +8,43 @@ from typing import Any
 
 import cupy
 
-from mpiattn.arrays.cupy.passes import Place, RowPass
+from mpiattn.arrays.cupy.passes import RowPass
+from mpiattn.arrays.cupy.place import Place
 from mpiattn.arrays.softmax import LSE
 
 from ..cupy.kernel import CupyKernel
-from .pieces import Piece
-from .plans import Graph, build
+from .cut import Piece
 from .scratch import Scratch
 from .waiting import WaitingSums
 
 Array = Any
 Call = Callable[..., None]
 
+Plan = Callable[..., None]
+"""The attention of one shape: called with a Scratch and pointers, it queues the work on the current stream.
+
+Forward the pointers of q, k, v, out, lse; backward those of q, k, v, out, d_out, lse, d_q, d_k, d_v. What it writes
+lies without gaps, as does lse, which is float32.
+"""
+
+Build = Callable[..., "Plan | None"]
+"""What a library builds: a plan for a device, a dtype by its name, a scale, a piece's `causal` and `left`, and Places.
+
+Those of q, k, v forward, those of q, k, v, d_out, out backward. None where the library has no such plan.
+"""
+
 FORWARD = 5  # arrays of a call forward: q, k, v, out, lse
 
 
 class Calls:
-    """Prepares calls of cuDNN, each with the pass that adds to the sums what comes out, or of the plain kernel."""
+    """Prepares calls of a library, each with the pass that adds up what comes out, or of the plain kernel."""
 
-    def __init__(self, scale: float | None, sums: WaitingSums, plain: CupyKernel) -> None:
-        self.scale, self.sums, self.plain = scale, sums, plain
+    def __init__(self, build: Build, scale: float | None, sums: WaitingSums, plain: CupyKernel) -> None:
+        self.build, self.scale, self.sums, self.plain = build, scale, sums, plain
         self.scratch = Scratch()
 
     def forward(self, piece: Piece, *arrays: Array) -> Call | None:
-        """Return what computes a piece forward, on arrays of these shapes; None where cuDNN can't."""
+        """Return what computes a piece forward, on arrays of these shapes; None where there is no plan."""
         views = _part(piece, arrays)
         plan = self._plan(piece, arrays[0], *map(Place.of, views[:3]))
         if plan is None:
@@ -53,7 +66,7 @@ class Calls:
         return call
 
     def backward(self, piece: Piece, *arrays: Array) -> Call | None:
-        """Return what computes a piece backward, on arrays of these shapes; None where cuDNN can't."""
+        """Return what computes a piece backward, on arrays of these shapes; None where there is no plan."""
         views = _part(piece, arrays)
         q, k, v, d_out, lse, delta, d_q, d_k, d_v, *known = views
         rows, dtype = q.shape[:3], q.dtype
@@ -104,9 +117,9 @@ class Calls:
 
         return forward if len(arrays) == FORWARD else backward
 
-    def _plan(self, piece: Piece, q: Array, *places: Place) -> Graph | None:
+    def _plan(self, piece: Piece, q: Array, *places: Place) -> Plan | None:
         scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
-        return build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *places)
+        return self.build(cupy.cuda.Device().id, q.dtype.name, float(scale), piece.causal, piece.left, *places)
 
 
 def _part(piece: Piece, arrays: Sequence[Array]) -> list[Array]:

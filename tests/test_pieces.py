@@ -1,4 +1,4 @@
-"""The pieces that a block is cut into for cuDNN: this needs neither a GPU nor CuPy."""
+"""The pieces that a block is cut into for a library: this needs neither a GPU nor CuPy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpiattn.kernels.cudnn.pieces import MOST_PIECES, SQUARE, Piece, pieces
+from mpiattn.kernels.pieces.cut import MOST_PIECES, SQUARE, Piece, pieces
 from mpiattn.problems import layout
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Mask, Positions, allowed, parse

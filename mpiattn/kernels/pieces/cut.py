@@ -1,4 +1,4 @@
-"""Pieces that a block is cut into: rectangles that cuDNN can do, whole ones or bounded by diagonals.
+"""Pieces that a block is cut into: rectangles that a library can do, whole ones or bounded by diagonals.
 
 Blocks of the zigzag and striped layouts under a causal mask, and those of sliding windows, take one or two.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiattn.problems.block import Block
 
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
-SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: cuDNN is faster at squares
+SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: libraries are faster at squares
 
 
 class Piece(NamedTuple):
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 def pieces(start: NDArray[np.int32], stop: NDArray[np.int32], block: Block) -> list[Piece] | None:
-    """Cut a block into pieces that cuDNN can do, or return None where they would be too many.
+    """Cut a block into pieces that a library can do, or return None where they would be too many.
 
     Parameters
     ----------

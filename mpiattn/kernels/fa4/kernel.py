@@ -1,0 +1,26 @@
+"""Block attention on one rank by FlashAttention-4."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from ..pieces.kernel import PieceKernel
+from .plans import build
+
+
+class Fa4Kernel(PieceKernel):
+    """Attention of one rank's block by FlashAttention-4; parameters as `PieceKernel`'s.
+
+    Parameters
+    ----------
+    deterministic : bool
+        Whether d_q, and with fewer K/V heads d_k and d_v, are added up in one order: else their last bits differ from
+        run to run.
+    """
+
+    def __init__(
+        self, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True, deterministic: bool = False
+    ) -> None:
+        super().__init__("fa4", functools.partial(build, deterministic=deterministic), scale, dtype, rounds)

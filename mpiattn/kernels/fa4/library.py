@@ -1,0 +1,92 @@
+"""FlashAttention-4: whether it is there, and which problems it can do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+from mpiattn.problems.problem import Problem
+
+Interface = Any  # the library's module `flash_attn.cute.interface`
+
+NEEDED = "torch", "tvm_ffi", "cutlass", "flash_attn.cute"
+QUEUES = "_flash_attn_fwd", "_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert"
+"""The library's functions that compile kernels and queue them; each keeps them in its `compile_cache`."""
+
+LARGEST_HEAD = {9: 256, 10: 128}
+"""By the generation of the chip: Hopper, and Blackwell of data centers."""
+
+WIDE_HEADS = (192, 128), (256, 256)
+"""Pairs of head_dim and v_head_dim beyond, on Blackwell."""
+
+
+@functools.cache
+def loaded() -> tuple[Interface, str]:
+    """Return the library's module, or None and why it can't be used."""
+    for name in NEEDED:
+        if not installed(name):
+            return None, f"{name} is not installed: pip install 'mpiattn[fa4]'"
+    # A kernel compiles for seconds: the library then keeps it on disk, for the next process too.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from flash_attn.cute import interface
+    except Exception as error:
+        return None, f"flash_attn.cute does not load ({error})"
+    if not all(hasattr(getattr(interface, name, None), "compile_cache") for name in QUEUES):
+        return None, "this version of flash-attn-4 is another one than the kernel knows: pip install 'mpiattn[fa4]'"
+    return interface, ""
+
+
+def installed(name: str) -> bool:
+    """Return whether a module can be found; it is not imported, but its parents are."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def unusable() -> str:
+    """Return why FlashAttention-4 can't be used on the current GPU, the empty string if it can."""
+    return unknown(generation()) or loaded()[1]
+
+
+def unable(problem: Problem, scale: float | None = None) -> str:
+    """Return why FlashAttention-4 can't do a problem on the current GPU, the empty string if it can."""
+    if problem.dtype.name not in ("float16", "bfloat16"):
+        return f"FlashAttention-4 attends in float16 and bfloat16, not {problem.dtype.name}"
+    if scale is not None and scale <= 0:
+        return f"FlashAttention-4 needs a scale above zero, not {scale}"
+    chip = generation()
+    return unknown(chip) or unfit(chip, problem) or loaded()[1]
+
+
+def generation() -> int:
+    """Return the generation of the current GPU: 9 is Hopper."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability) // 10
+
+
+def unknown(chip: int) -> str:
+    """Return why chips of a generation can't do it, the empty string if they can."""
+    return "" if chip in LARGEST_HEAD else f"FlashAttention-4 needs a chip of generation 9 or 10 to go back, not {chip}"
+
+
+def unfit(chip: int, problem: Problem) -> str:
+    """Return what is wrong with a problem's heads for chips of a generation, the empty string if nothing is."""
+    dims = problem.head_dim, problem.v_head_dim
+    largest = LARGEST_HEAD[chip]
+    for name, dim in zip(("head_dim", "v_head_dim"), dims, strict=True):
+        if (dim % 8 or dim > largest) and (chip == 9 or dims not in WIDE_HEADS):
+            return f"FlashAttention-4 needs a {name} of 8, 16, ..., {largest} on this chip, not {dim}"
+    if chip == 9 and dims[0] != dims[1]:  # what compiles; the library does not say
+        if any(dim % 64 for dim in dims) or dims[1] > dims[0]:
+            return f"FlashAttention-4 needs one head_dim, or multiples of 64 with a smaller v_head_dim, not {dims}"
+        if problem.heads != problem.kv_heads:
+            return "FlashAttention-4 needs as many K/V heads as query heads where v_head_dim is not head_dim"
+    return ""
