@@ -30,7 +30,7 @@ from mpiattn.costs import COSTS
 from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError
 from mpiattn.kernels.contract import Kernel
-from mpiattn.kernels.fa4.library import unusable
+from mpiattn.kernels.flash4.library import unusable
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
 from mpiattn.messages.device.probe import takes_device_memory
@@ -260,7 +260,7 @@ def test_gradients_added_up_in_one_order_are_the_same_bits(mask: str, kv_heads: 
 
     case = Case(tokens=2048, heads=4, kv_heads=kv_heads, head_dim=128, v_head_dim=128, dtype="bfloat16", mask=mask)
     whole = posed(case, 1)
-    kernel = chosen_or_skip("fa4", whole, None, None, None, True, True)
+    kernel = chosen_or_skip("flash4", whole, None, None, None, True, True)
     rng = np.random.default_rng(0)
     shapes = [(1, heads, 2048, 128) for heads in (4, kv_heads, kv_heads, 4)]
     q, k, v, d_out = (cupy.asarray(rng.standard_normal(shape).astype(whole.dtype)) for shape in shapes)
@@ -352,7 +352,7 @@ def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wro
 )
 def test_commands(comm: Any, xp: Any, mpi_tmp_path: Any, command: str) -> None:
     name, *words = command.format(folder=mpi_tmp_path).split()
-    if "fa4" in words and unusable():
+    if "flash4" in words and unusable():
         pytest.skip(unusable())
     assert cli.COMMANDS[name][0].main(cli.parser().parse_args([name, *words]), comm) == 0
 

@@ -47,7 +47,7 @@ def test_numpy_unless_gpus_are_asked_for(comm: Any, command: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
-@pytest.mark.parametrize("words", ["--arrays cupy", "--kernel cupy", "--kernel cudnn", "--kernel fa4"])
+@pytest.mark.parametrize("words", ["--arrays cupy", "--kernel cupy", "--kernel cudnn", "--kernel flash4"])
 def test_without_a_gpu_every_rank_says_what_to_install(comm: Any, words: str) -> None:
     for command in COMMANDS:
         with pytest.raises(

@@ -109,6 +109,6 @@ def there(name: str) -> bool:
 
 
 print(f"machine: {cp.cuda.runtime.getDeviceProperties(0)['name'].decode()}; {kernels.on_gpus()}")
-chosen = [name for name in sys.argv[1:] or ("fa4", "cudnn") if there(name)]
+chosen = [name for name in sys.argv[1:] or ("flash4", "cudnn") if there(name)]
 for shape in SHAPES:
     measure(chosen, *shape)

@@ -21,7 +21,7 @@ from mpiattn import arrays
 from mpiattn.arrays.cupy import rows
 from mpiattn.arrays.operations import cast
 from mpiattn.kernels.cudnn.kernel import CudnnKernel
-from mpiattn.kernels.fa4.kernel import Fa4Kernel
+from mpiattn.kernels.flash4.kernel import Flash4Kernel
 from mpiattn.kernels.pieces import cut
 from mpiattn.kernels.pieces.kernel import PieceKernel
 from mpiattn.problems.block import Block
@@ -29,7 +29,7 @@ from mpiattn.problems.mask import Causal
 
 HEADS, DIM = 32, 128
 BFLOAT16 = arrays.dtype("bfloat16")
-KERNELS: dict[str, type[CudnnKernel | Fa4Kernel]] = {"cudnn": CudnnKernel, "fa4": Fa4Kernel}
+KERNELS: dict[str, type[CudnnKernel | Flash4Kernel]] = {"cudnn": CudnnKernel, "flash4": Flash4Kernel}
 NAME = (*sys.argv[1:], "cudnn")[0]
 
 

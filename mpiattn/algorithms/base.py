@@ -71,15 +71,15 @@ class Attention:
         How partial sums (out, dQ, dK, dV) travel: as they are added up, in float32 or wider, or rounded to the dtype
         of q for each hop, which halves their bytes with float16 and bfloat16 and adds its rounding error. In
         allgather, decode and tensor_parallel they are always wide.
-    kernel : {"numpy", "torch", "cupy", "cudnn", "fa4"}, optional
+    kernel : {"numpy", "torch", "cupy", "cudnn", "flash4"}, optional
         What computes a block. By default the fastest that can do the problem at hand. "numpy" and "cupy" are right for
-        scores of any size; "fa4", "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
+        scores of any size; "flash4", "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
         docs/limits.md.
     gpu_messages : {"auto", "device", "host"}
         Whether messages between GPUs are of device memory or go through the host's. By default the first,
         if the MPI library turns out to take it.
     deterministic : bool
-        Whether gradients are the same bits from run to run on GPUs, too: "cudnn" can't, "fa4" is slower then.
+        Whether gradients are the same bits from run to run on GPUs, too: "cudnn" can't, "flash4" is slower then.
 
     Raises
     ------

@@ -12,17 +12,17 @@ from ..problems.problem import Problem
 from ..problems.scalars import check_name
 from .contract import Kernel
 
-KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn", "fa4")}
+KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn", "flash4")}
 """The kernels for each kind of arrays, the one that can do everything first."""
 
-FASTEST_FIRST = "fa4", "cudnn"
+FASTEST_FIRST = "flash4", "cudnn"
 """Kernels on GPUs that are tried before "cupy"."""
 
 ORDER = "fixed order of sums"
 LACKS = {
     "torch": {"softcap", "dropout", ORDER},
     "cudnn": {"softcap", "dropout", ORDER},
-    "fa4": {"softcap", "dropout"},
+    "flash4": {"softcap", "dropout"},
 }
 """Features, of these three, that a kernel lacks."""
 
@@ -46,7 +46,7 @@ def choose(
     problem : Problem
     scale, softcap
         See `algorithms.base.Attention`.
-    name : {"numpy", "torch", "cupy", "cudnn", "fa4"}, optional
+    name : {"numpy", "torch", "cupy", "cudnn", "flash4"}, optional
     dropout : Dropout, optional
         What the kernel will have to drop; it is told at each call.
     rounds : bool
@@ -97,14 +97,14 @@ def _by_library(
 ) -> tuple[str, Kernel | None]:
     """Return why a library's kernel can't do a problem, or the kernel."""
     kernel: Kernel | None = None
-    if name == "fa4":
-        from .fa4.library import unable
+    if name == "flash4":
+        from .flash4.library import unable
 
         reason = unable(problem, scale)
         if not reason:
-            from .fa4.kernel import Fa4Kernel
+            from .flash4.kernel import Flash4Kernel
 
-            kernel = Fa4Kernel(scale, problem.dtype, rounds, deterministic)
+            kernel = Flash4Kernel(scale, problem.dtype, rounds, deterministic)
     else:
         from .cudnn import library
 
@@ -123,13 +123,13 @@ def on_gpus() -> str:
     if not gpus():
         return "none: CuPy finds no GPU"
     from .cudnn.library import loaded
-    from .fa4.library import unusable
+    from .flash4.library import unusable
 
     cudnn, without_cudnn = loaded()
-    without_fa4 = unusable()
-    there = [] if without_fa4 else [f"fa4 {version('flash-attn-4')}"]
+    without_flash4 = unusable()
+    there = [] if without_flash4 else [f"flash4 {version('flash-attn-4')}"]
     if cudnn is not None:
         there.append(f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}")
-    missing = [f"no {name}: {why}" for name, why in (("fa4", without_fa4), ("cudnn", without_cudnn)) if why]
+    missing = [f"no {name}: {why}" for name, why in (("flash4", without_flash4), ("cudnn", without_cudnn)) if why]
     kernels = f"{'; else '.join(there)}: float16, bfloat16; else cupy" if there else "cupy"
     return "; ".join([kernels, *missing])

@@ -28,7 +28,7 @@ from ...problems.problem import PARTIALS
 from .. import chosen, gpu, terminal
 from ..env.environment import environment
 from ..root import on_root
-from . import torch_fa4
+from . import torch_flash4
 from .contenders import PASSES, Contender, Setting, algorithm, one_call
 from .torch_parallel import torch_contenders
 
@@ -141,9 +141,11 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
     """Return the speeds and fractions as a table."""
     by_name = {contender.name: contender for contender in contenders}
     torch = [contender for contender in contenders if contender.name.startswith("torch context_parallel")]
-    others = {"x torch\nparallel": [contender for contender in torch if not contender.name.endswith(torch_fa4.LABEL)]}
+    others = {
+        "x torch\nparallel": [contender for contender in torch if not contender.name.endswith(torch_flash4.LABEL)]
+    }
     if len(torch) > len(others["x torch\nparallel"]):
-        others["x torch\nwith FA4"] = [contender for contender in torch if contender.name.endswith(torch_fa4.LABEL)]
+        others["x torch\nwith FA4"] = [contender for contender in torch if contender.name.endswith(torch_flash4.LABEL)]
     rows = []
     for contender in contenders:
         row: list[Any] = [contender.name]

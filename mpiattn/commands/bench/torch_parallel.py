@@ -15,7 +15,7 @@ import numpy as np
 
 from ...messages.message import Communicator
 from ...problems.mask import Causal
-from . import torch_fa4
+from . import torch_flash4
 from .contenders import Contender, Setting
 
 Tensor = Any  # torch's, which is imported where there is one
@@ -77,8 +77,8 @@ def torch_contenders(setting: Setting) -> list[Contender]:
     near = [random(setting.tokens // size) for _ in "qkv"]
     fraction = size * 4.0 * (setting.tokens // size) ** 2 * heads * dim / (2 if causal else 1) / setting.operations
     kernels = {"": SDPBackend.CUDNN_ATTENTION}
-    if all(comm.allgather(torch_fa4.offered())):
-        kernels[torch_fa4.LABEL] = SDPBackend.FLASH_ATTENTION
+    if all(comm.allgather(torch_flash4.offered())):
+        kernels[torch_flash4.LABEL] = SDPBackend.FLASH_ATTENTION
     return [
         *(
             Contender(

@@ -1,4 +1,4 @@
-"""Block attention on one rank by a library's fused attention, on CuPy arrays: what the kernels cudnn and fa4 share.
+"""Block attention on one rank by a library's fused attention, on CuPy arrays: what the kernels cudnn and flash4 share.
 
 Each module uses those above it only:
 

@@ -10,7 +10,7 @@ from ..pieces.kernel import PieceKernel
 from .plans import build
 
 
-class Fa4Kernel(PieceKernel):
+class Flash4Kernel(PieceKernel):
     """Attention of one rank's block by FlashAttention-4; parameters as `PieceKernel`'s.
 
     Parameters
@@ -23,4 +23,4 @@ class Fa4Kernel(PieceKernel):
     def __init__(
         self, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True, deterministic: bool = False
     ) -> None:
-        super().__init__("fa4", functools.partial(build, deterministic=deterministic), scale, dtype, rounds)
+        super().__init__("flash4", functools.partial(build, deterministic=deterministic), scale, dtype, rounds)

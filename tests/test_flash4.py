@@ -21,8 +21,8 @@ from mpiattn.arrays import Array
 from mpiattn.arrays.cupy.place import Place
 from mpiattn.arrays.softmax import merge
 from mpiattn.errors import InputError
-from mpiattn.kernels.fa4 import launches, library, memory, plans
-from mpiattn.kernels.fa4.memory import Layout
+from mpiattn.kernels.flash4 import launches, library, memory, plans
+from mpiattn.kernels.flash4.memory import Layout
 from mpiattn.kernels.numpy.kernel import NumpyKernel
 from mpiattn.kernels.pieces.cut import pieces
 from mpiattn.problems import layout
@@ -376,14 +376,14 @@ def test_the_fastest_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernels, "_by_library", by_library)
     chosen: Callable[..., Any] = kernels.choose
-    assert chosen("cupy", posed("bfloat16")) == chosen("cupy", posed("bfloat16"), None, "fa4") == "fa4"
+    assert chosen("cupy", posed("bfloat16")) == chosen("cupy", posed("bfloat16"), None, "flash4") == "flash4"
     assert chosen("cupy", posed("bfloat16"), None, "cudnn") == "cudnn"
-    assert chosen("cupy", posed("bfloat16"), deterministic=True) == "fa4"
-    lacks["fa4"] = "torch is not installed"
+    assert chosen("cupy", posed("bfloat16"), deterministic=True) == "flash4"
+    lacks["flash4"] = "torch is not installed"
     assert chosen("cupy", posed("bfloat16")) == "cudnn"
-    with pytest.raises(InputError, match="kernel 'fa4' can't do this: torch is not installed; kernel 'cupy' can"):
-        chosen("cupy", posed("bfloat16"), None, "fa4")
-    with pytest.raises(InputError, match="kernel 'cudnn' has no fixed order of sums: numpy, cupy, fa4 can"):
+    with pytest.raises(InputError, match="kernel 'flash4' can't do this: torch is not installed; kernel 'cupy' can"):
+        chosen("cupy", posed("bfloat16"), None, "flash4")
+    with pytest.raises(InputError, match="kernel 'cudnn' has no fixed order of sums: numpy, cupy, flash4 can"):
         chosen("cupy", posed("bfloat16"), None, "cudnn", deterministic=True)
-    with pytest.raises(InputError, match="kernel 'fa4' has no softcap: numpy, cupy can"):
-        chosen("cupy", posed("bfloat16"), None, "fa4", softcap=20.0)
+    with pytest.raises(InputError, match="kernel 'flash4' has no softcap: numpy, cupy can"):
+        chosen("cupy", posed("bfloat16"), None, "flash4", softcap=20.0)

@@ -58,7 +58,7 @@ class Plan:
 
     def __call__(self, scratch: Scratch, *pointers: int) -> None:
         """Queue the work on the current stream; pointers in the order of the stand-ins."""
-        pointers = (*pointers, *scratch.buffers(self.sizes, "fa4 "))
+        pointers = (*pointers, *scratch.buffers(self.sizes, "flash4 "))
         stream = memory.current_stream()
         for number in self.cleared:
             memory.clear(pointers[number], self.layouts[number].nbytes, stream)

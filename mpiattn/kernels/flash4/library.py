@@ -28,7 +28,7 @@ def loaded() -> tuple[Interface, str]:
     """Return the library's module, or None and why it can't be used."""
     for name in NEEDED:
         if not installed(name):
-            return None, f"{name} is not installed: pip install 'mpiattn[fa4]'"
+            return None, f"{name} is not installed: pip install 'mpiattn[flash4]'"
     # A kernel compiles for seconds: the library then keeps it on disk, for the next process too.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
@@ -38,7 +38,7 @@ def loaded() -> tuple[Interface, str]:
     except Exception as error:
         return None, f"flash_attn.cute does not load ({error})"
     if not all(hasattr(getattr(interface, name, None), "compile_cache") for name in QUEUES):
-        return None, "this version of flash-attn-4 is another one than the kernel knows: pip install 'mpiattn[fa4]'"
+        return None, "this version of flash-attn-4 is another one than the kernel knows: pip install 'mpiattn[flash4]'"
     return interface, ""
 
 
