@@ -73,8 +73,8 @@ class Attention:
         allgather, decode and tensor_parallel they are always wide.
     kernel : {"numpy", "torch", "cupy", "cudnn", "flash4"}, optional
         What computes a block. By default the fastest that can do the problem at hand. "numpy" and "cupy" are right for
-        scores of any size; "flash4", "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000: see
-        docs/limits.md.
+        scores of any size; "flash4", "cudnn" and "torch" have them in float32, and are 1e-3 off where they are 10,000:
+        see docs/limits.md.
     gpu_messages : {"auto", "device", "host"}
         Whether messages between GPUs are of device memory or go through the host's. By default the first,
         if the MPI library turns out to take it.

@@ -141,11 +141,10 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
     """Return the speeds and fractions as a table."""
     by_name = {contender.name: contender for contender in contenders}
     torch = [contender for contender in contenders if contender.name.startswith("torch context_parallel")]
-    others = {
-        "x torch\nparallel": [contender for contender in torch if not contender.name.endswith(torch_flash4.LABEL)]
-    }
-    if len(torch) > len(others["x torch\nparallel"]):
-        others["x torch\nwith FA4"] = [contender for contender in torch if contender.name.endswith(torch_flash4.LABEL)]
+    with_flash4 = [contender for contender in torch if contender.name.endswith(torch_flash4.LABEL)]
+    others = {"x torch\nparallel": [contender for contender in torch if contender not in with_flash4]}
+    if with_flash4:
+        others["x torch\nwith FA4"] = with_flash4
     rows = []
     for contender in contenders:
         row: list[Any] = [contender.name]

@@ -36,9 +36,9 @@ def offered() -> bool:
     try:
         import torch
         from torch.nn import functional
-        from torch.nn.attention import SDPBackend, _flash4, sdpa_kernel
+        from torch.nn.attention import SDPBackend, _fa4, sdpa_kernel
 
-        _held.append(_flash4.register_flash_attention_fa4(__name__))
+        _held.append(_fa4.register_flash_attention_fa4(__name__))
         q, k, v = (torch.randn(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
