@@ -23,8 +23,17 @@ BLOCK = re.compile(r"<!-- (transcript|commands|file): (\S+) -->\n```\w*\n(.*?)``
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # with its continuation lines
 INSTALLS = re.compile(r"(pip|git|cd|bash|apt|sudo|module|source|python3? -m venv)\b|\. ")
 PROGRESS = re.compile(r"^\w+ \d+ of \d+: .*\n", re.MULTILINE)  # a bar that goes away where there is a terminal
-OTHERWISE = ("PYTHONUNBUFFERED", "PYTEST_ADDOPTS")  # without a buffer, the ranks' lines mix; pytest prints other lines
+# What MPICH's launcher says at the end of a job that a rank has ended with an abort: one of these, several or none. It
+# depends on whether the ranks are gone before the launcher has heard of the abort.
+LAUNCHER = re.compile(
+    r"(Abort\(\d+\) on node |=+$|=   \S|\[(mpiexec|proxy)[@:]|YOUR APPLICATION TERMINATED WITH THE EXIT STRING: "
+    r"|This typically refers to a problem with your application|Please see the FAQ page for debugging suggestions)"
+)
+# What changes what is printed. Without a buffer the ranks' lines mix. pytest shows colours and, with CI=true or a
+# BUILD_NUMBER, the whole of each failure once more at the end.
+OTHERWISE = ("PYTHONUNBUFFERED", "PYTEST_ADDOPTS", "FORCE_COLOR", "PY_COLORS", "CI", "BUILD_NUMBER")
 SECONDS = 120
+WIDTH = 200  # of a line of difference
 
 
 def main() -> None:
@@ -39,17 +48,18 @@ def main() -> None:
     if arguments.print:
         print(block(pages, arguments.print), end="")
         return
-    wrong = 0
+    differences: list[str] = []
     for page in pages:
         before = page.read_text()
         after = remade(before)
-        differences = list(difflib.unified_diff(structure(before), structure(after), str(page), "as run now", n=1))
-        print(f"{page}: {len(differences)} lines of difference" if differences else f"{page}: as run now")
-        sys.stdout.writelines(f"{line}\n" for line in differences)
-        wrong += bool(differences)
+        found = list(difflib.unified_diff(structure(before), structure(after), str(page), "as run now", "", "", 1, ""))
+        print(f"{page}: {len(found)} lines of difference" if found else f"{page}: as run now", flush=True)
+        differences += found
         if not arguments.check:
             page.write_text(after)
-    sys.exit(bool(wrong and arguments.check))
+    # Last: of a long log, often only the end is kept.
+    sys.stdout.writelines(f"{line[:WIDTH]}\n" for line in differences)
+    sys.exit(bool(differences and arguments.check))
 
 
 def block(pages: list[Path], name: str) -> str:
@@ -86,27 +96,33 @@ def remade(page: str) -> str:
 
 
 def printed(command: str, folder: Path) -> str:
-    """Return what a command prints, on stdout and stderr."""
+    """Return what a command prints: standard error, then standard output.
+
+    They have pipes of their own: through one, a launcher hands both on in any order, and one within the other's line.
+    """
     environ = {name: value for name, value in os.environ.items() if name not in OTHERWISE} | {"COLUMNS": "110"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=SECONDS,
+        ["bash", "-c", command], cwd=folder, env=environ, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, errors="replace", timeout=SECONDS,
     )  # fmt: skip
-    text = PROGRESS.sub("", done.stdout.replace(f"{folder}/", ""))
+    text = PROGRESS.sub("", f"{done.stderr}{done.stdout}".replace(f"{folder}/", ""))
     return re.sub(r"\s*\n", "\n", f"{text}\n").lstrip("\n")  # no blank lines, no blanks at the end of a line
 
 
 def structure(page: str) -> list[str]:
-    """Return the lines of the transcripts without what differs from run to run."""
+    """Return the lines of the transcripts without what differs from run to run and from machine to machine.
+
+    That is numbers, widths, the order of lines, as ranks print when they come to it, and what a launcher adds.
+    """
     lines = []
     for kind, name, text in BLOCK.findall(page):
         if kind == "transcript":
+            text = "".join(line for line in text.splitlines(keepends=True) if not LAUNCHER.match(line))
             text = re.sub(r"0x[0-9a-f]+", "0", text)
             text = re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "0", text)
             text = re.sub(r"([-=_.])\1+|[ \t]+", lambda match: match[0][0], text)
             commands = [line for line in text.splitlines() if line.startswith("$")]
-            # MPICH's line about an abort does not always get out before the launcher ends.
-            others = sorted(line.strip() for line in text.splitlines() if not line.startswith(("$", "Abort(")))
+            others = sorted(line.strip() for line in text.splitlines() if not line.startswith("$"))
             lines += [f"[{name}]", *commands, *others]
     return lines
 

@@ -30,10 +30,10 @@ three.py
 """
 
 
-def readme(*arguments: object) -> subprocess.CompletedProcess[str]:
+def readme(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # Debian has no python without a 3
     words = [sys.executable, str(README), *map(str, arguments)]
-    return subprocess.run(words, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    return subprocess.run(words, env=os.environ | {"PATH": path} | environ, capture_output=True, text=True)
 
 
 def test_check(tmp_path: Path) -> None:
@@ -46,6 +46,21 @@ def test_check(tmp_path: Path) -> None:
     page.write_text(page.read_text().replace("three: 1.5", "four: 1.5"))
     done = readme("--check", page)
     assert done.returncode == 1 and "-four: 0 s" in done.stdout and "+three: 0 s" in done.stdout
+
+
+def test_what_may_differ(tmp_path: Path) -> None:
+    """What MPICH's launcher adds after an abort, and what pytest does where CI=true; a difference is printed last."""
+    said = "Abort(1) on node 1 (rank 1 in comm 0): application called MPI_Abort"
+    banner = r"\n=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES\n".center(140, "=")
+    command = f'$ printf "{banner}\\n" >&2; echo "${{CI-none}}"\n'
+    page, later = tmp_path / "page.md", tmp_path / "later.md"
+    page.write_text(f"<!-- transcript: abort -->\n```console\n{command}none\n{said}\n```\n")
+    later.write_text("Nothing to run.\n")
+    done = readme("--check", page, later, CI="true")
+    assert done.returncode == 0, done.stdout
+    page.write_text(page.read_text().replace("none\nAbort", "some\nAbort"))
+    done = readme("--check", page, later, CI="true")
+    assert done.returncode == 1 and done.stdout.splitlines()[-2:] == ["-some", "+none"], done.stdout
 
 
 def test_make(tmp_path: Path) -> None:
