@@ -40,31 +40,16 @@ color=no # not auto: pytest writes to a pipe, and Open MPI gives the ranks a ter
 [[ -t 1 ]] && color=yes
 pytest_args+=("--color=$color")
 
-passed=0 failed=0 report='' failures=''
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-
-# tier NAME COMMAND...: run a command, go on when it fails, and remember the end of what it printed.
-tier() {
-    local name=$1 start=$SECONDS status=0
-    shift
-    printf '\n===== %s\n' "$name"
-    "$@" > >(tee "$log") 2>&1 || status=$?
-    sleep 0.2 # for tee; to wait for it would be to wait for whatever a test has left behind
-    # 5: no tests. Fine when arguments of the caller's left none, a mistake otherwise.
-    if ((status == 0 || (status == 5 && selected))); then
-        passed=$((passed + 1))
-        report+="passed  $name ($((SECONDS - start)) s)"$'\n'
-    else
-        failed=$((failed + 1))
-        failures+=$'\n'"===== FAILED: $name"$'\n'"$(tail -n 60 "$log")"$'\n'
-        report+="FAILED  $name ($((SECONDS - start)) s)"$'\n'
-    fi
-}
+# shellcheck source=run/tier.sh
+source "$root/run/tier.sh"
+sessions=$(mktemp -d)
+trap 'rm -rf "$log" "$sessions"' EXIT
 selected=$#
 
 python=$(find_python "$python")
 mpi_settings
+# Open MPI's launcher can't start where files are left of one that was killed and had the same process id.
+export PRTE_MCA_prte_tmpdir_base=$sessions
 cd "$root"
 first=${mpis%% *}
 for mpi in $mpis; do
@@ -117,6 +102,4 @@ if [[ $mpis == 'mpich openmpi' && -z $ranks ]]; then
     tier "pytest, Intel MPI: faults" "$root/.venv-impi/bin/python" -m pytest "${pytest_args[@]}" tests/test_watch.py
 fi
 
-# Again, and last: of a long log, often only the end is kept.
-printf '%s\n%s\ntiers: %d passed, %d failed\n' "$failures" "$report" "$passed" "$failed"
-((failed == 0))
+summary

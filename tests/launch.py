@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +34,11 @@ OPEN_MPI = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",  # jobs side by side would all bind to the first cores
 }
 
+NOT_STARTED = "The PMIx server's listener thread failed to start"
+"""Open MPI's launcher says this when it can't start, and no rank has. It tells nothing of what it was to start."""
+
+STARTS = 3
+
 
 def inherited() -> dict[str, str]:
     """Return the environment, without what the launcher of this rank has put there, and without SLOW."""
@@ -39,7 +47,18 @@ def inherited() -> dict[str, str]:
 
 def environ(**more: str) -> dict[str, str]:
     """Return the environment for an mpiexec, any library's, with more."""
-    return inherited() | {"OMP_NUM_THREADS": "1"} | OPEN_MPI | more
+    # Open MPI's launcher keeps files in a folder with its process id for a name, and can't start where an earlier one's
+    # is left, which was killed and had the same id. So each has a place of its own.
+    place = tempfile.mkdtemp(dir=sessions())
+    return inherited() | {"OMP_NUM_THREADS": "1", "PRTE_MCA_prte_tmpdir_base": place} | OPEN_MPI | more
+
+
+@functools.cache
+def sessions() -> str:
+    """Return a folder for the files of launchers, which is gone when this process ends."""
+    folder = tempfile.mkdtemp(prefix="mpiattn-launch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def mpiexec_path() -> str:
@@ -63,6 +82,17 @@ def mpiexec(
     Raises TimeoutError with what was printed so far, after having ended every process of the job.
     """
     argv = [mpiexec_path(), "-n", str(n), *map(str, command)]
+    for _ in range(STARTS):
+        done = started(argv, timeout, env, cwd)
+        if done.returncode == 0 or NOT_STARTED not in done.stderr:
+            break
+    return done
+
+
+def started(
+    argv: list[str], timeout: float, env: Mapping[str, str] | None, cwd: Path | None
+) -> subprocess.CompletedProcess[str]:
+    """Start a launcher once."""
     with subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
