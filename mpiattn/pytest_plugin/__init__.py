@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .all_ranks import COMM, FAILED, AllRanks
+from .all_ranks import COMM, FAILED, SKIPPED, AllRanks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -88,6 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 continue
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+                item.stash[SKIPPED] = True
         elif "comm" in getattr(item, "fixturenames", ()):
             errors.append(f"{item.nodeid}: uses comm without @pytest.mark.mpi")
         elif not {"mpi_skip", "mpi_xfail"} & set(item.keywords) and (size > 1 or config.option.only_mpi):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 COMM: pytest.StashKey[MPI.Intracomm] = pytest.StashKey()
 TIMER: pytest.StashKey[threading.Timer] = pytest.StashKey()
 FAILED: pytest.StashKey[bool] = pytest.StashKey()
+SKIPPED: pytest.StashKey[bool] = pytest.StashKey()
+"""By the number of ranks: on all of them, which have nothing to tell each other."""
 
 
 class AllRanks:
@@ -56,7 +58,7 @@ class AllRanks:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
         """Make the communicator of a test; set up its fixtures on all ranks."""
         # Made before any fixture, where all ranks are sure to come by.
-        if "comm" in getattr(item, "fixturenames", ()):
+        if "comm" in getattr(item, "fixturenames", ()) and SKIPPED not in item.stash:
             item.stash[COMM] = self.referee.world.Dup()
         yield from self.together(item, "setup")
 
@@ -73,6 +75,9 @@ class AllRanks:
     def together(self, item: pytest.Item, phase: str) -> Generator[None, None, None]:
         """Run a phase of a test; raise on all ranks if it raised on one."""
         __tracebackhide__ = True
+        if SKIPPED in item.stash:
+            yield
+            return
         outcome, text = Outcome.PASSED, ""
         error: BaseException | None = None
         try:
