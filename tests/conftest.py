@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     deselected = []
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item.module, "mpiexec"):
+        starts = isinstance(item, pytest.Function) and hasattr(item.module, "mpiexec")
+        if starts and not item.get_closest_marker("any_mpi"):
             item.add_marker(pytest.mark.launch)  # forgotten, the test would be left out with a second MPI
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             deselected.append(item)

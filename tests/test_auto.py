@@ -181,6 +181,7 @@ def mpiattn_(n: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     return mpiexec(n, sys.executable, "-m", "mpiattn", *arguments, timeout=90)
 
 
+@pytest.mark.any_mpi
 def test_run_and_compare(tmp_path: Path) -> None:
     small = ("--tokens", "37", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--seed", "3")
     output = tmp_path / "out.safetensors"

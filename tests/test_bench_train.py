@@ -30,6 +30,7 @@ def plan(*words: str) -> Plan:
     return train.given(asked(*words))[0]
 
 
+@pytest.mark.any_mpi
 def test_bench_train(tmp_path: Path) -> None:
     words = ("--steps", "3", "--machine", "laptop", "--seed", "1", "--json", tmp_path / "t.json")
     done = mpiexec(2, sys.executable, "-m", "mpiattn", "bench", "train", *SMALL, *words)
@@ -48,6 +49,7 @@ def test_bench_train(tmp_path: Path) -> None:
         assert f"{one['predicted']:.4g}" in done.stdout and f"{one['rate']:.4g}" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_without_a_machine_nothing_is_predicted() -> None:
     done = mpiexec(1, sys.executable, "-m", "mpiattn", "bench", "train", *SMALL, "--steps", "1", "--batch", "2")
     assert done.returncode == 0 and "tokens a step 2 x 32" in done.stdout and "predicted" not in done.stdout

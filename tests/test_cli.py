@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from launch import inherited, mpiexec
 from safetensors.numpy import load_file, save_file
 
+from mpiattn.commands import cli
 from mpiattn.commands.compare import command as compare
 from mpiattn.conformance import oracle
 from mpiattn.problems.mask import Causal
@@ -80,18 +83,21 @@ def test_run(tmp_path: Path, suffix: str, algorithm: str) -> None:
         assert oracle.error(results[name], right) < 1e-10
 
 
+@pytest.mark.any_mpi
 def test_features() -> None:
     features = ("--softcap", "2", "--sinks", "--dropout", "0.3")
     done = mpiattn(3, "compare", "--layout", "zigzag", "--iterations", "1", *SMALL, *features)
     assert done.returncode == 0 and "  ok" in done.stdout, (done.stdout, done.stderr)
 
 
+@pytest.mark.any_mpi
 def test_conformance_of_a_variant() -> None:
     case = "dropout=0.5 sinks=True mask=window=3,0"
     done = mpiattn(2, "conformance", "--algorithms", "mesh rows=1,decode", "--case", case)
     assert done.returncode == 0 and done.stdout.startswith("4 passed, 0 failed on 2 ranks"), (done.stdout, done.stderr)
 
 
+@pytest.mark.any_mpi
 def test_shares_of_conformance_are_all_of_it() -> None:
     counts = []
     for share in ("1/1", "1/3", "2/3", "3/3"):
@@ -101,6 +107,7 @@ def test_shares_of_conformance_are_all_of_it() -> None:
     assert counts[0] == sum(counts[1:]) and min(counts) > 0
 
 
+@pytest.mark.any_mpi
 def test_bench_error(tmp_path: Path) -> None:
     """As many ranks as there are, then virtual ones, and the same bits on both."""
     files = ("--json", tmp_path / "e.json", "--plot", tmp_path / "e.png")
@@ -113,6 +120,7 @@ def test_bench_error(tmp_path: Path) -> None:
     assert (tmp_path / "e.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.any_mpi
 def test_bench_attention() -> None:
     """Also of decode, whose queries are the same on all ranks."""
     sizes = ("--tokens", "16", "--heads", "2", "--head-dim", "8", "--rounds", "1")
@@ -129,6 +137,7 @@ def test_help_appears_once() -> None:
 damaged = b"PK\x03\x04 this is no archive"
 
 
+@pytest.mark.mpi(sizes=[2])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,10 +186,35 @@ damaged = b"PK\x03\x04 this is no archive"
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_command_lines(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    for name in ("damaged.npz", "damaged.safetensors"):
-        (tmp_path / name).write_bytes(damaged)
-    np.savez(tmp_path / "k_only.npz", k=np.zeros((1, 1, 2, 2)))
+def test_wrong_command_lines(
+    comm: Any, mpi_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    """In ranks that are there already: a start for each of the many would take minutes."""
+    monkeypatch.chdir(mpi_tmp_path)
+    if comm.rank == 0:
+        for name in ("damaged.npz", "damaged.safetensors"):
+            Path(name).write_bytes(damaged)
+        np.savez("k_only.npz", k=np.zeros((1, 1, 2, 2)))
+    comm.Barrier()
+    heeded = signal.getsignal(signal.SIGINT)
+    status = cli.main(arguments)
+    signal.signal(signal.SIGINT, heeded)
+    said = "".join(comm.allgather(capsys.readouterr().err))
+    assert max(comm.allgather(status)) == 2, said  # which mpiexec hands on
+    assert said.count(message) == 1 and said.count("error:") == 1, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--algorithms", "ring,spiral"), "unknown algorithm spiral: choose from"),
+        (("compare", "--qkv", "missing.npz"), "missing.npz: no such file"),
+        (("spin",), "invalid choice: 'spin'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_status_of_wrong_command_lines(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     start = time.monotonic()
     done = mpiexec(2, sys.executable, "-m", "mpiattn", *arguments, cwd=tmp_path, timeout=60)
     assert done.returncode == 2, (done.stdout, done.stderr)
@@ -190,6 +224,7 @@ def test_wrong_command_lines(tmp_path: Path, arguments: tuple[str, ...], message
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [("1e4", "float32"), ("1e6", "float64"), ("1e6", "bfloat16")])
+@pytest.mark.any_mpi
 def test_large_scores_are_ok(scale: str, dtype: str) -> None:
     """Where dQ and dK are all but 0, and what is left is the rounding of their terms."""
     words = ("--tokens", "64", "--heads", "2", "--layout", "zigzag", "--iterations", "1")
@@ -197,6 +232,7 @@ def test_large_scores_are_ok(scale: str, dtype: str) -> None:
     assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout
 
 
+@pytest.mark.any_mpi
 def test_infinity_is_reported(tmp_path: Path) -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
     v[0, 0, 3, 1] = np.inf
@@ -206,6 +242,7 @@ def test_infinity_is_reported(tmp_path: Path) -> None:
     assert "The input has 1 infinite numbers in v" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_nan_is_reported(tmp_path: Path) -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 20, 4))
     q[0, 0, 3, 1] = np.nan
@@ -218,6 +255,7 @@ def test_nan_is_reported(tmp_path: Path) -> None:
     assert "The input has 1 NaN in q" in done.stdout and "nan" in done.stdout and "WRONG" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_a_mismatch_is_found(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
@@ -268,6 +306,7 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, fail: str, message: str) 
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.any_mpi
 def test_without_an_mpi_library(tmp_path: Path) -> None:
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py" / "__init__.py").write_text("")
@@ -280,6 +319,7 @@ def test_without_an_mpi_library(tmp_path: Path) -> None:
     assert done.returncode == 1 and "no MPI library found" in done.stderr
 
 
+@pytest.mark.any_mpi
 def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
     command = [sys.executable, "-m", "mpiattn", "schedule", "120x120"]  # more than a pipe holds
     with subprocess.Popen(

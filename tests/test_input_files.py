@@ -119,6 +119,7 @@ def test_more_heads_than_tokens_are_doubted(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.any_mpi
 def test_run_keeps_the_order_of_the_axes(tmp_path: Path, suffix: str) -> None:
     good = arrays("qkv") | {"d_out": arrays("o")["o"]}
     swapped = {name: np.ascontiguousarray(array.swapaxes(1, 2)) for name, array in good.items()}
@@ -136,6 +137,7 @@ def test_run_keeps_the_order_of_the_axes(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("option", [("--axes", "bthd"), ("--names", "a,b,c")])
+@pytest.mark.any_mpi
 def test_options_of_files_do_nothing_without_one(option: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "mpiattn", "compare", "--tokens", "8", *option]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -175,6 +177,7 @@ def test_arrays_that_do_not_fit_together(tmp_path: Path, shapes: dict[str, tuple
         (("--tokens", "8", "--seed", "-1"), "--seed is 0 or more, got -1"),
     ],
 )
+@pytest.mark.any_mpi
 def test_random_input_that_is_not_to_be_had(words: tuple[str, ...], message: str) -> None:
     parser = argparse.ArgumentParser()
     inputs.add_arguments(parser)

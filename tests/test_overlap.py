@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from launch import mpiexec
 
 
@@ -25,12 +26,14 @@ def test_bench_overlap(tmp_path: Path) -> None:
     assert pokes["wait_share"] < without["wait_share"]  # messages don't move on their own
 
 
+@pytest.mark.any_mpi
 def test_bench_overlap_refuses_one_rank() -> None:
     done = mpiexec(1, sys.executable, "-m", "mpiattn", "bench", "overlap")
     assert done.returncode == 2
     assert done.stderr.count("two or more ranks") == 1
 
 
+@pytest.mark.any_mpi
 def test_bench_overlap_refuses_nonsense() -> None:
     done = mpiexec(2, sys.executable, "-m", "mpiattn", "bench", "overlap", "--rounds", "0")
     assert done.returncode == 2

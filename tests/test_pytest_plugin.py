@@ -48,6 +48,7 @@ def test_runs_the_tests_of_mpi(options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("options", BOTH, ids=" ".join)
+@pytest.mark.any_mpi
 def test_without_mpiexec(options: tuple[str, ...]) -> None:
     done = alone(*PYTEST, *options, str(HERE / "harness/passes.py"))
     assert done.returncode == 0 and "1 passed, 2 skipped" in done.stdout
@@ -64,6 +65,7 @@ def test_markers_and_fixtures_of_pytest_mpi(options: tuple[str, ...]) -> None:
     assert done.returncode == 0 and "2 passed, 2 skipped" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_after_pytest_mpi_was_removed(tmp_path: Path) -> None:
     """Only a folder of bytecode is left."""
     (tmp_path / "pytest_mpi" / "__pycache__").mkdir(parents=True)
@@ -98,6 +100,7 @@ def test_passes_and_prints_once() -> None:
     assert done.stdout.count("test session starts") == 1
 
 
+@pytest.mark.any_mpi
 def test_reason_of_a_skip() -> None:
     assert "needs 2 or 99 ranks, here are 3" in run("passes", "-rs").stdout
 
@@ -159,6 +162,7 @@ def test_ranks_disagree_on_the_tests() -> None:
     assert "rank 2 found other tests than rank 0" in done.stdout
 
 
+@pytest.mark.any_mpi
 def test_misspelt_marks_are_rejected() -> None:
     done = run("misspelt")
     assert done.returncode == 4
@@ -168,6 +172,7 @@ def test_misspelt_marks_are_rejected() -> None:
     assert "test_unmarked: uses comm without @pytest.mark.mpi" in done.stderr
 
 
+@pytest.mark.any_mpi
 def test_no_mpi_is_imported_without_mpi_tests() -> None:
     code = (
         "import sys, pytest; sys.modules['mpi4py.MPI'] = None\n"  # importing it raises ImportError

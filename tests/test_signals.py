@@ -26,7 +26,7 @@ import os, sys, threading
 from mpiattn.commands.cli import main, world
 rank = world().rank  # MPI itself takes its time to start
 if {ranks} in (None, rank):
-    threading.Timer(4, os.kill, (os.getpid(), {number})).start()
+    threading.Timer(2, os.kill, (os.getpid(), {number})).start()
 print("so far " + str(rank))
 sys.exit(main())
 """

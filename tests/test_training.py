@@ -279,6 +279,7 @@ def train(n: int, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return mpiexec(n, sys.executable, "-m", "mpiattn", "train", *files, *more, timeout=90)
 
 
+@pytest.mark.any_mpi
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = train(2, tmp_path, "--output", str(out), "--every", "20", "--plot", str(tmp_path / "curve.png"))
@@ -296,6 +297,7 @@ def test_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)
+@pytest.mark.any_mpi
 def test_killed_and_resumed(tmp_path: Path, kills: int) -> None:
     """Killed at random moments, a run ends with the losses of one that was left alone, to the bit."""
     assert train(2, tmp_path, "--output", str(tmp_path / "alone")).returncode == 0

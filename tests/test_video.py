@@ -86,12 +86,14 @@ def share(printed: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.any_mpi
 def test_program() -> None:
     """With few frames, few steps will do."""
     assert share(run("--steps", "40")) > 95
     assert 40 < share(run("--steps", "40", "--no-attention")) < 60
 
 
+@pytest.mark.any_mpi
 def test_clip_of_a_file(program: ModuleType, tmp_path: Path) -> None:
     imageio = pytest.importorskip("imageio.v3")
     clips, answers = program.clips(FRAMES, program.HELD_OUT, 0)
@@ -114,6 +116,7 @@ def test_clip_of_a_file(program: ModuleType, tmp_path: Path) -> None:
     ("options", "message"),
     [(["--frames", "31"], "two flashes take 32 frames"), (["--clip", __file__], "--clip .*test_video.py: ")],
 )
+@pytest.mark.any_mpi
 def test_what_is_refused(options: list[str], message: str) -> None:
     done = mpiexec(2, sys.executable, EXAMPLES / "video.py", *options)
     assert done.returncode != 0 and done.stderr.count("error:") == 1 and re.search(message, done.stderr), done.stderr

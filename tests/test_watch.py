@@ -96,7 +96,7 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path) -> None:
 def test_a_command_that_is_stuck_ends(tmp_path: Path) -> None:
     words = ("compare", "--algorithms", "ring", "--iterations", "100000", "--tokens", "64", "--timeout", "2")
     code = "import os, signal, sys, threading; from mpiattn.commands.cli import main, world\n"
-    code += "if world().rank == 1: threading.Timer(4, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
+    code += "if world().rank == 1: threading.Timer(2, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
     done = mpiexec(2, sys.executable, "-c", code + "sys.exit(main())", *words, cwd=tmp_path)
     assert done.returncode != 0
     assert re.search(r"cause: rank 1 \(.*\) is stopped", done.stderr), done.stderr
