@@ -355,9 +355,11 @@ def test_what_it_can_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.unable(posed("bfloat16")) == "torch is not installed"
     monkeypatch.setattr(library, "loaded", lambda: (Double(), ""))
     assert library.unable(posed("bfloat16")) == library.unable(posed("float16", 256, 64), 2.0) == ""
-    for dims in ((64, 128), (32, 8), (128, 96)):
+    for dims in ((64, 128), (64, 32), (128, 96)):
         assert f"with a smaller v_head_dim, not {dims}" in library.unable(posed("float16", *dims))
-    assert "v_head_dim of 8, 16, ..., 256 on this chip, not 4" in library.unable(posed("float16", 8, 4))
+    assert "v_head_dim of 32, 64, ..., 256 on this chip, not 4" in library.unable(posed("float16", 32, 4))
+    for dim in (8, 16, 24, 40, 80, 112):
+        assert f"head_dim of 32, 64, ..., 256 on this chip, not {dim}" in library.unable(posed("bfloat16", dim, dim))
     assert library.unable(posed("float16", kv_heads=1)) == ""
     assert "as many K/V heads as query heads" in library.unable(posed("float16", 128, 64, kv_heads=1))
     monkeypatch.setattr(library, "generation", lambda: 10)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from mpiattn.costs import COSTS
 from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError
 from mpiattn.kernels.contract import Kernel
-from mpiattn.kernels.flash4.library import unusable
+from mpiattn.kernels.flash4.library import STEP, unusable
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
 from mpiattn.messages.device.probe import takes_device_memory
@@ -253,6 +254,24 @@ def test_calls_come_one_after_the_other_on_the_current_stream(name: str) -> None
             np.testing.assert_allclose(array, right, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_kernel_on_trial(name: str) -> None:
+    """Neither at its usual heads nor with few K/V heads is anything wrong."""
+    for kv_heads in (1, 4):
+        case = Case(heads=4, kv_heads=kv_heads, head_dim=128, v_head_dim=128, dtype="bfloat16")
+        assert chosen_or_skip(name, posed(case, 1)).name == name
+
+
+@pytest.mark.skipif("unusable() or generation() != 9")
+def test_flash4_is_not_used_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were its wrong head dims not known, a trial would find them."""
+    monkeypatch.setitem(STEP, 9, 8)
+    case = Case(head_dim=40, v_head_dim=40, dtype="bfloat16")
+    with pytest.raises(InputError, match="its d_q is wrong here"):
+        kernels.choose("cupy", posed(case, 1), None, "flash4")
+    assert kernels.choose("cupy", posed(case, 1)).name == "cudnn"
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("mask", ["causal", "full"])
 def test_gradients_added_up_in_one_order_are_the_same_bits(mask: str, kv_heads: int) -> None:
@@ -345,13 +364,17 @@ def test_arrays_on_another_gpu_are_refused_on_every_rank(comm: Any, xp: Any, wro
             for name in LIBRARIES
         ),
         "conformance --arrays cupy --algorithms ring,mesh --gpu-messages host --case seed=3",
-        *(f"conformance --kernel {name} --algorithms ring --case dtype=bfloat16" for name in LIBRARIES),
+        *(
+            f"conformance --kernel {name} --algorithms ring --case "
+            "'dtype=bfloat16 tokens=300 head_dim=64 v_head_dim=64'"
+            for name in LIBRARIES
+        ),
         "run --kernel cupy --algorithm mesh --backward --tokens 300 --output {folder}/out.npz",
         "calibrate --arrays cupy --tokens 256,1024 --bytes 1000000 --rounds 2 --output {folder}/here.toml",
     ],
 )
 def test_commands(comm: Any, xp: Any, mpi_tmp_path: Any, command: str) -> None:
-    name, *words = command.format(folder=mpi_tmp_path).split()
+    name, *words = shlex.split(command.format(folder=mpi_tmp_path))
     if "flash4" in words and unusable():
         pytest.skip(unusable())
     assert cli.COMMANDS[name][0].main(cli.parser().parse_args([name, *words]), comm) == 0

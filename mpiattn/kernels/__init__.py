@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
 
 from ..arrays import gpus
 from ..errors import InputError
@@ -11,6 +16,9 @@ from ..problems.dropout import Dropout
 from ..problems.problem import Problem
 from ..problems.scalars import check_name
 from .contract import Kernel
+
+if TYPE_CHECKING:
+    from .pieces.kernel import PieceKernel
 
 KERNELS = {"numpy": ("numpy", "torch"), "cupy": ("cupy", "cudnn", "flash4")}
 """The kernels for each kind of arrays, the one that can do everything first."""
@@ -96,24 +104,51 @@ def _by_library(
     name: str, problem: Problem, scale: float | None, rounds: bool, deterministic: bool
 ) -> tuple[str, Kernel | None]:
     """Return why a library's kernel can't do a problem, or the kernel."""
-    kernel: Kernel | None = None
     if name == "flash4":
         from .flash4.library import unable
 
         reason = unable(problem, scale)
-        if not reason:
-            from .flash4.kernel import Flash4Kernel
-
-            kernel = Flash4Kernel(scale, problem.dtype, rounds, deterministic)
     else:
         from .cudnn import library
 
         reason = library.unable(problem)
-        if not reason:
-            from .cudnn.kernel import CudnnKernel
+    group = problem.heads // problem.kv_heads
+    reason = reason or _on_trial(name, problem.dtype, group, problem.head_dim, problem.v_head_dim)
+    return reason, None if reason else _of_library(name, scale, problem.dtype, rounds, deterministic)
 
-            kernel = CudnnKernel(scale, problem.dtype, rounds)
-    return reason, kernel
+
+def _of_library(
+    name: str, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True, deterministic: bool = False
+) -> PieceKernel:
+    """Return a library's kernel; see `choose`."""
+    if name == "flash4":
+        from .flash4.kernel import Flash4Kernel
+
+        return Flash4Kernel(scale, dtype, rounds, deterministic)
+    from .cudnn.kernel import CudnnKernel
+
+    return CudnnKernel(scale, dtype, rounds)
+
+
+def _on_trial(name: str, dtype: np.dtype[np.generic], group: int, head_dim: int, v_head_dim: int) -> str:
+    """Return why a library's kernel is not to be used on the current GPU, the empty string if it is."""
+    import cupy
+
+    return _tried(name, cupy.cuda.Device().id, dtype, group, head_dim, v_head_dim)
+
+
+@functools.cache
+def _tried(name: str, device: int, dtype: np.dtype[np.generic], group: int, head_dim: int, v_head_dim: int) -> str:
+    """Try a library's kernel once on a device for each kind of heads."""
+    import cupy
+
+    from .cupy.kernel import CupyKernel
+    from .trial import fault
+
+    kernel = _of_library(name, None, dtype)
+    with cupy.cuda.using_allocator(None):  # not from the pool: its bytes are the algorithm's
+        reason = fault(kernel, CupyKernel(), cupy, dtype, group, head_dim, v_head_dim)
+    return reason or ("it has no plan for this" if kernel.without_plan else "")
 
 
 def on_gpus() -> str:
@@ -126,10 +161,13 @@ def on_gpus() -> str:
     from .flash4.library import unusable
 
     cudnn, without_cudnn = loaded()
-    without_flash4 = unusable()
-    there = [] if without_flash4 else [f"flash4 {version('flash-attn-4')}"]
-    if cudnn is not None:
+    usual = np.dtype(ml_dtypes.bfloat16), 1, 128, 128
+    missing = {
+        "flash4": unusable() or _on_trial("flash4", *usual),
+        "cudnn": without_cudnn or _on_trial("cudnn", *usual),
+    }
+    there = [] if missing["flash4"] else [f"flash4 {version('flash-attn-4')}"]
+    if not missing["cudnn"]:
         there.append(f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}")
-    missing = [f"no {name}: {why}" for name, why in (("flash4", without_flash4), ("cudnn", without_cudnn)) if why]
     kernels = f"{'; else '.join(there)}: float16, bfloat16; else cupy" if there else "cupy"
-    return "; ".join([kernels, *missing])
+    return "; ".join([kernels, *(f"no {name}: {why}" for name, why in missing.items() if why)])

@@ -19,6 +19,9 @@ QUEUES = "_flash_attn_fwd", "_bwd_preprocess", "_flash_attn_bwd", "_bwd_postproc
 LARGEST_HEAD = {9: 256, 10: 128}
 """By the generation of the chip: Hopper, and Blackwell of data centers."""
 
+STEP = {9: 32, 10: 8}
+"""Of head_dim. On Hopper it also takes 8, 16, 40, 48, 72, 80, and gives a wrong dQ (4.0.0b36, an H200)."""
+
 WIDE_HEADS = (192, 128), (256, 256)
 """Pairs of head_dim and v_head_dim beyond, on Blackwell."""
 
@@ -80,10 +83,10 @@ def unknown(chip: int) -> str:
 def unfit(chip: int, problem: Problem) -> str:
     """Return what is wrong with a problem's heads for chips of a generation, the empty string if nothing is."""
     dims = problem.head_dim, problem.v_head_dim
-    largest = LARGEST_HEAD[chip]
+    largest, step = LARGEST_HEAD[chip], STEP[chip]
     for name, dim in zip(("head_dim", "v_head_dim"), dims, strict=True):
-        if (dim % 8 or dim > largest) and (chip == 9 or dims not in WIDE_HEADS):
-            return f"FlashAttention-4 needs a {name} of 8, 16, ..., {largest} on this chip, not {dim}"
+        if (dim % step or dim > largest) and (chip == 9 or dims not in WIDE_HEADS):
+            return f"FlashAttention-4 needs a {name} of {step}, {2 * step}, ..., {largest} on this chip, not {dim}"
     if chip == 9 and dims[0] != dims[1]:  # what compiles; the library does not say
         if any(dim % 64 for dim in dims) or dims[1] > dims[0]:
             return f"FlashAttention-4 needs one head_dim, or multiples of 64 with a smaller v_head_dim, not {dims}"

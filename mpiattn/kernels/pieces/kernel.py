@@ -55,6 +55,8 @@ class PieceKernel:
         self.calls = Calls(build, scale, self.sums, self.plain)
         self.prepared: dict[tuple[Any, ...], tuple[list[int], list[Call]]] = {}
         self.remembered: tuple[Array, Array] | None = None
+        self.without_plan = False
+        """Whether there was a piece that the library can't do."""
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop nothing: `choose` gives problems with dropout to the plain kernel."""
@@ -106,7 +108,10 @@ class PieceKernel:
                 whole = Piece.whole(block)
                 calls = [self.calls.by_plain_kernel(whole, *arrays)]
             else:
-                calls = [prepare(piece, *arrays) or self.calls.by_plain_kernel(piece, *arrays) for piece in parts]
+                plans = [prepare(piece, *arrays) for piece in parts]
+                self.without_plan |= None in plans
+                pairs = zip(plans, parts, strict=True)
+                calls = [plan or self.calls.by_plain_kernel(piece, *arrays) for plan, piece in pairs]
             known = self.prepared[key] = unreadable, calls
         for call in known[1]:
             call(*arrays)
