@@ -215,6 +215,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Double]:
     for replaced in (at, clear, queueing, stand_in, identity, layout_of):
         monkeypatch.setattr(memory, replaced.__name__, replaced)
     monkeypatch.setattr(memory, "without_memory", contextlib.nullcontext)
+    monkeypatch.setattr(memory, "collecting_warnings", lambda run: run())
     monkeypatch.setattr(memory, "current_stream", lambda: 0)
     plans.build.cache_clear()
     yield found

@@ -31,7 +31,7 @@ from mpiattn.costs import COSTS
 from mpiattn.costs.peak import peak
 from mpiattn.errors import InputError
 from mpiattn.kernels.contract import Kernel
-from mpiattn.kernels.flash4.library import STEP, unusable
+from mpiattn.kernels.flash4.library import STEP, generation, unusable
 from mpiattn.messages.device.channel import Channel
 from mpiattn.messages.device.comm import DeviceComm
 from mpiattn.messages.device.probe import takes_device_memory
@@ -262,9 +262,10 @@ def test_a_kernel_on_trial(name: str) -> None:
         assert chosen_or_skip(name, posed(case, 1)).name == name
 
 
-@pytest.mark.skipif("unusable() or generation() != 9")
 def test_flash4_is_not_used_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were its wrong head dims not known, a trial would find them."""
+    if generation() != 9 or unusable():
+        pytest.skip(unusable() or "not on Hopper")
     monkeypatch.setitem(STEP, 9, 8)
     case = Case(head_dim=40, v_head_dim=40, dtype="bfloat16")
     with pytest.raises(InputError, match="its d_q is wrong here"):

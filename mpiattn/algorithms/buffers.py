@@ -95,9 +95,16 @@ class Buffers:
 
     def state(self, q: Array) -> tuple[Array, Array]:
         """Return new (out, lse) of queries that have attended to nothing: zeros and -inf."""
+        out, lse = self.unwritten_state(q)
+        out.fill(0)
+        lse.fill(-math.inf)
+        return out, lse
+
+    def unwritten_state(self, q: Array) -> tuple[Array, Array]:
+        """Return new memory for the (out, lse) of queries, which a kernel is to begin."""
         assert self.problem is not None
-        out = self.xp.zeros((*q.shape[:3], self.problem.v_head_dim), self.problem.wide)
-        return out, self.xp.full(q.shape[:3], -math.inf, LSE)
+        out = self.xp.empty((*q.shape[:3], self.problem.v_head_dim), self.problem.wide)
+        return out, self.xp.empty(q.shape[:3], LSE)
 
 
 def _different(specs: Sequence[Sequence[Spec]]) -> list[Sequence[Spec]]:

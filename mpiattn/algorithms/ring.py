@@ -74,7 +74,7 @@ class RingAttention(Attention):
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """Attend to one owner's K/V a step."""
-        out, lse = self.buffers.state(q)  # (batch, heads, tokens, v_head_dim), (batch, heads, tokens)
+        out, lse = self.buffers.unwritten_state(q)  # (batch, heads, tokens, v_head_dim), (batch, heads, tokens)
         self.kernel.begin(out, lse)
         if self.ways[0].leaves:
             self.kv[0].pack(k, v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,29 @@ def without_memory() -> Iterator[None]:
 
     with FakeTensorMode():
         yield
+
+
+def collecting_warnings(run: Callable[[], object]) -> None:
+    """Run, and warn here, as Python does, of what torch warns of in C++: else that happens when its caller returns.
+
+    To the library, memory at no address is worth a warning.
+    """
+    _collecting().apply(run)
+
+
+@functools.cache
+def _collecting() -> Any:
+    import torch
+
+    class Collecting(torch.autograd.Function):
+        """A function of autograd collects warnings from C++, and gives them to Python at its end."""
+
+        @staticmethod
+        def forward(ctx: object, run: Callable[[], object]) -> None:
+            """Run."""
+            run()
+
+    return Collecting
 
 
 def stand_in(layout: Layout) -> Tensor:

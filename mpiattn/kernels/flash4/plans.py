@@ -95,9 +95,12 @@ def build(
             if rows:
                 d_q, d_k, d_v = tensors[6:]
                 options["deterministic"] = deterministic
-                interface._flash_attn_bwd(*tensors[:6], **options, dq=d_q, dk=d_k, dv=d_v)
+                call = functools.partial(interface._flash_attn_bwd, *tensors[:6], **options, dq=d_q, dk=d_k, dv=d_v)
             else:
-                interface._flash_attn_fwd(*tensors[:3], **options, out=tensors[3], lse=tensors[4])
+                call = functools.partial(
+                    interface._flash_attn_fwd, *tensors[:3], **options, out=tensors[3], lse=tensors[4]
+                )
+            memory.collecting_warnings(call)
     except Exception as error:
         warnings.warn(f"FlashAttention-4 can't do {q.shape}, {v.shape}: {error}; CuPy's kernel does", stacklevel=2)
         return None
