@@ -81,7 +81,7 @@ def collecting_warnings(run: Callable[[], object]) -> None:
 def _collecting() -> Any:
     import torch
 
-    class Collecting(torch.autograd.Function):
+    class Collecting(torch.autograd.Function):  # type: ignore[misc]
         """A function of autograd collects warnings from C++, and gives them to Python at its end."""
 
         @staticmethod
