@@ -13,24 +13,24 @@ from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Mask, Positions, allowed, parse
 
 
-def cut(mask: Mask, queries: Positions, keys: Positions) -> list[Piece] | None:
+def cut(mask: Mask, queries: Positions, keys: Positions, square: int | None = SQUARE) -> list[Piece] | None:
     """Return the pieces of the block of queries and keys at these positions."""
     start, stop = (np.searchsorted(keys, bound).astype(np.int32) for bound in mask.bounds(queries))
-    return pieces(start, stop, Block(mask, queries, keys))
+    return pieces(start, stop, Block(mask, queries, keys), square)
 
 
 @pytest.mark.parametrize("chosen", layout.LAYOUTS)
 @pytest.mark.parametrize(
     "mask", ["full", "causal", "window=11", "window=7,4", "documents=20,0,30,{rest}", "documents=20,0,30,{rest}+causal"]
 )
-@pytest.mark.parametrize("tokens", [64, 3 * SQUARE])
-def test_pieces_cover_what_the_mask_allows_once(chosen: str, mask: str, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "square"), [(64, SQUARE), (3 * SQUARE, SQUARE), (3 * SQUARE, None)])
+def test_pieces_cover_what_the_mask_allows_once(chosen: str, mask: str, tokens: int, square: int | None) -> None:
     where = parse(mask.format(rest=tokens - 50))
     for ranks in range(1, 5):
         chunks = [layout.positions(chosen, tokens, ranks, rank) for rank in range(ranks)]
         for queries, keys in itertools.product(chunks, chunks):
             covered = np.zeros((len(queries), len(keys)), np.int64)
-            found = cut(where, queries, keys)
+            found = cut(where, queries, keys, square)
             assert found is not None
             for piece in found:
                 np.testing.assert_array_equal(piece.block.queries, queries[piece.queries])
@@ -49,6 +49,7 @@ def test_keys_before_a_diagonal_are_a_piece_of_their_own_from_some_number_on() -
         found = cut(parse("causal"), keys[before:], keys)
         assert found is not None
         assert [piece.causal for piece in found] == [False, True][-count:]
+    assert len(cut(parse("causal"), keys[SQUARE:], keys, None) or []) == 1
 
 
 def test_too_many_pieces_are_none() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiattn.problems.block import Block
 
 MOST_PIECES = 16  # of a block; with more, such as many documents, each plan would be used too seldom
-SQUARE = 128  # keys before a diagonal from which on they are a piece of their own: libraries are faster at squares
+SQUARE = 128  # keys before a diagonal from which on they are a piece of their own, as cuDNN is faster at squares
 
 
 class Piece(NamedTuple):
@@ -44,13 +44,17 @@ class Piece(NamedTuple):
         return cls(queries, keys, False, None, _part(block, queries, keys))
 
 
-def pieces(start: NDArray[np.int32], stop: NDArray[np.int32], block: Block) -> list[Piece] | None:
+def pieces(
+    start: NDArray[np.int32], stop: NDArray[np.int32], block: Block, square: int | None = SQUARE
+) -> list[Piece] | None:
     """Cut a block into pieces that a library can do, or return None where they would be too many.
 
     Parameters
     ----------
     start, stop : int32, (queries,)
         Each query sees the keys of indices [start, stop).
+    square : int, optional
+        Keys before a diagonal from which on they are a piece of their own; None: never.
     """
     seeing = start < stop
     steps = np.stack([np.diff(start), np.diff(stop)])
@@ -69,7 +73,7 @@ def pieces(start: NDArray[np.int32], stop: NDArray[np.int32], block: Block) -> l
             later, more = (last > first and bool(step[first]) for step in steps)
             left = (int(stop[first] - start[first]) if more else 1) if later else None
             before = keys.stop - keys.start - (queries.stop - queries.start)  # keys that the first query sees
-            if more and left is None and before >= SQUARE:
+            if more and left is None and square is not None and before >= square:
                 seen = slice(keys.start, keys.start + before)
                 result.append(Piece(queries, seen, False, None, _part(block, queries, seen)))
                 keys = slice(seen.stop, keys.stop)

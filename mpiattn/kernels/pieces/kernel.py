@@ -18,7 +18,7 @@ from ..contract import Progress, rows_of
 from ..cupy.bounds import BoundsOf
 from ..cupy.kernel import CupyKernel
 from .calls import Build, Call, Calls
-from .cut import Piece, pieces
+from .cut import SQUARE, Piece, pieces
 from .waiting import WaitingSums, first_token
 
 Array = Any
@@ -44,12 +44,15 @@ class PieceKernel:
         As `choose`'s.
     dtype : numpy dtype
         Of the inputs.
+    square : int, optional
+        Keys before a diagonal from which on the library is faster at a rectangle and a square; None: never.
     """
 
     def __init__(
-        self, name: str, build: Build, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True
-    ) -> None:
-        self.name = name
+        self, name: str, build: Build, scale: float | None, dtype: np.dtype[np.generic], rounds: bool = True,
+        square: int | None = SQUARE,
+    ) -> None:  # fmt: skip
+        self.name, self.square = name, square
         self.sums, self.plain = WaitingSums(dtype, rounds), CupyKernel(scale)
         self.begin, self.settle, self.complete = self.sums.begin, self.sums.settle, self.sums.complete
         self.calls = Calls(build, scale, self.sums, self.plain)
@@ -103,7 +106,7 @@ class PieceKernel:
             if len(self.prepared) >= BoundsOf.KEPT:
                 self.prepared.clear()
             bounds = self.plain.bounds(block)
-            parts = pieces(bounds.start, bounds.stop, block)
+            parts = pieces(bounds.start, bounds.stop, block, self.square)
             if parts is None:
                 whole = Piece.whole(block)
                 calls = [self.calls.by_plain_kernel(whole, *arrays)]
