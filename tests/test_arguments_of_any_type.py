@@ -32,6 +32,16 @@ class LentNamespace:
         return np
 
 
+class Raising:
+    """An object that raises whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __array_namespace__(self) -> Any:
+        raise KeyError("numpy")
+
+
 HUGE: Any = 10**5000  # Python refuses to write so many digits
 
 VALUES: dict[str, Any] = {
@@ -84,7 +94,9 @@ def test_a_document_of_any_length(comm: Any) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("value", [[[1], [2, 3]], "q", None, LentNamespace()], ids=["ragged", "text", "none", "lent"])
+@pytest.mark.parametrize(
+    "value", [[[1], [2, 3]], "q", None, LentNamespace(), Raising()], ids=["ragged", "text", "none", "lent", "raising"]
+)
 @pytest.mark.parametrize("sinks", [None, np.zeros(2, np.float32), LentNamespace()], ids=["none", "sinks", "lent"])
 def test_arrays(comm: Any, value: Any, sinks: Any) -> None:
     attention = mpiattn.RingAttention(comm)

@@ -69,7 +69,15 @@ def dtype(name: str) -> np.dtype[np.generic]:
 
 def describe(array: Any) -> NDArray[np.int64]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
-    description = [-1] * DESCRIPTION
+    try:
+        known = _known(array)
+    except Exception:  # of an object's own methods: the other ranks are to hear of it
+        known = []
+    return np.array([*known, *[-1] * (DESCRIPTION - len(known))], np.int64)
+
+
+def _known(array: Any) -> list[int]:
+    """Return kind, dtype, number of axes and lengths of an array; nothing of what is none."""
     brings = hasattr(array, "__array_namespace__") or type(array).__module__ == CUPY
     brings &= not isinstance(array, np.ma.MaskedArray)  # its mask would be left out
     kind = namespace(array).__name__ if brings else ""
@@ -77,8 +85,8 @@ def describe(array: Any) -> NDArray[np.int64]:
     if kind == CUPY and array.device != namespace(array).cuda.Device():
         kind = ELSEWHERE
     if brings and kind in NAMESPACES and array.dtype in DTYPES and array.ndim <= DESCRIPTION - 3:
-        description[: 3 + array.ndim] = NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim, *array.shape
-    return np.array(description, np.int64)
+        return [NAMESPACES.index(kind), DTYPES.index(array.dtype), array.ndim, *array.shape]
+    return []
 
 
 def described(description: NDArray[np.int64]) -> Spec | None:
@@ -98,7 +106,7 @@ def told(value: Any) -> str:
     """Return what is wrong with a value that `describe` can't describe, and how to make an array of it that it can."""
     if isinstance(value, Unfit):
         return value.text
-    kind, dtype = type(value), getattr(value, "dtype", None)
+    kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     if kind.__module__.partition(".")[0] == "torch":
         return "a tensor of torch: mpiattn.torch.attention takes it, or tensor.detach().numpy()"
@@ -106,12 +114,13 @@ def told(value: Any) -> str:
         return "a masked array: q.filled(0) makes an array of it, and a mask is given where the attention is built"
     if isinstance(value, (list, tuple)):
         return f"a {name}: np.asarray makes an array of it"
-    if isinstance(value, np.ndarray) and isinstance(dtype, np.dtype):
+    if isinstance(value, np.ndarray):
+        dtype = value.dtype
         if dtype.newbyteorder("=") in DTYPES:
             return f"an array of {dtype.name} in another byte order: array.astype({dtype.name!r}) puts it right"
         if value.ndim > DESCRIPTION - 3:
             return f"an array of {value.ndim} axes"
         return f"an array of {dtype.name}: array.astype(np.float32), or float64, makes one that can be sent"
-    if hasattr(value, "__array__") or hasattr(value, "__dlpack__"):
+    if hasattr(kind, "__array__") or hasattr(kind, "__dlpack__"):
         return f"a {name}: np.asarray makes an array of it that can be sent"
     return f"no array that can be sent, but {name}"
