@@ -33,8 +33,10 @@ def parse(command: str, *words: str) -> Any:
 def test_every_command_that_runs_on_gpus_has_the_options(command: str) -> None:
     args = parse(command, "--arrays", "cupy", "--kernel", "cudnn", "--gpu-messages", "host")
     assert gpu.options(args) == {"kernel": "cudnn", "gpu_messages": "host"}
+    if command != "calibrate":
+        assert gpu.options(parse(command, "--deterministic"))["deterministic"]
     with pytest.raises(SystemExit):
-        parse(command, "--kernel", "fast")
+        parse(command, *(["--deterministic"] if command == "calibrate" else ["--kernel", "fast"]))
 
 
 @pytest.mark.mpi

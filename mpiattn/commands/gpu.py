@@ -17,13 +17,28 @@ from ..messages.message import Communicator, virtual_time
 KINDS = ("numpy", "cupy")
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str = "numpy, or what the kernel works on") -> None:
-    """Add the options that say on what arrays and by what kernel blocks are computed, and how messages go."""
+def add_arguments(
+    parser: argparse.ArgumentParser, default: str = "numpy, or what the kernel works on", gradients: bool = True
+) -> None:
+    """Add the options that say on what arrays and by what kernel blocks are computed, and how messages go.
+
+    Parameters
+    ----------
+    parser
+    default : str
+        What arrays there are by default.
+    gradients : bool
+        Whether an algorithm of the command goes backward.
+    """
     group = parser.add_argument_group("GPUs")
     group.add_argument("--arrays", choices=KINDS, help=f"cupy: on GPUs (default {default})")
     names = sorted({name for kind in KINDS for name in kernels.KERNELS[kind]})
     group.add_argument("--kernel", choices=names, help="default the fastest that can do the problem")
     group.add_argument("--gpu-messages", choices=MODES, default="auto", help="of device memory, or through the host")
+    if gradients:
+        group.add_argument(
+            "--deterministic", action="store_true", help="gradients that are the same bits from run to run"
+        )
 
 
 def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "numpy") -> ModuleType:
@@ -46,7 +61,8 @@ def namespace(args: argparse.Namespace, comm: Communicator, otherwise: str = "nu
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what an algorithm is built with."""
-    return {"kernel": args.kernel, "gpu_messages": args.gpu_messages}
+    given = {"kernel": args.kernel, "gpu_messages": args.gpu_messages}
+    return {**given, "deterministic": True} if getattr(args, "deterministic", False) else given
 
 
 def wait(xp: ModuleType) -> None:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, metavar="N", help="of the kernel's blocks (default 8, on GPUs 32)")
     parser.add_argument("--head-dim", type=int, metavar="N", help="default 64, on GPUs 128")
     parser.add_argument("--dtypes", metavar="NAME,...", help="default float32, on GPUs bfloat16")
-    gpu.add_arguments(parser)
+    gpu.add_arguments(parser, gradients=False)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:

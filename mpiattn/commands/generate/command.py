@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default float32")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw who holds which part of the cache")
-    gpu.add_arguments(parser)
+    gpu.add_arguments(parser, gradients=False)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
