@@ -127,6 +127,7 @@ def test_bench_attention() -> None:
     done = mpiattn(2, "bench", "attention", "--algorithms", "ring,decode,mesh:2x1", *sizes)
     assert done.returncode == 0, done.stderr
     assert all(f"\n{name} without messages " in done.stdout for name in ("ring", "decode", "mesh:2x1"))
+    assert "x torch" not in done.stdout and "No room" not in done.stdout  # where torch is not measured
 
 
 def test_help_appears_once() -> None:

@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--name", default="predicted", help="of the files (default predicted)")
     parser.add_argument("--title", default="all algorithms on 4, 9 and 16 hosts, 10 Mbit/s each", help="of the figure")
     args = parser.parse_args()
-    rows = []
+    rows: list[tuple[str, str, str, float, float, float]] = []
+    differences: dict[int, list[float]] = {}
     for pair in args.pairs:
         description, _, measured = pair.partition("=")
         found = machines.load(description)
@@ -45,7 +46,9 @@ def main() -> None:
             for direction, seconds in times.items():
                 predicted = sum(getattr(outcome, part) for part in direction.split("+"))
                 rows.append((case, name, direction, seconds, predicted, predicted / seconds - 1))
-    errors = sorted(abs(row[5]) for row in rows)
+                differences.setdefault(ranks, []).append(abs(rows[-1][5]))
+    errors = [error for part in differences.values() for error in part]
+    groups = [("all", errors), *((f"{ranks} ranks", differences[ranks]) for ranks in sorted(differences))]
     table = tabulate(
         [(*row[:3], f"{row[3]:.4g}", f"{row[4]:.4g}", f"{row[5]:+.1%}") for row in rows],
         ("case", "algorithm", "pass", "measured (s)", "predicted (s)", "difference"),
@@ -62,20 +65,21 @@ def main() -> None:
         )
     text = [
         table, "",
-        f"{len(rows)} cases: median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}", "",
+        *(f"{name}, {len(part)} cases: median {statistics.median(part):.1%}, worst {max(part):.1%}"
+          for name, part in groups), "",
         "the grid that the prediction chooses, by its measured time:", *picks,
     ]  # fmt: skip
     print("\n".join(text))
     (HERE / f"{args.name}.txt").write_text("\n".join(text) + "\n")
     keys = ("case", "algorithm", "pass", "measured", "predicted", "difference")
-    document = {"median": statistics.median(errors), "worst": errors[-1]}
+    document: dict[str, object] = {"median": statistics.median(errors), "worst": max(errors)}
     document["rows"] = [dict(zip(keys, row, strict=True)) for row in rows]
     (HERE / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
     drawing, [axes] = charts.figure(6.5, 6)
-    for number, case in enumerate(dict.fromkeys(row[0] for row in rows)):
-        points = [(row[3], row[4]) for row in rows if row[0] == case]
+    for number, file in enumerate(dict.fromkeys(row[0].partition(",")[0] for row in rows)):
+        points = [(row[3], row[4]) for row in rows if row[0].partition(",")[0] == file]
         axes.scatter(
-            *zip(*points, strict=True), label=case, s=28, color=charts.COLOURS[number % len(charts.COLOURS)],
+            *zip(*points, strict=True), label=file, s=28, color=charts.COLOURS[number % len(charts.COLOURS)],
             marker=charts.MARKERS[(number + number // len(charts.COLOURS)) % len(charts.MARKERS)],
         )  # fmt: skip
     ends = min(row[3] for row in rows) * 0.8, max(row[3] for row in rows) * 1.25
@@ -101,7 +105,7 @@ def measurements(path: Path) -> Iterator[tuple[str, str, int, Task, dict[str, fl
                     mask=mask.parse(row["mask"]), partials=row["partials"],
                 )  # fmt: skip
                 seconds = {name: statistics.median(values) for name, values in row["seconds"].items()}
-                case = f"{row['ranks']} ranks, {row['tokens']} tokens"
+                case = f"{path.stem}, {row['tokens']} tokens"
                 yield case, row["name"].replace(":", " "), row["ranks"], task, seconds
         return
     sizes = document["tokens"] * document["ranks"], document["heads"], document["kv_heads"], document["head_dim"]

@@ -2,10 +2,12 @@
 # Describe the hosts that benchmarks/network/run.sh measured on, and put predicted times beside measured ones.
 # A few minutes; needs root. Run it when the machine is quiet.
 #
-# On GPUs, instead: run/gpu.sh -n 2 mpiattn calibrate --arrays cupy --output h200-2.toml; the bench attention of
-# benchmarks/gpu/all-2.txt; then, once with MACHINE=h200-2.toml and once with the preset, MACHINE=h200-nvlink:
-#   predict.py $MACHINE=../gpu/all-2.json $MACHINE=../gpu/attention-4.json --name predicted-gpu (or predicted-preset)
-#       --title "algorithms on two H200s, ring and mesh on four"
+# On GPUs, instead: run/gpu.sh -n 2 mpiattn calibrate --arrays cupy --output h200-2.toml, and what the heads of
+# benchmarks/gpu/*.txt say. Then, on any machine, once with h200-2.toml and NAME=predicted-gpu, once with the preset,
+# MACHINE=h200-nvlink and NAME=predicted-preset:
+#   cd benchmarks/calibration
+#   python predict.py --name $NAME --title "algorithms on two and four H200s" \
+#       $MACHINE=../gpu/{all-2,attention-2,all-4,attention-4,attention_slower_host-4,gqa-4}.json
 #
 # usage: sudo benchmarks/calibration/run.sh [PYTHON]        PYTHON with mpiattn, MPICH and matplotlib
 set -euo pipefail

@@ -142,9 +142,11 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
     by_name = {contender.name: contender for contender in contenders}
     torch = [contender for contender in contenders if contender.name.startswith("torch context_parallel")]
     with_flash4 = [contender for contender in torch if contender.name.endswith(torch_flash4.LABEL)]
-    others = {"x torch\nparallel": [contender for contender in torch if contender not in with_flash4]}
-    if with_flash4:
-        others["x torch\nwith FA4"] = with_flash4
+    beside = {
+        "x torch\nparallel": [contender for contender in torch if contender not in with_flash4],
+        "x torch\nwith FA4": with_flash4,
+    }
+    others = {head: group for head, group in beside.items() if group}
     rows = []
     for contender in contenders:
         row: list[Any] = [contender.name]
@@ -156,8 +158,8 @@ def table(setting: Setting, contenders: list[Contender]) -> str:
             row += [f"{median * 1e3:.3f}", f"{rate:.3g}"]
             row.append(_ratio(quiet.seconds[name], seconds) if quiet else "")
             for other in others.values():
-                best = min(other, key=lambda c: statistics.median(c.seconds[name]), default=None)
-                row.append(_ratio(best.seconds[name], seconds) if best and contender.fraction == 1 else "")
+                best = min(other, key=lambda c: statistics.median(c.seconds[name]))
+                row.append(_ratio(best.seconds[name], seconds) if contender.fraction == 1 else "")
         rows.append(row)
     heads = [text for name in PASSES for text in (f"{name}\nms", "TFLOP/s\nper rank", "of without\nmessages", *others)]
     drop = (*reversed(others), "forward\nms")
