@@ -131,7 +131,7 @@ def _of_library(
 
 
 def _on_trial(name: str, dtype: np.dtype[np.generic], group: int, head_dim: int, v_head_dim: int) -> str:
-    """Return why a library's kernel is not to be used on the current GPU, the empty string if it is."""
+    """Return why a library's kernel is not to be used on the current GPU, the empty string if it may be."""
     import cupy
 
     return _tried(name, cupy.cuda.Device().id, dtype, group, head_dim, v_head_dim)
@@ -139,7 +139,7 @@ def _on_trial(name: str, dtype: np.dtype[np.generic], group: int, head_dim: int,
 
 @functools.cache
 def _tried(name: str, device: int, dtype: np.dtype[np.generic], group: int, head_dim: int, v_head_dim: int) -> str:
-    """Try a library's kernel once on a device for each kind of heads."""
+    """Return the same for a device; a library's kernel is tried once for each kind of heads."""
     import cupy
 
     from .cupy.kernel import CupyKernel

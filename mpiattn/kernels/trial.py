@@ -1,7 +1,7 @@
 """Trial of a library's kernel on this machine: a small problem with the same heads, beside the kernel that is right.
 
 Libraries' kernels have been wrong without a word: cuDNN's dK and dV with few K/V heads on a new chip (pytorch#193893),
-FlashAttention-4's dQ on Hopper where head_dim is no multiple of 32.
+FlashAttention-4's dQ on Hopper with some head_dims that are no multiples of 32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fault(
     kernel: Kernel, right: Kernel, xp: ModuleType, dtype: np.dtype[np.generic], group: int, head_dim: int,
     v_head_dim: int,
 ) -> str:  # fmt: skip
-    """Return what is wrong with a kernel's results, the empty string if nothing is.
+    """Return the first thing that is wrong with a kernel's results, the empty string if nothing is.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def fault(
 
 
 def _results(kernel: Kernel, xp: ModuleType, inputs: Sequence[Array], expected: Results | None = None) -> Results:
-    """Return what a kernel computes, backward from what is expected forward, where that is given."""
+    """Return what a kernel computes forward, and backward from what is expected forward, if that is given."""
     q, k, v, d_out = inputs
     where, wide = np.arange(TOKENS), accumulator(q.dtype)
     block = Block(Causal(), where, where)

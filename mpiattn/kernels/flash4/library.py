@@ -20,7 +20,8 @@ LARGEST_HEAD = {9: 256, 10: 128}
 """By the generation of the chip: Hopper, and Blackwell of data centers."""
 
 STEP = {9: 32, 10: 8}
-"""Of head_dim. On Hopper it also takes 8, 16, 40, 48, 72, 80, and gives a wrong dQ (4.0.0b36, an H200)."""
+"""Of head_dim. On Hopper it also takes 8, 16, 40, 48, 72, 80 and 112, and gives a wrong dQ, with 112 where causal
+(4.0.0b36, an H200)."""
 
 WIDE_HEADS = (192, 128), (256, 256)
 """Pairs of head_dim and v_head_dim beyond, on Blackwell."""
