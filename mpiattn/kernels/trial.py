@@ -1,6 +1,6 @@
 """Trial of a library's kernel on this machine: a small problem with the same heads, beside the kernel that is right.
 
-Libraries' kernels have been wrong without a word: cuDNN's dK and dV with few K/V heads on a new chip (pytorch#193893),
+Libraries' kernels have been wrong without a word: cuDNN's with few K/V heads on a new chip (pytorch#193893), and
 FlashAttention-4's dQ on Hopper with some head_dims that are no multiples of 32.
 """
 
