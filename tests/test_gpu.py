@@ -273,6 +273,32 @@ def test_flash4_is_not_used_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -
     assert kernels.choose("cupy", posed(case, 1)).name == "cudnn"
 
 
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("keys", [64, 192, 200, 256])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_scores_far_below_zero(name: str, keys: int, mask: str) -> None:
+    """Every score is near -120: exp(-lse) is beyond float32."""
+    import cupy
+
+    case = Case(tokens=keys, heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="bfloat16", mask=mask)
+    whole = posed(case, 1)
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = rng.standard_normal((4, 1, 2, keys, 64)) * np.array([0.1, 0.1, 1, 1]).reshape(4, 1, 1, 1, 1)
+    q[..., 0], k[..., 0] = 1, -960
+    arrays_ = [cupy.asarray(array.astype(whole.dtype)) for array in (q, k, v, d_out)]
+    block, results = Block(whole.mask, np.arange(keys), np.arange(keys)), []
+    for kernel in (chosen_or_skip(name, whole), chosen_or_skip("cupy", whole)):
+        near = dict(zip(("q", "k", "v"), arrays_, strict=False))
+        out, lse = cupy.zeros(q.shape, np.float32), cupy.full(q.shape[:3], -math.inf, LSE)
+        kernel.forward(**near, block=block, out=out, lse=lse)
+        row_delta = delta(arrays_[3], out.astype(whole.dtype))
+        sums = {f"d_{each}": cupy.zeros(q.shape, np.float32) for each in near}
+        kernel.backward(**near, block=block, d_out=arrays_[3], lse=lse, delta=row_delta, **sums)
+        results.append([on_host(array) for array in (out, lse, *sums.values())])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0.03, atol=0.03 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("mask", ["causal", "full"])
 def test_gradients_added_up_in_one_order_are_the_same_bits(mask: str, kv_heads: int) -> None:

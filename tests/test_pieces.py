@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from mpiattn.kernels.cudnn.library import may_overflow
 from mpiattn.kernels.pieces.cut import MOST_PIECES, SQUARE, Piece, pieces
 from mpiattn.problems import layout
 from mpiattn.problems.block import Block
@@ -59,3 +60,7 @@ def test_too_many_pieces_are_none() -> None:
 
     assert len(block(MOST_PIECES) or []) == MOST_PIECES
     assert block(MOST_PIECES + 1) is None
+
+
+def test_keys_of_which_cudnn_may_make_nan() -> None:
+    assert [keys for keys in range(400) if may_overflow(keys)] == [64, 192, 320]

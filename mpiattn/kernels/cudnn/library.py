@@ -60,6 +60,15 @@ def unable(problem: Problem) -> str:
     return ""
 
 
+def may_overflow(keys: int) -> bool:
+    """Return whether dQ may be NaN with that many keys and no diagonal, where a row's lse is below -88.7.
+
+    On Hopper up to 9.30, cuDNN takes exp(0 - lse) of the half of its last tile of keys that lies behind them
+    (cudnn-frontend#628, pytorch#196678).
+    """
+    return keys % 128 == 64
+
+
 @functools.cache
 def handle_of(device: int) -> int:
     """Return cuDNN's handle for a device."""

@@ -12,7 +12,7 @@ import numpy as np
 from mpiattn.arrays.cupy.place import Place
 
 from ..pieces.scratch import Scratch
-from .library import handle_of, loaded
+from .library import handle_of, loaded, may_overflow
 
 
 class Graph:
@@ -34,6 +34,8 @@ class Graph:
 @functools.cache
 def build(device: int, dtype: str, scale: float, causal: bool, left: int | None, *places: Place) -> Graph | None:
     """Return the plan for q, k, v (forward), or for q, k, v, d_out, out (backward); None where cuDNN has none."""
+    if len(places) > 3 and not causal and may_overflow(places[1].shape[2]):
+        return None
     cudnn, _ = loaded()
     half, single = getattr(cudnn.data_type, "HALF" if dtype == "float16" else "BFLOAT16"), cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
