@@ -26,7 +26,9 @@ LATE = 15.0  # seconds after the timeout in which a job has to end, on a machine
 KV = 2
 
 CAUSES = {
-    "kill": r"cause: rank 2 \(.*, process \d+\) is gone",
+    # The launcher kills the others at once: where nothing tells who was first, all are named.
+    "kill": r"cause: (rank 2 \(\S+, process \d+\) is gone: killed|"
+    r".*rank 2 \(\S+, process \d+\) is gone.*: which of them was the first to fail is not known)",
     "stop": r"cause: rank 2 \(.*, process \d+\) is stopped: kill -CONT \d+",
     "exception": r"cause: rank 2 .* raised an exception: ArithmeticError: something went wrong on this rank alone",
     "loop": r"cause: rank \d waits for .* rank 2; rank 2 .* makes no step .*(.*\n)*.*in loop: (while True|pass)",

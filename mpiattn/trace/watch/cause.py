@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .ended import first
 from .graph import Edge, circle, reachable, way
 from .state import Doing, Wait
 
@@ -18,8 +19,20 @@ STATUSES = {
 """Sentence for a rank of this status, whatever the others wait for."""
 
 
+PARTS = {
+    "gone": "{who} is gone",
+    "unknown": "no word from {who}",
+    "told": "{who} ended by a signal",
+    "left": "{who} has left the block and ended",
+    "raised": "{who} raised an exception: {doing.error}",
+}
+"""The same of one of several of which nobody knows which was first."""
+
+
 def cause(ranks: Ranks, found: Sequence[Edge]) -> tuple[list[int], list[str]]:
     """Return the ranks with which something is the matter, and what."""
+    if answer := together(ranks, found):
+        return answer
     for status, text in STATUSES.items():
         if culprits := [rank for rank, doing in ranks.items() if doing.status == status]:
             return culprits, [text.format(who=who(ranks[rank]), doing=ranks[rank]) for rank in culprits]
@@ -30,6 +43,22 @@ def cause(ranks: Ranks, found: Sequence[Edge]) -> tuple[list[int], list[str]]:
     waiting.sort(key=lambda rank: -ranks[rank].quiet)
     ways = (look(ranks, found, first) for look in (differing, ending, closed) for first in waiting)
     return next((answer for answer in ways if answer), None) or slow(ranks, waiting[0])
+
+
+def together(ranks: Ranks, found: Sequence[Edge]) -> tuple[list[int], list[str]] | None:
+    """Return the ranks of which nobody knows which was the first to fail; None where it is known."""
+    silent = [rank for rank, doing in ranks.items() if doing.status == "unknown"]
+    # An exception comes last: MPI raises one in a rank when another one ends.
+    culprits = sorted([*first(ranks), *silent], key=lambda rank: (list(PARTS).index(ranks[rank].status), rank))
+    if len(culprits) < 2 or all(ranks[rank].status != "gone" for rank in culprits):
+        return None
+    parts = [PARTS[ranks[rank].status].format(who=who(ranks[rank]), doing=ranks[rank]) for rank in culprits]
+    text = f"{', '.join(parts)}: which of them was the first to fail is not known"
+    missing = [edge for edge in found if edge.why == "missing"]
+    ends = [rank for rank in culprits if reachable(rank, missing).isdisjoint({*culprits} - {rank})]
+    if len(ends) == 1 and all(ends[0] in reachable(rank, missing) for rank in culprits):
+        text += f"; the others waited for rank {ends[0]}"
+    return culprits, [text]
 
 
 def differing(ranks: Ranks, found: Sequence[Edge], first: int) -> tuple[list[int], list[str]] | None:

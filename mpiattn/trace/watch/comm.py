@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from ...messages import connection, message
 from ...messages.device.channel import Channel
-from .record import Kind, Recorder
+from .record import Kind, Recorder, State
 from .request import numbered
 
 SEND, RECEIVE, DONE = Kind.SEND, Kind.RECEIVE, Kind.DONE
@@ -146,6 +146,11 @@ class WatchedComm:
     barrier = _blocking("barrier")
     bcast = _blocking("bcast")
     gather = _blocking("gather")
+
+    def Abort(self, errorcode: int = 0) -> None:
+        """End the job; MPI says which rank did."""
+        self.recorder.state(State.TOLD)  # the launcher may kill the others before it
+        self.comm.Abort(errorcode)
 
     # Communicators and memory made from this one
 

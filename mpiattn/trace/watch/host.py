@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from .record import State, Steps
+from .ended import gone, is_over, mark
+from .record import State
 from .report import readable
 from .state import Doing, read
+from .watched import Watched
+from .wires import Wires, in_order
 
 DUMP = signal.SIGRTMIN + 9
 """The signal at which a rank writes its stack; not SIGUSR1, which schedulers send."""
 
 CALM = 1.0  # seconds between two looks after which this process itself was stopped, and the ranks with it
-
-
 SHOWN = 1.0  # seconds in which a rank shows where it is, on a machine that is busy
-
-
-@dataclass
-class Watched:
-    """A rank of this host.
-
-    Attributes
-    ----------
-    handle : int, optional
-        Of the process (Linux), readable at its end.
-    gone : bool
-        Its process has ended.
-    stopped : float, optional
-        Since when it is stopped, of `time.monotonic`.
-    """
-
-    rank: int
-    pid: int
-    steps: Steps
-    stack: TextIO
-    handle: int | None = None
-    gone: bool = False
-    stopped: float | None = None
-    count: int = -1
-    seen: float = 0.0
-
-    @classmethod
-    def of(cls, folder: Path, rank: int, pid: int) -> Watched:
-        """Return a rank whose files are in a folder."""
-        stack = open(folder / f"{rank}.stack", "r+", errors="replace")  # noqa: SIM115 (as long as the rank is watched)
-        return cls(rank, pid, Steps(folder / f"{rank}.steps"), stack, handle(pid))
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing more to watch."""
-        return self.steps.state == State.LEFT or (self.gone and self.steps.state in (State.RAISED, State.TOLD))
-
-    @property
-    def shown(self) -> bool:
-        """Whether it has written where it is, or can't."""
-        able = not self.gone and self.steps.state == State.WATCHED and process_state(self.pid) != "T"
-        return not able or os.fstat(self.stack.fileno()).st_size > 0
-
-    def signal(self, number: int) -> None:
-        """Send the process a signal, if it is still there."""
-        with contextlib.suppress(OSError):
-            if self.handle is not None:
-                signal.pidfd_send_signal(self.handle, number)
-            elif not self.gone:
-                os.kill(self.pid, number)
 
 
 class Host:
@@ -90,6 +37,7 @@ class Host:
     def __init__(self, name: str, folder: Path, ranks: list[tuple[int, int]], seconds: float) -> None:
         self.name, self.seconds = name, seconds
         self.ranks = [Watched.of(folder, rank, pid) for rank, pid in ranks]
+        self.wires = Wires(folder, [rank for rank, _ in ranks])
         shutil.rmtree(folder, ignore_errors=True)  # the files live as long as somebody has them open
         self.looked = time.monotonic()
 
@@ -98,13 +46,44 @@ class Host:
         """Whether there is nothing more to watch."""
         return all(watched.ended for watched in self.ranks)
 
-    def ended(self, watched: Watched) -> str:
-        """Note that the process of a rank has ended; return what is wrong with that."""
-        watched.gone = True
-        return f"rank {watched.rank} is gone" if watched.steps.state == State.WATCHED else ""
+    @property
+    def lost(self) -> list[Watched]:
+        """Ranks that have ended without a word."""
+        return [watched for watched in self.ranks if watched.gone and watched.steps.state == State.WATCHED]
+
+    def see(self) -> None:
+        """Look which ranks are well, and in which order the others have ended."""
+        # Once more after one that is not well: who is well then was not the first.
+        while sum(watched.look() for watched in self.ranks):
+            pass
+        self.order()
+
+    def order(self) -> None:
+        """Take in what the wires tell of the order in which ranks have ended."""
+        ranks = {watched.rank: watched for watched in self.ranks}
+        lost = {watched.rank: watched for watched in self.lost}
+        # Who is over has hung up, or never will: a child of the process holds the wire. First who is over, then who
+        # has hung up: so whoever is neither does so after the first one.
+        over = {rank for rank, watched in lost.items() if is_over(watched.pid, watched.started)}
+        self.wires.read()
+        # A rank that has closed its wire, and goes on, has told nothing.
+        self.wires.hung = [rank for rank in self.wires.hung if ranks[rank].gone or ranks[rank].ending]
+        hung = [rank for rank in self.wires.hung if rank in lost]
+        if not hung or len(lost) == 1 or not in_order():
+            return
+        earliest = lost[hung[0]]
+        for rank in [*hung[1:], *(set(self.wires.open.values()) & lost.keys() - over)]:
+            if lost[rank].ill > earliest.well:  # else it began to end before, for a reason of its own
+                lost[rank].well = max(lost[rank].well, earliest.ill)
+                lost[rank].ill = max(lost[rank].ill, earliest.ill)
 
     def look(self) -> str:
         """Return what is wrong, nothing where nothing is."""
+        self.see()
+        if new := [watched for watched in self.lost if not watched.told]:
+            for watched in new:
+                watched.told = True
+            return gone([watched.rank for watched in new])
         now = time.monotonic()
         if now - self.looked > CALM:  # all of the job was suspended, by a scheduler or with Ctrl-Z
             for watched in self.ranks:
@@ -115,8 +94,7 @@ class Host:
             if (count := watched.steps.count) != watched.count:
                 watched.count, watched.seen, watched.stopped = count, now, None
             elif not watched.ended and now - watched.seen > self.seconds / 4:
-                stopped = process_state(watched.pid) == "T"
-                watched.stopped = (watched.stopped or watched.seen) if stopped else None
+                watched.stopped = (watched.stopped or watched.seen) if watched.stopping else None
                 quiet.append(watched)
         if all(watched.stopped for watched in self.ranks) and len(self.ranks) > 1:
             return ""  # suspended; this process was not
@@ -133,8 +111,9 @@ class Host:
 
     def doing(self, watched: Watched) -> Doing:
         """Return what a rank does."""
-        status = "gone" if watched.gone else "stopped" if process_state(watched.pid) == "T" else "running"
+        status = "gone" if watched.gone else "stopped" if watched.stopping else "running"
         doing = read(watched.steps, Doing(watched.rank, self.name, watched.pid, status), time.monotonic())
+        doing.well, doing.ill = watched.well, watched.ill
         watched.stack.seek(0)
         doing.stack = readable(watched.stack.read())
         return doing
@@ -151,26 +130,14 @@ class Host:
 
     def gather(self) -> list[Doing]:
         """Return what each rank does, and where it is."""
+        self.see()  # before the stacks, which take time: a launcher ends the other ranks in the meantime
         self.stacks()
-        return [self.doing(watched) for watched in self.ranks]
+        doings = {watched.rank: self.doing(watched) for watched in self.ranks}
+        mark(doings)
+        return list(doings.values())
 
     def end(self) -> None:
         """End the ranks, whatever they are in: the launcher ends the job with a status other than 0."""
         for watched in self.ranks:
             if not watched.ended:
                 watched.signal(signal.SIGKILL)
-
-
-def process_state(pid: int) -> str:
-    """Return the letter that Linux gives the state of a process: T is stopped; nothing where it can't be told."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def handle(pid: int) -> int | None:
-    """Return a handle of a process, by which no other one can be meant; None where the system has none."""
-    with contextlib.suppress(AttributeError, OSError):
-        return os.pidfd_open(pid)
-    return None

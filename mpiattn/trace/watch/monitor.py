@@ -20,12 +20,14 @@ from typing import Any
 
 from ...errors import WriteError
 from ...messages.ending import until_read
+from .ended import gone, mark
 from .graph import stuck
-from .host import Host, handle
+from .host import Host
 from .network import call
 from .others import BEAT, PATIENCE, Others
 from .report import report
 from .state import Doing
+from .watched import handle
 
 LAUNCHERS = ("prterun", "prted", "mpiexec", "mpirun", "orted", "hydra_", "pmi_proxy")
 """Names of launchers and of their daemons: Open MPI's, MPICH's and Intel MPI's."""
@@ -49,7 +51,9 @@ class Monitor:
         self.selector = DefaultSelector()
         for watched in self.host.ranks:
             if watched.handle is not None:
-                self.selector.register(watched.handle, EVENT_READ, partial(self.ended, watched))
+                self.selector.register(watched.handle, EVENT_READ, partial(self.woken, watched.handle))
+        if self.host.wires.epoll:  # wakes it, no more; before a launcher has killed the others, with some luck
+            self.selector.register(self.host.wires.epoll, EVENT_READ, str)
         self.others: Others | None = None
         self.above = None
         self.heard, self.again = time.monotonic(), 0.0
@@ -84,10 +88,10 @@ class Monitor:
         """Say whether there is nothing more to watch, here and for rank 0's host anywhere."""
         return self.host.done and (self.others is None or self.others.done)
 
-    def ended(self, watched: Any) -> str:
-        """Note that the process of a rank has ended; return whether that is wrong."""
-        self.selector.unregister(watched.handle)
-        return self.host.ended(watched)
+    def woken(self, ended: int) -> str:
+        """Be woken by the end of a process: what that means is for `Host.look` to see, which follows."""
+        self.selector.unregister(ended)
+        return ""
 
     def obey(self) -> str:
         """Do what rank 0's host asks."""
@@ -97,7 +101,9 @@ class Monitor:
             if line["ask"] == "clock":
                 self.above.send(clock=time.monotonic())
             elif line["ask"] == "doing":
-                self.above.send(doing=[doing.to_json() for doing in self.host.gather()])
+                asked = self.heard
+                given = [doing.to_json() for doing in self.host.gather()]
+                self.above.send(doing=given, sent=line["sent"], asked=asked, said=time.monotonic())
             else:
                 self.told = True
                 self.host.end()
@@ -116,16 +122,19 @@ class Monitor:
     def alarm(self, wrong: str) -> bool:
         """Ask what all ranks do, and unless some still make steps, report it and end the job; return whether it did."""
         if self.above and not self.above.lost:
-            self.above.send(wrong=wrong)
+            self.above.send(wrong=wrong, gone=[watched.rank for watched in self.host.lost])
             return False
         certain = not wrong.startswith("no step")
         if not certain and time.monotonic() < self.again:
             return False
         self.again = time.monotonic() + max(self.seconds / 4, 0.5)
-        ranks = self.gather(wrong)
+        ranks = self.gather()
         if not certain and not confirmed(ranks, self.seconds):
             return False
-        if not wrong.endswith("is gone") or not any(said(doing) for doing in ranks.values()):
+        lost = [rank for rank, doing in ranks.items() if doing.status == "gone"]
+        ended = wrong.endswith(("is gone", "are gone"))
+        if not ended or not any(said(doing) for doing in ranks.values()):
+            wrong = gone(lost) if lost and ended and wrong.startswith("rank") else wrong
             text = report(ranks, wrong, self.settings["file"])
             say(text)
             keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
@@ -149,17 +158,18 @@ class Monitor:
             with contextlib.suppress(OSError):  # it has ended, or is the system's, as Slurm's
                 signal.pidfd_send_signal(each, signal.SIGKILL)
 
-    def gather(self, wrong: str) -> dict[int, Doing]:
+    def gather(self) -> dict[int, Doing]:
         """Return what each rank does, of hosts that answer."""
         table = self.settings["table"] if self.others else {}
         ranks = {rank: Doing(rank, host, pid) for rank, (host, pid) in enumerate(table)}
         for other in self.others.all if self.others else ():
             for rank in other.ranks if other.left else ():
                 ranks[rank].status = "left"
-        for doing in [*self.host.gather(), *(self.others.gather() if self.others else ())]:
+        # The others first: the sooner they look, the more is certain of what came after what.
+        asked = self.others.ask() if self.others else []
+        for doing in [*self.host.gather(), *(self.others.gather(asked) if self.others else ())]:
             ranks[doing.rank] = doing
-            if doing.status == "gone" and not wrong.startswith(f"rank {doing.rank} "):
-                doing.status = "ended"  # by the launcher, after the first one
+        mark(ranks)
         return ranks
 
 

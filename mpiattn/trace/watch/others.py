@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
+from .ended import shift
 from .network import Connection
 from .state import Doing
 
@@ -30,6 +31,10 @@ class Other:
         Its ranks have come to the end of the block.
     offset : float
         Seconds to add to its clock to get this host's, best known from the fastest answer.
+    sent : float
+        When it was asked what its ranks do.
+    lost : dict
+        When it was heard that one of its ranks is gone.
     """
 
     connection: Connection
@@ -40,7 +45,9 @@ class Other:
     asked: float = 0.0
     fastest: float = float("inf")
     offset: float = 0.0
+    sent: float = 0.0
     doing: list[Doing] | None = None
+    lost: dict[int, float] = field(default_factory=dict)
 
     def clock(self, theirs: float) -> None:
         """Take in what its clock shows (Cristian 1989, Probabilistic clock synchronization)."""
@@ -119,8 +126,13 @@ class Others:
             other.name, other.ranks = line["name"], line["ranks"]
         if "clock" in line:
             other.clock(line["clock"])
-        if "doing" in line:
-            other.doing = [Doing.of_json(doing) for doing in line["doing"]]
+        if "doing" in line and line["sent"] == other.sent:  # else an answer that came too late, to an earlier question
+            given = [Doing.of_json(doing) for doing in line["doing"]]
+            other.doing = [shift(doing, other.sent, line["asked"], line["said"], other.heard) for doing in given]
+            for doing in other.doing:
+                doing.ill = min(doing.ill, other.lost.get(doing.rank, doing.ill))
+        for rank in line.get("gone", ()):
+            other.lost.setdefault(rank, other.heard)
         other.left = other.left or "bye" in line
         return str(line.get("wrong", ""))
 
@@ -136,17 +148,23 @@ class Others:
         silent = [other.name for other in self.known if now - other.heard > self.seconds + BEAT]
         return f"no word from {', '.join(silent)} for {self.seconds:g} s" if silent else ""
 
-    def gather(self) -> list[Doing]:
-        """Return what the ranks of those hosts do that answer in time."""
+    def ask(self) -> list[Other]:
+        """Ask the other hosts what their ranks do; return those asked."""
         asked = self.known
         for other in asked:
-            other.doing = None
-            other.connection.send(ask="doing")
+            other.doing, other.sent = None, time.monotonic()
+            other.connection.send(ask="doing", sent=other.sent)
+        return asked
+
+    def gather(self, asked: list[Other]) -> list[Doing]:
+        """Return what the ranks of those hosts do that answer in time."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and any(other.doing is None for other in asked if not other.connection.lost):
             for key, _ in self.selector.select(0.1):
                 if any(key.fileobj is other.connection.socket for other in asked):
                     key.data()
+                else:
+                    time.sleep(0.01)  # a rank that has ended, which is told again at once
         return [doing for other in asked for doing in other.doing or ()]
 
     def end(self) -> None:

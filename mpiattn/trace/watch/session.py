@@ -20,6 +20,7 @@ from ...messages import observer
 from ...messages.connection import check
 from ...messages.message import Tag, constant
 from ...problems.scalars import real, shown
+from . import wires
 from .record import Kind, Recorder, State
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ class watch:
 
         rank = self.plain.rank
         self.recorder = Recorder(folder / f"{rank}.steps", {tag.value: tag.name for tag in Tag})
+        self.wire = wires.hold(folder, rank)
         self.stack = open(folder / f"{rank}.stack", "ab")  # noqa: SIM115
         faulthandler.register(DUMP, file=self.stack, all_threads=True)
         self.dump = DUMP
@@ -137,6 +139,8 @@ class watch:
         self.recorder.state(State.RAISED if error else State.LEFT, text)
         faulthandler.unregister(self.dump)
         self.stack.close()
+        if self.wire is not None:
+            os.close(self.wire)
 
     # For `messages.observer`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,6 +54,8 @@ class Doing:
         Of its process. Gone: without having left the watch. Unknown: its host does not answer.
     quiet : float
         Seconds since its last record.
+    well, ill : float
+        Between these times it ended, or raised an exception; as `time.monotonic` of the host that has this.
     passes : list of str
         It is in, the outermost one first.
     step : int
@@ -73,6 +76,8 @@ class Doing:
     pid: int
     status: str = "unknown"
     quiet: float = 0.0
+    well: float = -math.inf
+    ill: float = math.inf
     error: str = ""
     stack: str = ""
     passes: list[str] = field(default_factory=list)
