@@ -353,16 +353,20 @@ class Attention:
         assert self.problem is not None
         if self.sinks is not None:
             out, lse = with_sinks(out.astype(self.problem.wide, copy=False), lse, self.sinks)
-        by_kernel = out.dtype == self.problem.dtype != self.problem.wide  # rounded, and lse in new memory beside it
-        result, lse = (out, lse) if by_kernel else (self.rounded(out), lse.astype(LSE))
+        # What the kernel has rounded lies in new memory, and lse beside it.
+        result, lse = (out, lse) if self.is_rounded(out) else (self.rounded(out), lse.astype(LSE))
         given = self.sinks, self.dropout, self.identity, self.fingerprint(q, k, v, result, lse, self.sinks)
         return result, Saved(q, k, v, result, lse, self.problem, *given)
 
     def rounded(self, total: Array) -> Array:
         """Return complete sums in the dtype of the problem, in memory that nothing else uses."""
         assert self.problem is not None
-        dtype = self.problem.dtype
-        return total if total.dtype == dtype != self.problem.wide else cast(total, dtype)
+        return total if self.is_rounded(total) else cast(total, self.problem.dtype)
+
+    def is_rounded(self, total: Array) -> bool:
+        """Return whether the kernel has rounded complete sums, in new memory."""
+        assert self.problem is not None
+        return bool(total.dtype == self.problem.dtype != self.problem.wide)
 
     # Its end
 

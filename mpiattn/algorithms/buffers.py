@@ -95,16 +95,17 @@ class Buffers:
 
     def state(self, q: Array) -> tuple[Array, Array]:
         """Return new (out, lse) of queries that have attended to nothing: zeros and -inf."""
-        out, lse = self.unwritten_state(q)
-        out.fill(0)
-        lse.fill(-math.inf)
-        return out, lse
+        (shape, wide), (rows, dtype) = self._state(q)
+        return self.xp.zeros(shape, wide), self.xp.full(rows, -math.inf, dtype)
 
     def unwritten_state(self, q: Array) -> tuple[Array, Array]:
         """Return new memory for the (out, lse) of queries, which a kernel is to begin."""
+        out, lse = (self.xp.empty(*spec) for spec in self._state(q))
+        return out, lse
+
+    def _state(self, q: Array) -> tuple[Spec, Spec]:
         assert self.problem is not None
-        out = self.xp.empty((*q.shape[:3], self.problem.v_head_dim), self.problem.wide)
-        return out, self.xp.empty(q.shape[:3], LSE)
+        return ((*q.shape[:3], self.problem.v_head_dim), self.problem.wide), (q.shape[:3], LSE)
 
 
 def _different(specs: Sequence[Sequence[Spec]]) -> list[Sequence[Spec]]:
