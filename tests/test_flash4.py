@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from mpiattn.arrays import Array
 from mpiattn.arrays.cupy.place import Place
 from mpiattn.arrays.softmax import merge
 from mpiattn.errors import InputError
+from mpiattn.kernels.cudnn import library as cudnn
 from mpiattn.kernels.flash4 import launches, library, memory, plans
 from mpiattn.kernels.flash4.memory import Layout
 from mpiattn.kernels.numpy.kernel import NumpyKernel
@@ -390,3 +392,24 @@ def test_the_fastest_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen("cupy", posed("bfloat16"), None, "cudnn", deterministic=True)
     with pytest.raises(InputError, match="kernel 'flash4' has no softcap: numpy, cupy can"):
         chosen("cupy", posed("bfloat16"), None, "flash4", softcap=20.0)
+
+
+def test_kernels_on_gpus_are_named_without_loading_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they tried, where nothing is to compute on GPUs."""
+
+    def loads() -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "gpus", lambda: ["NVIDIA H200"])
+    monkeypatch.setattr(kernels, "version", lambda name: "4.0")
+    monkeypatch.setattr(cudnn, "loaded", lambda: (None, "nvidia-cudnn-frontend is not installed"))
+    monkeypatch.setattr(library, "generation", lambda: 9)
+    monkeypatch.setattr(library, "loaded", loads)
+    monkeypatch.setattr(library, "installed", lambda name: True)
+    assert kernels.on_gpus(False).startswith("flash4 4.0: float16, bfloat16; else cupy; no cudnn: nvidia-cudnn")
+    monkeypatch.setattr(library, "installed", lambda name: name != "cutlass")
+    assert kernels.on_gpus(False).startswith("cupy; no flash4: cutlass is not installed")
+    monkeypatch.setattr(library, "installed", lambda name: True)
+    with pytest.raises(AssertionError, match="loaded"):
+        kernels.on_gpus(True)

@@ -151,23 +151,29 @@ def _tried(name: str, device: int, dtype: np.dtype[np.generic], group: int, head
     return reason or ("it has no plan for this" if kernel.without_plan else "")
 
 
-def on_gpus() -> str:
-    """Return in one line which kernels compute on GPUs, and why no others do."""
+def on_gpus(tried: bool) -> str:
+    """Return in one line which kernels compute on GPUs, and why no others do.
+
+    Parameters
+    ----------
+    tried : bool
+        Whether the libraries are loaded and tried on this rank's GPU, which takes seconds; else what is installed.
+    """
     if importlib.util.find_spec("cupy") is None:
         return "none: CuPy is not installed"
     if not gpus():
         return "none: CuPy finds no GPU"
     from .cudnn.library import loaded
-    from .flash4.library import unusable
+    from .flash4.library import generation, missing, unknown, unusable
 
     cudnn, without_cudnn = loaded()
-    usual = np.dtype(ml_dtypes.bfloat16), 1, 128, 128
-    missing = {
-        "flash4": unusable() or _on_trial("flash4", *usual),
-        "cudnn": without_cudnn or _on_trial("cudnn", *usual),
-    }
-    there = [] if missing["flash4"] else [f"flash4 {version('flash-attn-4')}"]
-    if not missing["cudnn"]:
+    without = {"flash4": unknown(generation()) or missing(), "cudnn": without_cudnn}
+    if tried:
+        usual = np.dtype(ml_dtypes.bfloat16), 1, 128, 128
+        without["flash4"] = without["flash4"] or unusable() or _on_trial("flash4", *usual)
+        without["cudnn"] = without["cudnn"] or _on_trial("cudnn", *usual)
+    there = [] if without["flash4"] else [f"flash4 {version('flash-attn-4')}"]
+    if not without["cudnn"]:
         there.append(f"cudnn {cudnn.backend_version_string()}, frontend {cudnn.__version__}")
     kernels = f"{'; else '.join(there)}: float16, bfloat16; else cupy" if there else "cupy"
-    return "; ".join([kernels, *(f"no {name}: {why}" for name, why in missing.items() if why)])
+    return "; ".join([kernels, *(f"no {name}: {why}" for name, why in without.items() if why)])

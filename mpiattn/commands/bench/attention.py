@@ -126,7 +126,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
 
 def describe(comm: Communicator, xp: ModuleType) -> list[str]:
     """Return what this runs on, a line each."""
-    surroundings = environment(comm)
+    surroundings = environment(comm, on_gpus=xp is not np)
     what = [surroundings["mpi"]]
     if xp is not np:
         name = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()

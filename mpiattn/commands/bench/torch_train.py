@@ -87,7 +87,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
 
     command, ranks = " ".join(["mpiattn", *sys.argv[1:]]), comm.Get_size()
     about = f"{sizes}, {dtype}{', recomputed' if args.recompute else ''}; medians of {args.rounds} rounds"
-    surroundings, report = environment(comm), []
+    surroundings, report = environment(comm, on_gpus=xp is not np), []
 
     def build(one: Asked) -> Attention:
         name, arguments = one

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Check and measure every trial; print the table on rank 0. Return 1 on a mismatch."""
     xp = gpu.namespace(args, comm)
-    surroundings = environment(comm)
+    surroundings = environment(comm, on_gpus=xp is not np)
     given = on_root(comm, lambda: load(args))
     with ExitStack() as stack:
         trials, left_out = build(args, comm, stack, given[0] if given else None)

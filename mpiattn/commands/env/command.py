@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, comm: Communicator) -> int:
     """Print the environment, once; write it where asked."""
     on_root(comm, lambda: writing.check(args.json))
-    info = environment(comm)
+    info = environment(comm, on_gpus=True)
     if comm.Get_rank() == 0:
         print(text(info))
     if args.json:

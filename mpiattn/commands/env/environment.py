@@ -20,8 +20,14 @@ from ...messages.message import Communicator
 from .warnings import SOFTWARE, core_warnings, launcher_warnings, mixture_warnings
 
 
-def environment(comm: Communicator) -> dict[str, Any]:
+def environment(comm: Communicator, on_gpus: bool = False) -> dict[str, Any]:
     """Describe all ranks of a communicator; collective.
+
+    Parameters
+    ----------
+    comm : communicator
+    on_gpus : bool
+        Whether the kernels on GPUs are loaded and tried, each rank's on its own: for what computes there.
 
     Returns
     -------
@@ -29,7 +35,7 @@ def environment(comm: Communicator) -> dict[str, Any]:
         The software of rank 0 by name (see `warnings.SOFTWARE`), `ranks`: a list with one dict a rank, and `warnings`:
         a list of sentences. The same on every rank, and ready for JSON.
     """
-    everyone: list[dict[str, Any]] = comm.allgather({**_software(), **_rank(comm.Get_rank())})
+    everyone: list[dict[str, Any]] = comm.allgather({**_software(on_gpus), **_rank(comm.Get_rank())})
     return {
         **{name: everyone[0][name] for name in SOFTWARE},
         "ranks": [{name: value for name, value in one.items() if name not in SOFTWARE} for one in everyone],
@@ -41,7 +47,7 @@ def environment(comm: Communicator) -> dict[str, Any]:
     }
 
 
-def _software() -> dict[str, str]:
+def _software(on_gpus: bool) -> dict[str, str]:
     return {
         "mpiattn": __version__,
         "numpy": np.__version__,
@@ -49,7 +55,7 @@ def _software() -> dict[str, str]:
         "python": platform.python_version(),
         **_library(),
         "platform": platform.platform(),
-        "gpu_kernel": kernels.on_gpus(),
+        "gpu_kernel": kernels.on_gpus(on_gpus),
     }
 
 

@@ -30,9 +30,8 @@ WIDE_HEADS = (192, 128), (256, 256)
 @functools.cache
 def loaded() -> tuple[Interface, str]:
     """Return the library's module, or None and why it can't be used."""
-    for name in NEEDED:
-        if not installed(name):
-            return None, f"{name} is not installed: pip install 'mpiattn[flash4]'"
+    if reason := missing():
+        return None, reason
     # A kernel compiles for seconds: the library then keeps it on disk, for the next process too.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
@@ -44,6 +43,12 @@ def loaded() -> tuple[Interface, str]:
     if not all(hasattr(getattr(interface, name, None), "compile_cache") for name in QUEUES):
         return None, "this version of flash-attn-4 is another one than the kernel knows: pip install 'mpiattn[flash4]'"
     return interface, ""
+
+
+def missing() -> str:
+    """Return which of the packages is not installed, the empty string if all are; none is imported but parents."""
+    names = (name for name in NEEDED if not installed(name))
+    return next((f"{name} is not installed: pip install 'mpiattn[flash4]'" for name in names), "")
 
 
 def installed(name: str) -> bool:
