@@ -406,10 +406,10 @@ def test_kernels_on_gpus_are_named_without_loading_them(monkeypatch: pytest.Monk
     monkeypatch.setattr(cudnn, "loaded", lambda: (None, "nvidia-cudnn-frontend is not installed"))
     monkeypatch.setattr(library, "generation", lambda: 9)
     monkeypatch.setattr(library, "loaded", loads)
-    monkeypatch.setattr(library, "installed", lambda name: True)
+    monkeypatch.setattr(library, "found", lambda name: name)
     assert kernels.on_gpus(False).startswith("flash4 4.0: float16, bfloat16; else cupy; no cudnn: nvidia-cudnn")
-    monkeypatch.setattr(library, "installed", lambda name: name != "cutlass")
+    monkeypatch.setattr(library, "found", lambda name: None if name == "cutlass" else name)
     assert kernels.on_gpus(False).startswith("cupy; no flash4: cutlass is not installed")
-    monkeypatch.setattr(library, "installed", lambda name: True)
+    monkeypatch.setattr(library, "found", lambda name: name)
     with pytest.raises(AssertionError, match="loaded"):
         kernels.on_gpus(True)

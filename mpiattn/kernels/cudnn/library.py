@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from mpiattn.problems.problem import Problem
+
+from ..pieces.library import found, unfit_dtype, unfit_heads
 
 LARGEST_HEAD = 256
 
@@ -17,7 +18,7 @@ LARGEST_HEAD = 256
 @functools.cache
 def loaded() -> tuple[Any, str]:
     """Return cuDNN's frontend, or None and why it can't be used."""
-    if importlib.util.find_spec("cudnn") is None:
+    if found("cudnn") is None:
         return None, "nvidia-cudnn-frontend is not installed"
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
@@ -38,10 +39,7 @@ def loaded() -> tuple[Any, str]:
 
 def _load_cudnn() -> None:
     """Load the cuDNN that Python's packages bring, as torch does, if they bring one: the system's may be older."""
-    try:
-        package = importlib.util.find_spec("nvidia.cudnn")
-    except ModuleNotFoundError:  # of nvidia
-        return
+    package = found("nvidia.cudnn")
     for folder in (package.submodule_search_locations or ()) if package else ():
         with contextlib.suppress(OSError):
             ctypes.CDLL(str(Path(folder) / "lib" / "libcudnn.so.9"))
@@ -52,12 +50,7 @@ def unable(problem: Problem) -> str:
     cudnn, reason = loaded()
     if cudnn is None:
         return reason
-    if problem.dtype.name not in ("float16", "bfloat16"):
-        return f"cuDNN attends in float16 and bfloat16, not {problem.dtype.name}"
-    for name, dim in (("head_dim", problem.head_dim), ("v_head_dim", problem.v_head_dim)):
-        if dim % 8 or dim > LARGEST_HEAD:
-            return f"cuDNN needs a {name} of 8, 16, ..., {LARGEST_HEAD}, not {dim}"
-    return ""
+    return unfit_dtype("cuDNN", problem) or unfit_heads("cuDNN", problem, 8, LARGEST_HEAD)
 
 
 def may_overflow(keys: int) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 from mpiattn.problems.problem import Problem
 
+from ..pieces.library import found, unfit_dtype, unfit_heads
+
 Interface = Any  # the library's module `flash_attn.cute.interface`
 
+NAME = "FlashAttention-4"
 NEEDED = "torch", "tvm_ffi", "cutlass", "flash_attn.cute"
 QUEUES = "_flash_attn_fwd", "_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert"
 """The library's functions that compile kernels and queue them; each keeps them in its `compile_cache`."""
@@ -47,16 +49,8 @@ def loaded() -> tuple[Interface, str]:
 
 def missing() -> str:
     """Return which of the packages is not installed, the empty string if all are; none is imported but parents."""
-    names = (name for name in NEEDED if not installed(name))
+    names = (name for name in NEEDED if found(name) is None)
     return next((f"{name} is not installed: pip install 'mpiattn[flash4]'" for name in names), "")
-
-
-def installed(name: str) -> bool:
-    """Return whether a module can be found; it is not imported, but its parents are."""
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
 
 
 def unusable() -> str:
@@ -66,8 +60,8 @@ def unusable() -> str:
 
 def unable(problem: Problem, scale: float | None = None) -> str:
     """Return why FlashAttention-4 can't do a problem on the current GPU, the empty string if it can."""
-    if problem.dtype.name not in ("float16", "bfloat16"):
-        return f"FlashAttention-4 attends in float16 and bfloat16, not {problem.dtype.name}"
+    if reason := unfit_dtype(NAME, problem):
+        return reason
     if scale is not None and scale <= 0:
         return f"FlashAttention-4 needs a scale above zero, not {scale}"
     chip = generation()
@@ -89,10 +83,9 @@ def unknown(chip: int) -> str:
 def unfit(chip: int, problem: Problem) -> str:
     """Return what is wrong with a problem's heads for chips of a generation, the empty string if nothing is."""
     dims = problem.head_dim, problem.v_head_dim
-    largest, step = LARGEST_HEAD[chip], STEP[chip]
-    for name, dim in zip(("head_dim", "v_head_dim"), dims, strict=True):
-        if (dim % step or dim > largest) and (chip == 9 or dims not in WIDE_HEADS):
-            return f"FlashAttention-4 needs a {name} of {step}, {2 * step}, ..., {largest} on this chip, not {dim}"
+    reason = unfit_heads(NAME, problem, STEP[chip], LARGEST_HEAD[chip], " on this chip")
+    if reason and (chip == 9 or dims not in WIDE_HEADS):
+        return reason
     if chip == 9 and dims[0] != dims[1]:  # what compiles; the library does not say
         if any(dim % 64 for dim in dims) or dims[1] > dims[0]:
             return f"FlashAttention-4 needs one head_dim, or multiples of 64 with a smaller v_head_dim, not {dims}"

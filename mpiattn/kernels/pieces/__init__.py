@@ -2,6 +2,7 @@
 
 Each module uses those above it only:
 
+- `library`: whether a library's packages are there, and whether it takes a problem
 - `cut`: a block, cut into rectangles that a library can do
 - `scratch`: memory that serves all calls in turn
 - `waiting`: sums whose shares wait, to be added up in one pass
