@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar, cast
 
 import numpy as np
@@ -46,7 +47,7 @@ class Agreement:
 
     def describe(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
         """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""
-        own = np.concatenate([*map(arrays.describe, values), np.array(numbers, np.int64)])
+        own = np.array([*chain.from_iterable(map(arrays.describe, values)), *numbers], np.int64)
         known = self.told.get(own.tobytes())
         if known is not None:
             return known

@@ -28,7 +28,7 @@ from ..problems.problem import Problem
 from ..problems.user_mask import held
 from .agreement import Agreement, settled
 from .buffers import Buffers
-from .given import Given, agreed_given, numbered
+from .given import Given, numbered
 from .options import (
     Check,
     agree,
@@ -290,10 +290,7 @@ class Attention:
     def pose(self, q: Array, k: Array, v: Array, given: Given) -> Problem:
         """Return the problem that the arrays of all ranks pose, which agree on what they are given beside them."""
         table = self.agreement.arrays(numbered(q, given), q=q, k=k, v=v)
-        descriptions, others = np.split(table, [3 * arrays.DESCRIPTION], axis=1)
-        problem = posed(descriptions.tobytes(), len(table), self.layout, self.mask, self.partials)
-        agreed_given(others.tolist(), alike=self.layout != layouts.EVERYWHERE)
-        return problem
+        return posed(table.tobytes(), len(table), self.layout, self.mask, self.partials)
 
     def agree_backward(self, d_out: Array, saved: Saved) -> Problem:
         """Agree with all ranks on the gradient that arrived, and on the problem it belongs to."""

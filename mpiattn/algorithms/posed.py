@@ -14,13 +14,29 @@ from ..errors import InputError
 from ..problems.layout import EVERYWHERE
 from ..problems.mask import Mask
 from ..problems.problem import Problem
+from .given import agreed_given
 
 # The same descriptions give the same objects: ranks of one process (`virtual`) share what they work out.
 
 
 @functools.lru_cache(maxsize=16)
-def posed(descriptions: bytes, ranks: int, layout_name: str, mask: Mask, partials: str) -> Problem:
-    """Return the problem that all ranks' q, k, v pose; errors as `agreed`."""
+def posed(table: bytes, ranks: int, layout_name: str, mask: Mask, partials: str) -> Problem:
+    """Return the problem that all ranks' q, k, v pose, which agree on the rest; errors as `agreed` and `agreed_given`.
+
+    Parameters
+    ----------
+    table : for each rank, the descriptions of q, k and v, and what `numbered` returned
+    """
+    rows = np.frombuffer(table, np.int64).reshape(ranks, -1)
+    descriptions, others = np.split(rows, [3 * arrays.DESCRIPTION], axis=1)
+    problem = _posed(descriptions.tobytes(), ranks, layout_name, mask, partials)
+    agreed_given(others.tolist(), alike=layout_name != EVERYWHERE)
+    return problem
+
+
+@functools.lru_cache(maxsize=16)
+def _posed(descriptions: bytes, ranks: int, layout_name: str, mask: Mask, partials: str) -> Problem:
+    """Return the problem alone: the same one where only what is given beside q, k, v is another."""
     return replace(agreed(described(descriptions, ranks, 3), layout_name, mask), partials=partials)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,17 +73,30 @@ def check_saved(
     numbers = own, zlib.crc32(repr(saves).encode())
     table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact])
     agreement.refuse(table, d_out=d_out)
-    for rank, owned in enumerate(table[:, -3]):
+    agreed_saved(table.tobytes(), len(table))
+
+
+@functools.lru_cache(maxsize=16)
+def agreed_saved(table: bytes, ranks: int) -> None:
+    """Raise InputError where d_out does not fit what was saved, or that is not what `forward` left, on any rank.
+
+    Parameters
+    ----------
+    table : for each rank, the descriptions of d_out and out; whether this attention made what was saved, a checksum of
+        its problem, and whether it is unchanged
+    """
+    rows = np.frombuffer(table, np.int64).reshape(ranks, -1)
+    for rank, owned in enumerate(rows[:, -3]):
         if not owned:
             raise InputError(
                 f"on rank {rank}, saved is not what forward of this algorithm returns with the same options, or it was "
                 "changed since"
             )
-    specs = described(table[:, :-1].tobytes(), len(table), 2)
+    specs = described(rows[:, :-1].tobytes(), ranks, 2)
     for rank, (gradient, out) in enumerate(specs):
         if gradient != out:
             raise InputError(f"d_out on rank {rank} is {show(gradient)}, but out is {show(out)}")
-    for rank, whole in enumerate(table[:, -1]):
+    for rank, whole in enumerate(rows[:, -1]):
         if not whole:
             raise InputError(
                 f"q, k, v, out, lse or sinks were changed on rank {rank} between forward and backward, which reads "

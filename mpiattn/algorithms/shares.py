@@ -69,7 +69,7 @@ def scatter(array: Array | None, comm: Communicator, layout: str | Where, root: 
     comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
     where, root, axis = _agreed(comm, layout, root, axis)
-    description = describe(array)
+    description = np.array(describe(array))
     comm.Bcast(description, root)
     shape, dtype = _with_axis(comm, axis, description, root, array)
     own = Parcel([(_share(shape, where, rank), dtype)])
@@ -119,7 +119,7 @@ def gather(
     comm = private(comm)  # the caller's messages never meet these
     size, rank = comm.Get_size(), comm.Get_rank()
     where, root, axis = _agreed(comm, layout, root, axis, shape)
-    table = rows(comm, describe(array))
+    table = rows(comm, np.array(describe(array)))
     specs = [_with_axis(comm, axis, description, owner, array) for owner, description in enumerate(table)]
     first, dtype = specs[0]
     if shape is not None and len(shape) != len(first):

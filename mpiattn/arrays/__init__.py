@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -67,13 +68,13 @@ def dtype(name: str) -> np.dtype[np.generic]:
     raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(d.name for d in FLOATS)}")
 
 
-def describe(array: Any) -> NDArray[np.int64]:
+def describe(array: Any) -> list[int]:
     """Return kind, dtype and shape as integers that one collective can carry; -1 where it is no such array."""
     try:
         known = _known(array)
     except Exception:  # of an object's own methods: the other ranks are to hear of it
         known = []
-    return np.array([*known, *[-1] * (DESCRIPTION - len(known))], np.int64)
+    return known + [-1] * (DESCRIPTION - len(known))
 
 
 def _known(array: Any) -> list[int]:
@@ -89,7 +90,7 @@ def _known(array: Any) -> list[int]:
     return []
 
 
-def described(description: NDArray[np.int64]) -> Spec | None:
+def described(description: Iterable[int]) -> Spec | None:
     """Return shape and dtype from a description, or None where there was no array."""
     _, code, ndim, *shape = (int(number) for number in description)
     return None if code < 0 else (tuple(shape[:ndim]), DTYPES[code])
