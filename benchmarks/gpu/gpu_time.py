@@ -20,9 +20,9 @@ from mpi4py import MPI
 from torch.profiler import ProfilerActivity, profile
 
 from mpiattn import arrays
+from mpiattn.algorithms.spelling import spell
 from mpiattn.commands import gpu
 from mpiattn.commands.bench import attention, contenders
-from mpiattn.problems import grid
 
 WORLD = MPI.COMM_WORLD
 CALLS = 5
@@ -34,17 +34,15 @@ def main() -> None:
     """Profile each algorithm on each number of tokens, and print on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     attention.add_arguments(parser)
-    parser.set_defaults(tokens="16384,65536")
+    parser.set_defaults(tokens=[2**14, 2**16])
     args = parser.parse_args()
     xp = gpu.namespace(args, WORLD, "cupy")
     torch.cuda.set_device(xp.cuda.Device().id)
     options = {"layout": args.layout, "partials": args.partials, **gpu.options(args)}
     heads = args.heads, args.kv_heads or args.heads, args.head_dim, arrays.dtype(args.dtype or "bfloat16"), args.mask
-    for tokens, text in itertools.product(map(int, args.tokens.split(",")), args.algorithms.split(",")):
-        setting = contenders.Setting(WORLD, xp, tokens, *heads, options)
-        name, _, shape = text.partition(":")
-        rows_cols = dict(zip(("rows", "cols"), grid.parse(shape), strict=True)) if shape else {}
-        run = contenders.algorithm(setting, text, name, rows_cols)[0].run["forward+backward"]
+    for tokens, (name, arguments) in itertools.product(args.tokens, args.algorithms):
+        setting, text = contenders.Setting(WORLD, xp, tokens, *heads, options), spell(name, arguments)
+        run = contenders.algorithm(setting, text, name, arguments)[0].run["forward+backward"]
         for _ in range(CALLS):
             run()
         gpu.wait(setting.xp)
