@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpiattn.arrays import accumulator, softmax
-from mpiattn.kernels.numpy.kernel import NumpyKernel
+from mpiattn.kernels.numpy.kernel import KEPT, NumpyKernel
 from mpiattn.kernels.numpy.scores import Form, weigh
-from mpiattn.kernels.numpy.tiles import KEYS, QUERIES, SIDE, plan
+from mpiattn.kernels.numpy.tiles import KEYS, QUERIES, SIDE, Plan, plan
 from mpiattn.problems import layout as layouts
 from mpiattn.problems.block import Block
 from mpiattn.problems.mask import Causal, Documents, Full, Mask, SlidingWindow, allowed
@@ -427,6 +427,28 @@ def test_plan_covers_every_pair_once(
     np.testing.assert_array_equal(seen.T, allowed(mask, queries, keys).repeat(together, axis=0))
     # Little is computed in vain: a margin along the two edges of what each row sees.
     assert computed <= pairs(mask, queries, keys) + 2 * SIDE * (len(queries) + len(keys)) + SIDE * SIDE
+
+
+@pytest.mark.parametrize(("tokens", "plans"), [(64, 1), (300, 2)])
+def test_plans_of_small_blocks_are_kept(monkeypatch: pytest.MonkeyPatch, tokens: int, plans: int) -> None:
+    made: list[Block] = []
+
+    def counted(block: Block, group: int) -> Plan:
+        made.append(block)
+        return plan(block, group)
+
+    monkeypatch.setattr(f"{NumpyKernel.__module__}.plan", counted)
+    q, k, v, _ = inputs(tokens, dtype=np.float32)
+    kernel, positions = NumpyKernel(), np.arange(tokens)
+    for _ in range(2 * KEPT):
+        made.clear()
+        block, results = Block(Causal(), positions, positions), []
+        for _ in range(2):
+            out, lse = np.zeros(q.shape[:3] + v.shape[3:], np.float32), np.full(q.shape[:3], -np.inf)
+            kernel.forward(q, k, v, block=block, out=out, lse=lse)
+            results.append(out)
+        assert made == [block] * plans and np.array_equal(results[0], results[1])
+    assert len(kernel.plans) <= KEPT
 
 
 def test_no_queries_before_many_keys() -> None:

@@ -17,10 +17,13 @@ from ..contract import Progress, rows_of
 from ..sums import Sums
 from . import few, slices
 from .scores import LOG2E, Form, form_of, shift, shift_raw, weigh
-from .tiles import Tile, by_head, by_token, plan
+from .tiles import Plan, Tile, by_head, by_token, plan
 from .work import Work
 
 Array = NDArray[Any]
+
+SMALL = 2**16  # pairs of a block whose plan is kept: to make it takes a tenth of the time of its attention
+KEPT = 16  # plans: those of one rank's blocks in most runs, and little memory for a thousand virtual ranks
 
 
 class NumpyKernel(Sums):
@@ -48,6 +51,7 @@ class NumpyKernel(Sums):
         self.dropout: Dropout | None = None
         self.first_head = 0
         self.work = Work()
+        self.plans: dict[tuple[Block, int], Plan] = {}
 
     def drop(self, dropout: Dropout | None, first_head: int = 0) -> None:
         """Drop probabilities from now on, or none, in arrays whose first query head has this number among all."""
@@ -65,7 +69,7 @@ class NumpyKernel(Sums):
         if plain and few.fits(q, block) and few.attend(q, k, v, self._scale(q), out, lse):
             return
         group = q.shape[1] // k.shape[1]
-        together, rows_of_tiles = plan(block, group)
+        together, rows_of_tiles = self._plan(block, group)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -113,7 +117,7 @@ class NumpyKernel(Sums):
         """Add this block's share of the gradients to d_q, d_k and d_v, in place; see `contract.Kernel`."""
         q, d_out, lse, delta, d_q = rows_of(block, q, d_out, lse, delta, d_q)
         group = q.shape[1] // k.shape[1]
-        together, rows_of_tiles = plan(block, group)
+        together, rows_of_tiles = self._plan(block, group)
         for b, g in np.ndindex(k.shape[:2]):
             form = self._form(q[b, g * group : (g + 1) * group], k[b, g])
             dtype = form.dtype
@@ -166,6 +170,16 @@ class NumpyKernel(Sums):
 
     def _scale(self, q: Array) -> float:
         return 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
+
+    def _plan(self, block: Block, group: int) -> Plan:
+        """Return the tiles of a block: of a small one, those that were made for it before."""
+        if len(block.queries) * len(block.keys) > SMALL:
+            return plan(block, group)
+        if (block, group) not in self.plans:
+            if len(self.plans) >= KEPT:
+                self.plans.clear()
+            self.plans[block, group] = plan(block, group)
+        return self.plans[block, group]
 
     def _form(self, queries: Array, keys: Array) -> Form:
         return form_of(queries, keys, self._scale(queries), self.softcap, accumulator(queries.dtype))

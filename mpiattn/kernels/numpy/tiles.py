@@ -30,10 +30,12 @@ class Tile(NamedTuple):
     visible: NDArray[np.bool_] | None  # (keys, columns); None: every query sees every key
 
 
-def plan(block: Block, group: int = 1) -> tuple[int, list[tuple[slice, list[Tile]]]]:
-    """Return how many of a group of heads a tile has, and the rows of tiles that the mask leaves of a block.
+Plan = tuple[int, list[tuple[slice, list[Tile]]]]
+"""How many of a group of heads a tile has, and rows of tiles: each a slice of queries, with its tiles."""
 
-    A row is a slice of queries, with its tiles.
+
+def plan(block: Block, group: int = 1) -> Plan:
+    """Return how many of a group of heads a tile has, and the rows of tiles that the mask leaves of a block.
 
     A query sees the keys of indices [start, stop). The keys that a whole row sees make large tiles
     without a mask; those before and after, that some of its queries see, make narrow ones.
