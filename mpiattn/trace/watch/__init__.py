@@ -14,6 +14,7 @@ In a process beside the ranks of each host, which loads no MPI:
 
 - `monitor`, `host`, `watched`: what notices that something is wrong, on this host
 - `network`, `others`: the same of the other hosts
+- `alarm`: what they noticed
 - `ended`: which of several that have ended was the first, as far as that is certain
 - `state`, `graph`, `report`: what each rank does, who waits for whom, in words
 - `timeline`: the last steps as a trace

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+from .alarm import Alarm, Kind
 from .ended import gone, is_over, mark
 from .record import State
 from .report import readable
@@ -77,13 +78,13 @@ class Host:
                 lost[rank].well = max(lost[rank].well, earliest.ill)
                 lost[rank].ill = max(lost[rank].ill, earliest.ill)
 
-    def look(self) -> str:
-        """Return what is wrong, nothing where nothing is."""
+    def look(self) -> Alarm | None:
+        """Return what is wrong, None where nothing is."""
         self.see()
         if new := [watched for watched in self.lost if not watched.told]:
             for watched in new:
                 watched.told = True
-            return gone([watched.rank for watched in new])
+            return Alarm(Kind.GONE, gone([watched.rank for watched in new]))
         now = time.monotonic()
         if now - self.looked > CALM:  # all of the job was suspended, by a scheduler or with Ctrl-Z
             for watched in self.ranks:
@@ -97,17 +98,16 @@ class Host:
                 watched.stopped = (watched.stopped or watched.seen) if watched.stopping else None
                 quiet.append(watched)
         if all(watched.stopped for watched in self.ranks) and len(self.ranks) > 1:
-            return ""  # suspended; this process was not
+            return None  # suspended; this process was not
         if any(watched.stopped and now - watched.seen >= self.seconds for watched in quiet):
-            return f"a rank has been stopped for {self.seconds:g} s"
+            return Alarm(Kind.STOPPED, f"a rank has been stopped for {self.seconds:g} s")
         for watched in quiet:
             if now - watched.seen >= self.seconds and watched.steps.state == State.WATCHED:
                 doing = self.doing(watched)
-                if doing.waiting:
-                    return f"no step for {self.seconds:g} s"
-                if doing.passes:
-                    return f"no step in {doing.passes[-1]} for {self.seconds:g} s"
-        return ""
+                where = f" in {doing.passes[-1]}" if doing.passes and not doing.waiting else ""
+                if doing.waiting or where:
+                    return Alarm(Kind.QUIET, f"no step{where} for {self.seconds:g} s")
+        return None
 
     def doing(self, watched: Watched) -> Doing:
         """Return what a rank does."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from ...errors import WriteError
 from ...messages.ending import until_read
+from .alarm import Alarm, Kind
 from .ended import gone, mark
 from .graph import stuck
 from .host import Host
@@ -53,7 +54,7 @@ class Monitor:
             if watched.handle is not None:
                 self.selector.register(watched.handle, EVENT_READ, partial(self.woken, watched.handle))
         if self.host.wires.epoll:  # wakes it, no more; before a launcher has killed the others, with some luck
-            self.selector.register(self.host.wires.epoll, EVENT_READ, str)
+            self.selector.register(self.host.wires.epoll, EVENT_READ, lambda: None)
         self.others: Others | None = None
         self.above = None
         self.heard, self.again = time.monotonic(), 0.0
@@ -88,12 +89,11 @@ class Monitor:
         """Say whether there is nothing more to watch, here and for rank 0's host anywhere."""
         return self.host.done and (self.others is None or self.others.done)
 
-    def woken(self, ended: int) -> str:
+    def woken(self, ended: int) -> None:
         """Be woken by the end of a process: what that means is for `Host.look` to see, which follows."""
         self.selector.unregister(ended)
-        return ""
 
-    def obey(self) -> str:
+    def obey(self) -> Alarm | None:
         """Do what rank 0's host asks."""
         assert self.above is not None
         for line in self.above.lines():
@@ -109,22 +109,22 @@ class Monitor:
                 self.host.end()
         if self.above.lost and not self.told:
             self.selector.unregister(self.above.socket)
-            return "rank 0's host has ended its watch"
-        return ""
+            return Alarm(Kind.SILENT, "rank 0's host has ended its watch")
+        return None
 
-    def miss(self) -> str:
+    def miss(self) -> Alarm | None:
         """Return whether there is no word from rank 0's host, for longer than that would take to end the job itself."""
         if self.above and time.monotonic() - self.heard > self.seconds + 2 * BEAT + PATIENCE:
             self.above.lost = True
-            return f"no word from rank 0's host for {self.seconds:g} s"
-        return ""
+            return Alarm(Kind.SILENT, f"no word from rank 0's host for {self.seconds:g} s")
+        return None
 
-    def alarm(self, wrong: str) -> bool:
+    def alarm(self, wrong: Alarm) -> bool:
         """Ask what all ranks do, and unless some still make steps, report it and end the job; return whether it did."""
         if self.above and not self.above.lost:
             self.above.send(wrong=wrong, gone=[watched.rank for watched in self.host.lost])
             return False
-        certain = not wrong.startswith("no step")
+        certain = wrong.kind is not Kind.QUIET
         if not certain and time.monotonic() < self.again:
             return False
         self.again = time.monotonic() + max(self.seconds / 4, 0.5)
@@ -132,10 +132,10 @@ class Monitor:
         if not certain and not confirmed(ranks, self.seconds):
             return False
         lost = [rank for rank, doing in ranks.items() if doing.status == "gone"]
-        ended = wrong.endswith(("is gone", "are gone"))
+        ended = wrong.kind in (Kind.GONE, Kind.UNWATCHED)
         if not ended or not any(said(doing) for doing in ranks.values()):
-            wrong = gone(lost) if lost and ended and wrong.startswith("rank") else wrong
-            text = report(ranks, wrong, self.settings["file"])
+            noticed = gone(lost) if lost and wrong.kind is Kind.GONE else wrong.text  # others may be gone by now
+            text = report(ranks, noticed, self.settings["file"])
             say(text)
             keep(ranks, self.others.offsets if self.others else {}, text, self.settings["file"])
         # Else a rank has ended the job by an exception or at a signal, and has said so.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
+from .alarm import Alarm, Kind
 from .ended import shift
 from .network import Connection
 from .state import Doing
@@ -96,17 +97,16 @@ class Others:
         """Seconds to add to the clock of each host."""
         return {other.name: other.offset for other in self.all}
 
-    def accept(self) -> str:
+    def accept(self) -> None:
         """Let another host in."""
         opened, _ = self.listener.accept()
         other = Other(Connection(opened), time.monotonic())
         self.all.append(other)
         self.selector.register(opened, EVENT_READ, lambda: self.hear(other))
-        return ""
 
-    def hear(self, other: Other) -> str:
+    def hear(self, other: Other) -> Alarm | None:
         """Take in what another host says; return what is wrong there."""
-        wrong = ""
+        wrong = None
         for line in other.connection.lines():
             if not other.name and line.get("secret") != self.secret:
                 other.connection.lost = True
@@ -117,10 +117,10 @@ class Others:
             self.selector.unregister(other.connection.socket)
             other.connection.socket.close()
             if other.name and not other.left:
-                return f"the watch on {other.name} is gone"
+                return Alarm(Kind.UNWATCHED, f"the watch on {other.name} is gone")
         return wrong
 
-    def take(self, other: Other, line: Mapping[str, Any]) -> str:
+    def take(self, other: Other, line: Mapping[str, Any]) -> Alarm | None:
         """Take in a line of another host; return what is wrong there."""
         if "secret" in line:
             other.name, other.ranks = line["name"], line["ranks"]
@@ -134,19 +134,22 @@ class Others:
         for rank in line.get("gone", ()):
             other.lost.setdefault(rank, other.heard)
         other.left = other.left or "bye" in line
-        return str(line.get("wrong", ""))
+        if "wrong" not in line:
+            return None
+        kind, text = line["wrong"]
+        return Alarm(Kind(kind), text)
 
-    def beat(self) -> str:
+    def beat(self) -> Alarm | None:
         """Give signs of life from time to time; return whose are missed."""
         now = time.monotonic()
         if now - self.beaten < BEAT:
-            return ""
+            return None
         self.beaten = now
         for other in self.known:
             other.asked = time.monotonic()
             other.connection.send(ask="clock")
         silent = [other.name for other in self.known if now - other.heard > self.seconds + BEAT]
-        return f"no word from {', '.join(silent)} for {self.seconds:g} s" if silent else ""
+        return Alarm(Kind.SILENT, f"no word from {', '.join(silent)} for {self.seconds:g} s") if silent else None
 
     def ask(self) -> list[Other]:
         """Ask the other hosts what their ranks do; return those asked."""
