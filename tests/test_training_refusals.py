@@ -64,7 +64,7 @@ def test_nothing_is_overwritten(comm: Any, mpi_tmp_path: Path, monkeypatch: pyte
     for old, new, message in (
         ("hidden_size = 16", "hidden_size = 24", "step-00000040 is the checkpoint of another model"),
         ("steps", "stepz", "unknown key of .training. 'stepz'; did you mean steps?"),
-        ("hidden_size = 16", "hidden_size = 1000000000", "to train this model takes .* bytes; this machine has"),
+        ("hidden_size = 16", "hidden_size = 1000000000", "to train this model takes .* bytes, and this machine has"),
         ("steps = 60", "steps = 60\nweight_decay = nan", "warmup, weight_decay and seed are numbers, at least 0"),
         ("hidden_size", "hiden_size", "unknown key of .model. 'hiden_size'; did you mean hidden_size?"),
     ):

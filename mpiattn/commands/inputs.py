@@ -18,7 +18,7 @@ from ..algorithms.posed import fit
 from ..algorithms.shares import owned_heads, scatter
 from ..arrays import FLOATS, Array
 from ..arrays import dtype as dtype_of
-from ..machines.reading import memory
+from ..machines.reading import check_memory
 from ..messages.message import Communicator
 from ..planner import Choice
 from ..planner.units import count
@@ -230,8 +230,7 @@ def synthetic(
     if heads % kv_heads:
         raise ValueError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}")
     numbers = batch * (heads + 2 * kv_heads) * tokens * head_dim
-    if (nbytes := numbers * np.dtype(np.float32).itemsize) > (held := memory()):
-        raise ValueError(f"random input of these sizes takes {nbytes:.3g} bytes, and this machine has {held:.3g}")
+    check_memory(numbers * np.dtype(np.float32).itemsize, "random input of these sizes")
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     return {
         name: rng.standard_normal((batch, count, tokens, head_dim), dtype=np.float32) for name, count in shapes.items()

@@ -14,7 +14,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..errors import InputError
-from ..machines.reading import memory
+from ..machines.reading import check_memory
 from ..problems.dropout import Dropout
 from ..problems.layout import LAYOUTS
 from ..problems.scalars import whole
@@ -78,9 +78,7 @@ class Case:
             arrays.dtype(self.dtype)
         except ValueError as error:
             raise InputError(str(error)) from None
-        nbytes = 8 * sum(map(math.prod, self.shapes.values()))
-        if nbytes > memory():
-            raise InputError(f"{self} takes {nbytes:.3g} bytes, and this machine has {memory():.3g}")
+        check_memory(8 * sum(map(math.prod, self.shapes.values())), str(self))
 
     @property
     def options(self) -> dict[str, Any]:

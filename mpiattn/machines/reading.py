@@ -29,3 +29,9 @@ def content(path: Path) -> bytes:
 def memory() -> int:
     """Return how many bytes of memory this machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(nbytes: int, what: str) -> None:
+    """Raise InputError where something takes more bytes of memory than this machine has."""
+    if nbytes > memory():
+        raise InputError(f"{what} takes {nbytes:.3g} bytes, and this machine has {memory():.3g}")

@@ -105,10 +105,7 @@ def plan(
     given, ranks = ranks, whole(ranks) or 0
     if ranks < 1:
         raise InputError(f"ranks must be a whole number, 1 or more, got {given!r}")
-    if (pairs := 8 * ranks**2) > reading.memory():
-        raise InputError(
-            f"a plan for {ranks} ranks takes {pairs:.3g} bytes for their pairs; this machine has {reading.memory():.3g}"
-        )
+    reading.check_memory(8 * ranks**2, f"a plan for {ranks} ranks")
     limit = real(machine.memory if memory is None else memory) or 0
     if limit <= 0:
         raise InputError(f"memory must be more than 0 bytes, got {shown(memory)}")

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..machines import load
-from ..machines.reading import memory
+from ..machines.reading import check_memory
 from .arrays import VirtualArray as VirtualArray
 from .arrays import empty as empty
 from .clock import Rank as Rank
@@ -39,7 +39,6 @@ def command(main: Any, args: Any) -> int:
     """Run a subcommand on `args.virtual` ranks of one host of the machine `args.machine`; return the exit status."""
     if args.virtual < 1:
         raise InputError(f"--virtual takes 1 rank or more, not {args.virtual}")
-    if (least := LEAST * args.virtual) > memory():
-        raise InputError(f"--virtual {args.virtual} takes {least:.3g} bytes or more; this machine has {memory():.3g}")
+    check_memory(LEAST * args.virtual, f"--virtual {args.virtual}")
     one_host = dataclasses.replace(load(args.machine), ranks_per_node=args.virtual)
     return int(max(run(args.virtual, one_host, lambda comm: main(args, comm))))

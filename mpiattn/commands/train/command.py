@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ...algorithms import ALGORITHMS
 from ...errors import InputError
 from ...machines import writing
-from ...machines.reading import content, memory
+from ...machines.reading import check_memory, content
 from ...messages.message import Communicator
 from ...models import checkpoint
 from ...models.plan import Plan
@@ -119,10 +119,7 @@ def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
         raise InputError("--resume goes with --output, the folder of the checkpoints")
     plan = Plan.from_toml(args.config)
     numbers = 4 * sum(map(math.prod, plan.model.shapes.values()))  # weights, gradients, AdamW's two means
-    if (nbytes := 4 * numbers) > memory():
-        raise InputError(
-            f"{args.config}: to train this model takes {nbytes:.3g} bytes; this machine has {memory():.3g}"
-        )
+    check_memory(4 * numbers, f"{args.config}: to train this model")
     text = content(args.text)
     if args.output:
         if checkpoint.complete(args.output) and not args.resume:
