@@ -8,6 +8,9 @@
 #   cd benchmarks/calibration
 #   python predict.py --name $NAME --title "algorithms on two and four H200s" \
 #       $MACHINE=../gpu/{all-2,attention-2,all-4,attention-4,attention_slower_host-4,gqa-4}.json
+# and with FlashAttention-4, calibrated and measured on one machine, NAME=predicted-flash4:
+#   python predict.py --name $NAME --title "algorithms on two H200s, FlashAttention-4" \
+#       h200-2-flash4.toml=../gpu/{all,attention,gqa}_flash4-2.json
 #
 # usage: sudo benchmarks/calibration/run.sh [PYTHON]        PYTHON with mpiattn, MPICH and matplotlib
 set -euo pipefail
