@@ -39,6 +39,20 @@ def test_what_backward_needs_is_changed(comm: MPI.Intracomm, name: str, changed:
 
 
 @pytest.mark.mpi(max_size=4)
+@pytest.mark.parametrize("name", EVERY)
+def test_ranks_go_back_from_different_forwards(comm: MPI.Intracomm, name: str) -> None:
+    with ALGORITHMS[name](comm) as attention:
+        q, k, v, d_out = parts(comm, attention)
+        first, second = (attention.forward(q, k, v)[1] for _ in range(2))
+        attention.backward(d_out, second)
+        attention.backward(d_out, first)
+        if comm.size > 1:
+            mixed = first if comm.rank == comm.size - 1 else second
+            raises(comm, lambda: attention.backward(d_out, mixed), "saved by another forward than on rank 0")
+        attention.backward(d_out, first)
+
+
+@pytest.mark.mpi(max_size=4)
 @pytest.mark.parametrize("kind", [np.memmap, np.ndarray])
 def test_what_backward_needs_is_changed_in_an_array_of_any_class(
     comm: MPI.Intracomm, kind: type, tmp_path_factory: pytest.TempPathFactory

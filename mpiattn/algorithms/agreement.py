@@ -33,6 +33,7 @@ class Agreement:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self.batch: object = None
+        self.passes = 0
         self.told: dict[bytes, NDArray[np.int64]] = {}
         """Answers of all ranks from when this one said the same of the same batch; see `trust`."""
 
@@ -44,6 +45,11 @@ class Agreement:
         """
         if batch is not self.batch:
             self.batch, self.told = batch, {}
+
+    def number(self) -> int:
+        """Return the number of this pass among those that the ranks ask each other about; 0 within a batch."""
+        self.passes += self.batch is None
+        return self.passes if self.batch is None else 0
 
     def describe(self, *values: object, numbers: Sequence[int] = ()) -> NDArray[np.int64]:
         """Return the descriptions of every array of every rank, and behind them its numbers: a row for each rank."""

@@ -353,7 +353,7 @@ class Attention:
         # What the kernel has rounded lies in new memory, and lse beside it.
         result, lse = (out, lse) if self.is_rounded(out) else (self.rounded(out), lse.astype(LSE))
         given = self.sinks, self.dropout, self.identity, self.fingerprint(q, k, v, result, lse, self.sinks)
-        return result, Saved(q, k, v, result, lse, self.problem, *given)
+        return result, Saved(q, k, v, result, lse, self.problem, *given, self.agreement.number())
 
     def rounded(self, total: Array) -> Array:
         """Return complete sums in the dtype of the problem, in memory that nothing else uses."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import arrays
 from ..errors import InputError
@@ -46,15 +47,19 @@ def described(descriptions: bytes, ranks: int, values: int) -> list[list[arrays.
     everything = np.frombuffer(descriptions, np.int64).reshape(ranks, -1)
     table, others = np.split(everything, [values * arrays.DESCRIPTION], axis=1)
     table = table.reshape(-1, values, arrays.DESCRIPTION)
-    for rank, row in enumerate(others):
-        if (row != others[0]).any():
-            raise InputError(f"rank {rank} gave what was saved by another forward than on rank 0")
+    same_forward(others)
     for rank, kinds in enumerate(table[:, :, 0]):
         if len(present := {arrays.NAMESPACES[kind] for kind in (*kinds, table[0, 0, 0]) if kind >= 0}) > 1:
             raise InputError(f"rank {rank} mixes {' and '.join(sorted(present))} arrays, or has others than rank 0")
         if arrays.ELSEWHERE in present:
             raise InputError(f"rank {rank} has arrays on another GPU than its current one: see mpiattn.use_gpu")
     return [[arrays.described(description) for description in row] for row in table]
+
+
+def same_forward(numbers: NDArray[np.int64]) -> None:
+    """Raise InputError where what the ranks say of the forward that saved, a row each, differs."""
+    for rank in np.flatnonzero((numbers != numbers[0]).any(axis=1)):
+        raise InputError(f"rank {rank} gave what was saved by another forward than on rank 0")
 
 
 def agreed(table: Sequence[Sequence[arrays.Spec | None]], layout_name: str, mask: Mask) -> Problem:

@@ -16,7 +16,7 @@ from ..problems.dropout import Dropout
 from ..problems.problem import Problem
 from .agreement import Agreement
 from .given import drawn
-from .posed import described, show
+from .posed import described, same_forward, show
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Saved:
     """The attention that made it: its `Attention.identity`."""
     print: int = 0
     """Fingerprint of q, k, v, out, lse and sinks."""
+    number: int = 0
+    """Number of the `forward` among those of the attention; 0 where the ranks trust each other, see `Agreement`."""
 
 
 ROW = 512
@@ -71,9 +73,12 @@ def check_saved(
     saves = (saved.problem.sizes, saved.sinks is not None, drawn(saved.dropout)) if own else None
     intact = not own or saved.print == fingerprint(saved.q, saved.k, saved.v, saved.out, saved.lse, saved.sinks)
     numbers = own, zlib.crc32(repr(saves).encode())
-    table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact])
+    number = saved.number if own else 0
+    table = agreement.describe(d_out, saved.out if own else None, numbers=[*numbers, intact, number])
     agreement.refuse(table, d_out=d_out)
-    agreed_saved(table.tobytes(), len(table))
+    agreed_saved(table[:, :-1].tobytes(), len(table))
+    if len(table) > 1:
+        same_forward(table[:, -1:])  # of a new number each time: not among what is kept
 
 
 @functools.lru_cache(maxsize=16)

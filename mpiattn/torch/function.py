@@ -80,7 +80,7 @@ class AttentionFunction(torch.autograd.Function):
             ctx.save_for_backward(*kept, result, to_tensor(saved.lse), sinks)
         ctx.attention, ctx.batch = attention, batch
         # Without its arrays: they are torch's, which frees them, or gives others of the same numbers.
-        ctx.rest = saved.problem, saved.dropout, saved.by, saved.print
+        ctx.rest = saved.problem, (saved.dropout, saved.by, saved.print, saved.number)
         return result
 
     @staticmethod
@@ -94,12 +94,12 @@ class AttentionFunction(torch.autograd.Function):
                 with contextlib.suppress(InputError):
                     ctx.attention.backward(to_array(d_out), None)
             raise
-        problem, dropout, by, fingerprint = ctx.rest
+        problem, rest = ctx.rest
         with queue_of(d_out):
             q, k, v, out, lse, d_array = map(to_array, (*kept, lse, d_out))
             sinks = None if given is None else to_array(given)
             ctx.attention.agreement.trust(ctx.batch)
-            saved = Saved(q, k, v, out, lse, problem, sinks, dropout, by, fingerprint)
+            saved = Saved(q, k, v, out, lse, problem, sinks, *rest)
             gradients = ctx.attention.backward(d_array, saved)
             d_sinks = None
             if sinks is not None and ctx.needs_input_grad[6]:
