@@ -65,7 +65,7 @@ def executed(events: list[Event]) -> list[Any]:
 def scheduled(attention: MeshAttention, steps: tuple[Step, ...]) -> list[Any]:
     """Return the same from the schedule: slots are chunks that came so many hops.
 
-    The own block is in two parts, with the first and the last message, where one of these has no other block.
+    A rank's own block is in two parts, with the first and the last message, where one of these has no other block.
     """
     problem = attention.problem
     assert problem is not None

@@ -61,8 +61,8 @@ class Attention:
     layout : {"contiguous", "zigzag", "striped"}, optional
         Which tokens each rank owns. By default zigzag with a causal mask without a window, which balances it, else
         contiguous.
-    mask : Mask
-        Evaluated on global positions.
+    mask : Mask, optional
+        Evaluated on global positions. By default every query attends to every key.
     scale : float, optional
         Of the scores; 1/sqrt(head_dim) by default.
     softcap : float, optional
@@ -174,10 +174,16 @@ class Attention:
 
         Parameters
         ----------
-        d_out : (batch, heads, tokens, v_head_dim)
+        d_out : dtype of out, (batch, heads, tokens, v_head_dim)
             Gradient of this rank's rows of out.
         saved : Saved
-            From `forward`.
+            From `forward`, of the same call on every rank.
+
+        Raises
+        ------
+        InputError
+            On every rank, where on one d_out does not fit out, or `saved` is of another attention or call, or was
+            changed.
         """
         problem = self.agree_backward(d_out, saved)
         with self.running("backward"):
@@ -187,7 +193,7 @@ class Attention:
             return self.rounded(d_q), self.rounded(d_k), self.rounded(d_v)
 
     def sink_gradient(self, d_out: Array, saved: Saved) -> Array:
-        """Return the gradient of the sinks: (heads,), in the dtype of partial sums, complete on every rank.
+        """Return the gradient of the sinks of the heads that out has here, complete, in the dtype of partial sums.
 
         One all-reduce, where the queries are spread over ranks.
 
@@ -195,6 +201,15 @@ class Attention:
         ----------
         d_out, saved
             As in `backward`.
+
+        Returns
+        -------
+        (heads,), of all heads but where out has some of them: `tensor_parallel`, and `decode` by an all-to-all
+
+        Raises
+        ------
+        InputError
+            As in `backward`, and where `forward` was given no sinks.
         """
         problem = self.agree_backward(d_out, saved)
         if saved.sinks is None:

@@ -67,7 +67,8 @@ class DecodeAttention(Attention):
     combine : {"allreduce", "tree", "alltoall"}
         Two all-reduces, which spread the bytes and the sums over the ranks; or a tree there and back, which does
         with fewer messages and, going there, leaves out the ranks that the mask or an empty shard leaves nothing to
-        say; or an all-to-all, which leaves these out too, receives half of the all-reduces' bytes, and returns the
+        say; or an all-to-all, which leaves these out too, receives half of the all-reduces' bytes forward and half as
+        many again backward, and returns the
         out and lse of this rank's heads alone, `heads_of`. The bits of the result are the same with every MPI library.
 
     Notes
@@ -168,7 +169,7 @@ class DecodeAttention(Attention):
         ]
 
     def attend(self, problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """Attend to the own shard, and combine."""
+        """Attend to this rank's shard, and combine."""
         [own] = self.buffers.parcels("o", [problem.o(self.rank)])
         own.fill(0, -math.inf)
         out, lse = own.arrays
@@ -190,7 +191,7 @@ class DecodeAttention(Attention):
     def gradients(
         self, problem: Problem, q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
-        """Compute dK, dV of the own shard, and what it adds to dQ; sum that up."""
+        """Compute dK, dV of this rank's shard, and what it adds to dQ; sum that up."""
         [own] = self.buffers.parcels("d_q", [problem.d_q(self.rank)])
         own.fill(0)
         [d_q] = own.arrays

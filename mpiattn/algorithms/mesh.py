@@ -25,7 +25,8 @@ each head of queries, rank 0 does forward
 
 An out that arrives is the sum of the ranks before, to which this one adds; that of its own queries, here out 0, comes
 home whole. Backward, {Q, dO, lse, delta} travel the row and K/V the column; their sums go the same ways, dQ along the
-row and dK/dV along the column. The own block waits in two halves for the first and the last message:
+row and dK/dV along the column. The first and the last message have no other block to hide behind here: rank 0's own
+block, (0, 0), is cut in two for them.
 
     1     KV hop 1   K/V 3, from rank 3     K/V 0, to rank 3            0, 0
     2     Q hop 1    Q 2, from rank 2       Q 0, to rank 1              0, 3
@@ -34,7 +35,9 @@ row and dK/dV along the column. The own block waits in two halves for the first 
     5     dKV hop 1  dK/dV 0, from rank 3   dK/dV 3, home to rank 3     1, 0
     6     dQ hop 2   dQ 0, from rank 2      dQ 1, home to rank 1        0, 0
 
-A mask shortens ways: `ring.py` explains `reaches`, `summed`, `joined`, `ends` and `leaves`.
+A mask leaves the list as it is: steps lose the blocks and messages that nobody needs, and a rank's own block is cut in
+two, forward or backward, where the first or the last message is left without another one (`schedule.tile.blocks`).
+`ring.py` explains what shortens ways: `reaches`, `summed`, `joined`, `ends` and `leaves`.
 """
 
 from __future__ import annotations
@@ -199,7 +202,7 @@ class MeshAttention(Attention):
             posted.append(line.Isend(sums[hop].message, (rank - hop) % size if ways[hop].ends(hop) else dest, tag))
         if hop + 1 < size and ways[hop + 1].joined(hop + 1):
             posted.append(line.Irecv(shares[hop + 1].message, source, tag))
-        if ways[0].ends(hop):  # the last user of the own chunk, hop ranks on, sends its sum now
+        if ways[0].ends(hop):  # the last user of this rank's chunk, hop ranks on, sends its sum now
             posted.append(line.Irecv(shares[0].message, (rank + hop) % size, tag))
         return posted
 

@@ -135,7 +135,7 @@ class GatheredMeshAttention(Attention):
         self, line: Communicator, name: str, specs: Sequence[list[Spec]], places: Sequence[Places], users: Array,
         *sums: Array,
     ) -> tuple[Parcel, list[Parcel]]:  # fmt: skip
-        """Send each owner of a row or a column its part of the sums; return the own part, and those that arrived."""
+        """Send each owner of a row or a column its part of the sums; return its own part, and those that arrived."""
         rank, size = line.Get_rank(), line.Get_size()
         others = np.arange(size) != rank
         [own], specs = self.buffers.parcels(f"own {name}", specs[rank : rank + 1]), self.buffers.travelling(specs)

@@ -64,7 +64,7 @@ class RingAttention(Attention):
         self.blocks = [problem.block(self.rank, owner) for owner in owners]  # None where the mask empties it
         self.backward_blocks = [*self.blocks, None]  # there is one step more
         if self.size > 1 and self.ways[0].ends(self.size - 1):
-            # The own sum comes home in the last step: half of the own block is left for that time.
+            # This rank's sum comes home in the last step: half of its own block is left for that time.
             halves = (problem.block(self.rank, self.rank, rows) for rows in problem.halves(self.rank))
             self.backward_blocks[0], self.backward_blocks[self.size] = halves
 
@@ -111,7 +111,7 @@ class RingAttention(Attention):
         if self.ways[0].leaves:
             self.kv[0].pack(k, v)
         for step, block in enumerate(self.backward_blocks):
-            hop = step if step < self.size else 0  # in the last step the own block again
+            hop = step if step < self.size else 0  # in the last step this rank's own block again
             posted = self.pass_kv(step) + self.pass_sums(step, sums, arriving)
             if step < self.size:
                 self.kernel.begin(*sums[step].arrays)  # its buffer held the sum of hop step - 2, which has left
@@ -138,6 +138,6 @@ class RingAttention(Attention):
             posted.append(self.ring.Isend(sums[hop].message, dest, Tag.D_KV))
         if step < self.size and self.ways[step].joined(step):
             posted.append(self.ring.Irecv(arriving[step].message, self.source, Tag.D_KV))
-        if hop > 0 and self.ways[0].ends(hop):  # the last user of the own K/V, hop ranks on, sends their sum now
+        if hop > 0 and self.ways[0].ends(hop):  # the last user of this rank's K/V, hop ranks on, sends their sum now
             posted.append(self.ring.Irecv(arriving[0].message, (self.rank + hop) % self.size, Tag.D_KV))
         return posted

@@ -26,7 +26,7 @@ Where = Callable[[tuple[int, ...], int], Any]
 
 
 def by_tokens(layout: str | Where, ranks: int, axis: int = 2) -> Where:
-    """Return where each rank's tokens lie along an axis; or what says it, where that is given instead of a layout."""
+    """Return the function of a layout, whose tokens lie along an axis; a function given in its place as it is."""
     if not isinstance(layout, str):
         return layout
 
@@ -50,8 +50,8 @@ def scatter(array: Array | None, comm: Communicator, layout: str | Where, root: 
         Any array with tokens along `axis`, of a dtype in `arrays.DTYPES`.
     comm : mpi4py.MPI.Comm
     layout : {"contiguous", "zigzag", "striped"}, or a function
-        Which tokens each rank owns; or a function of the shape and a rank, such as `Attention.owned` makes
-        it for arrays that are not shared out by tokens.
+        Which tokens each rank owns, such as an attention's `layout`; or a function of the shape and a rank, such as
+        `Attention.owned` makes it for arrays that are not shared out by tokens.
     root : int
     axis : int
         Axis of the tokens.
@@ -154,7 +154,7 @@ def gather(
 def _agreed(
     comm: Communicator, layout: object, root: object, axis: object, shape: object = None
 ) -> tuple[Where, int, int]:
-    """Return what says where shares lie, the root and the axis; raise the same InputError on all ranks; one collective.
+    """Return the function of a layout, the root and the axis; raise the same InputError on all ranks; one collective.
 
     Functions can't be compared: that all ranks give one is all that is asked.
     """

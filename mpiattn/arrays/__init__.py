@@ -97,7 +97,7 @@ def described(description: Iterable[int]) -> Spec | None:
 
 
 class Unfit:
-    """What stands for a value that is no array and can't be made one."""
+    """A stand-in for a value that is no array and can't be made one."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -15,7 +15,7 @@ from .traffic import Costs, allreduce, messages, pieces
 def costs(problem: CacheProblem, rank: int, combine: str = "allreduce") -> Costs:
     """All-reduces of lse, and of out and its weight; or (out, lse) from below in the tree, and from above.
 
-    By an all-to-all it is the own heads of every other rank's (out, lse), so (n-1)/n of it all; backward the other
+    By an all-to-all it is this rank's heads of every other rank's (out, lse), so (n-1)/n of it all; backward the other
     heads of (lse, delta, dO), and an all-reduce of dQ.
     """
     if combine == "allreduce":

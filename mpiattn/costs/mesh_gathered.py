@@ -13,7 +13,7 @@ from .traffic import Costs, pieces
 
 
 def costs(problem: Problem, rank: int, rows: int, cols: int) -> Costs:
-    """Q from the row, K/V from the column, and of the own sums what each rank there has computed."""
+    """Q from the row, K/V from the column, and of this rank's sums what each rank there has computed."""
     r, c = divmod(rank, cols)
     tile = problem.needed.reshape(rows, cols, rows, cols)
     in_row, in_col = ([owner for owner in line if owner != rank] for line in grid.lines(rank, rows, cols))

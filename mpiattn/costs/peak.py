@@ -30,7 +30,7 @@ def peak(name: str, problem: Problem, rank: int, queued: bool = False, **argumen
         problem = replace(problem, heads=heads, kv_heads=kv_heads)
     forward, backward = PASSES[name](problem, rank, **arguments)
     result = problem
-    if arguments.get("combine") == "alltoall":  # of the own heads
+    if arguments.get("combine") == "alltoall":  # of this rank's heads
         own = heads_of(problem.heads, problem.ranks, rank)
         result = replace(problem, heads=own.stop - own.start)
     saved, row_delta = nbytes(result.out(rank)), nbytes(result.d_out(rank)[1:2])

@@ -9,7 +9,7 @@ from .traffic import Costs
 
 
 def costs(problem: Problem, rank: int) -> Costs:
-    """Some heads of every other rank's tokens; back, every other rank's heads of the own tokens."""
+    """Some heads of every other rank's tokens; back, every other rank's heads of this rank's tokens."""
     return exchange.costs(problem, rank, range(problem.ranks))
 
 

@@ -1,11 +1,13 @@
-"""The methods of a kernel, whatever computes: NumPy, CuPy, cuDNN, or nothing, in virtual time.
+"""The methods of a kernel, whatever computes: NumPy, torch, CuPy, cuDNN, FlashAttention-4, or nothing, in virtual time.
 
-Arrays are (batch, heads, tokens, head_dim); k and v may have fewer heads, which divide those of q. All that is not
-q, k, v is passed by name. A block says which of the rows are computed, and which keys each of them sees.
+Arrays are (batch, heads, tokens, head_dim); k and v may have fewer heads, which divide those of q. All that `forward`
+and `backward` take beside q, k, v is passed by name. A block says which of the rows are computed, and which keys each
+of them sees.
 
-The order of calls in a pass: `begin` says that sums hold nothing yet; `forward` merges into (out, lse), `backward` adds
-to (d_q, d_k, d_v), block after block; `settle` comes once before a sum is sent, `complete` once before it is used.
-A kernel that computes its shares in memory of its own may let them wait until then.
+`forward` merges into (out, lse), `backward` adds to (d_q, d_k, d_v), block after block. An algorithm may say by `begin`
+that sums hold nothing yet, whatever their memory holds. Then it calls `settle` once before such a sum is sent, and
+`complete` once before it is used, and until then a kernel that computes its shares in memory of its own may let them
+wait. All other sums hold zeros, and -inf in lse, or what was added before: they are complete when a call returns.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ T = TypeVar("T")
 Death = dict[str, Any]  # what JSON can hold
 
 ENABLED = "OMPI_MCA_mpi_ft_enable"
-"""What Open MPI's launcher tells the ranks with --with-ft ulfm. Without it MPI has the calls, and ends the job."""
+"""A setting that Open MPI's launcher gives the ranks with --with-ft ulfm, without which MPI ends the job."""
 
 START = "Open MPI 5, started by: mpiexec --with-ft ulfm -n 4 mpiattn train --elastic ..."
 

@@ -102,7 +102,7 @@ def _hops(chunks: Problem, candidate: Candidate, rows: int, cols: int) -> Hops:
 
 
 def _blocks(task: Task, machine: Machine, ranks: int, candidate: Candidate) -> list[float]:
-    """Return the seconds in the kernel of each block of the rank with the most work, the own block first."""
+    """Return the seconds in the kernel of each block of the rank with the most work, its own block first."""
     group, rows, cols = candidate.shape(ranks)
     chunks, rates = _problem(task, rows * cols), machine.rates(task.dtype)
     heads = task.batch * -(-task.heads // min(group, task.heads))

@@ -27,7 +27,7 @@ def steps(problem: Problem, rows: int, cols: int) -> tuple[tuple[Step, ...], tup
 def blocks(problem: Problem, order: Sequence[Step], q_owners: Sequence[int], kv_owners: Sequence[int]) -> list[Tasks]:
     """Return the blocks of each step that the mask leaves something of.
 
-    Where the first or the last message has none to hide behind, the own block is shared out to both.
+    Where the first or the last message has none to hide behind, the rank's own block is cut in two for both.
 
     Parameters
     ----------

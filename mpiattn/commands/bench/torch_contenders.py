@@ -56,7 +56,7 @@ class Contender:
 
     @property
     def result(self) -> dict[str, object]:
-        """What there is to write down."""
+        """The measurements, to be written down."""
         return {"name": self.name, "failed": self.failed, "rounds": self.rounds}
 
 

@@ -25,14 +25,14 @@ PATIENCE = 60.0
 
 @dataclass
 class Task:
-    """What is trained: a model, the same on every rank, on a sequence of which all ranks have all tokens.
+    """A model to train, the same on every rank, on a sequence of which all ranks have all tokens.
 
     Attributes
     ----------
     meeting : mpi4py.MPI.Comm
         Of all ranks, for `meet` alone: a rank that is there meets no collective of one that is still in its step.
     ids : int64, (tokens + 1,)
-        Of which the last one is only a target.
+        Numbers of the words; the last one is only a target.
     """
 
     comm: Communicator

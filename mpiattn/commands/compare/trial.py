@@ -33,7 +33,7 @@ PASSES = ("forward", "backward")
 RESULTS = ("out", "d_q", "d_k", "d_v")
 
 Right = tuple[Array, float]
-"""What a result should be, and what its errors are relative to at least."""
+"""A result as expected, and the least that its errors are relative to."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a training run says and saves now and then."""
+"""Reports and checkpoints of a training run, now and then."""
 
 from __future__ import annotations
 

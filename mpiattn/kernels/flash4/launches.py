@@ -1,4 +1,4 @@
-"""What FlashAttention-4 queues in a call, written down instead.
+"""The kernels that FlashAttention-4 queues in a call, written down instead.
 
 Its functions look at their arguments, compile a kernel or find the one compiled before, and queue it: that takes 95 to
 260 us of the host, of which queueing a kernel is 5. What they find depends on the layouts of the arrays alone.

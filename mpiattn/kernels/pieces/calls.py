@@ -28,9 +28,9 @@ lies without gaps, as does lse, which is float32.
 """
 
 Build = Callable[..., "Plan | None"]
-"""What a library builds: a plan for a device, a dtype by its name, a scale, a piece's `causal` and `left`, and Places.
+"""A function of a library that builds a plan: for a device, a dtype's name, a scale, a piece's `causal` and `left`.
 
-Those of q, k, v forward, those of q, k, v, d_out, out backward. None where the library has no such plan.
+Then the Places of q, k, v forward, of q, k, v, d_out, out backward. None where the library has no such plan.
 """
 
 FORWARD = 5  # arrays of a call forward: q, k, v, out, lse

@@ -1,4 +1,4 @@
-"""What is asked of each library before it is loaded: whether its packages are there, and whether it takes a problem."""
+"""Questions about a library before it is loaded: whether its packages are there, and whether it takes a problem."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Kind(str, Enum):
-    """What was noticed."""
+    """Kinds of things that are noticed."""
 
     QUIET = "quiet"
     """A rank makes no step: it may be stuck, or at long work."""
@@ -22,7 +22,7 @@ class Kind(str, Enum):
 
 
 class Alarm(NamedTuple):
-    """What was noticed, as the report says it."""
+    """Something that was noticed, and how the report says it."""
 
     kind: Kind
     text: str

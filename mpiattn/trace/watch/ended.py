@@ -21,7 +21,7 @@ EXITING = 0x4
 
 
 class Process(NamedTuple):
-    """What Linux tells of a process: state (T is stopped) and flags of its first thread, number of threads, start."""
+    """The state of a process: letter (T is stopped) and flags of its first thread, number of threads, start."""
 
     letter: str
     flags: int
