@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from launch import mpiexec
 from safetensors.numpy import load_file
+from test_connection import raises
 
 import mpiattn
 from mpiattn import arrays, machines, virtual
@@ -56,6 +58,24 @@ def test_the_chosen_algorithm_is_the_same_on_every_rank_and_right(comm: Any) -> 
             errors, name = attend(over, **options)
             assert set(comm.allgather(name)) == {name}
             assert comm.Get_rank() or max(errors) < 1e-10
+
+
+@pytest.mark.mpi
+def test_without_with(comm: Any) -> None:
+    """As any algorithm; ranks in another order have one communicator, which ends with the caller's."""
+    own = comm.Dup()
+    q = np.ones((1, 4, 5, 8), np.float32)
+    attention = mpiattn.auto(own, tokens=5 * comm.size, heads=4, head_dim=8, algorithms=["ring"])
+    assert attention.forward(q, q, q)[0].shape == q.shape
+    choice = mpiattn.choose(own, tokens=5 * comm.size, heads=4, head_dim=8, algorithms=["ring"])
+    places = (0, *range(comm.size - 1, 0, -1))
+    once, again = (dataclasses.replace(choice, places=places).attention(own) for _ in range(2))
+    assert once.comm.Get_rank() == places[comm.rank] and (once.comm is again.comm)
+    for each in (once, again):
+        assert each.forward(q, q, q)[0].shape == q.shape
+    own.Free()
+    for each in (attention, once, again):
+        raises(comm, partial(each.forward, q, q, q), "the communicator of this attention has been freed")
 
 
 @pytest.mark.mpi

@@ -143,18 +143,31 @@ def test_arguments(comm: Any, build: Callable[[Any], Any], message: str) -> None
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
-    "build",
+    ("name", "option", "first", "other"),
     [
-        lambda comm: mpiattn.RingAttention(comm, mask=mpiattn.Causal() if comm.Get_rank() else mpiattn.Full()),
-        lambda comm: mpiattn.RingAttention(comm, layout="zigzag" if comm.Get_rank() else "striped"),
-        lambda comm: mpiattn.RingAttention(comm, scale=float(comm.Get_rank())),
-        lambda comm: (mpiattn.RingAttention if comm.Get_rank() else mpiattn.MeshAttention)(comm),
-        lambda comm: mpiattn.MeshAttention(comm, **({"rows": 1} if comm.Get_rank() else {"rows": comm.Get_size()})),
+        ("ring", "mask", mpiattn.Full(), mpiattn.Causal()),
+        ("ring", "layout", "striped", "zigzag"),
+        ("ring", "scale", 1.0, 2.0),
+        ("ring", "softcap", None, 30.0),
+        ("ring", "partials", "wide", "narrow"),
+        ("ring", "gpu_messages", "auto", "host"),
+        ("ring", "deterministic", False, True),
+        ("mesh", "rows", None, 1),
+        ("mesh", "cols", None, 1),
+        ("double_ring", "outer", None, 1),
+        ("hybrid", "ulysses", None, 1),
     ],
-    ids=["mask", "layout", "scale", "algorithm", "grid"],
 )
-def test_arguments_that_differ_between_ranks(comm: Any, build: Callable[[Any], Any]) -> None:
-    assert "was given" in refused(comm, build)
+def test_arguments_that_differ_between_ranks(comm: Any, name: str, option: str, first: object, other: object) -> None:
+    given: dict[str, Any] = {"layout": "contiguous", option: other if comm.Get_rank() else first}
+    message = refused(comm, lambda comm: mpiattn.ALGORITHMS[name](comm, **given))
+    assert message == f"{option} is {other!r} on rank 1 and {first!r} on rank 0: it must be the same on every rank"
+
+
+@pytest.mark.mpi(min_size=2)
+def test_algorithms_that_differ_between_ranks(comm: Any) -> None:
+    message = refused(comm, lambda comm: (mpiattn.RingAttention if comm.Get_rank() else mpiattn.MeshAttention)(comm))
+    assert "RingAttention" in message and "MeshAttention" in message and "must be the same on every rank" in message
 
 
 @pytest.mark.mpi

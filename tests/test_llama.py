@@ -145,14 +145,16 @@ def test_attention_layer_drops_with_a_seed(comm: Any) -> None:
 def test_attention_layer_refuses(comm: Any, arguments: dict[str, Any], message: str, everywhere: bool) -> None:
     """On every rank, also where one is wrong."""
     arguments = arguments if everywhere or comm.rank == comm.size - 1 else {}
-    with pytest.raises(ValueError, match=f"{message}|was given"):
+    with pytest.raises(ValueError, match=f"{message}|is .* on rank . and .* on rank 0: it must be the same"):
         AttentionLayer(**{"d_model": 8, "num_heads": 2, "comm": comm, **arguments})
 
 
 @pytest.mark.mpi(min_size=2, max_size=3)
 def test_attention_layers_are_the_same_on_all_ranks(comm: Any) -> None:
-    with pytest.raises(InputError, match="was given"):
+    with pytest.raises(InputError, match="seed is 1 on rank 1 and 0 on rank 0"):
         AttentionLayer(8, 2, comm=comm, seed=comm.rank)
+    with pytest.raises(InputError, match="dtype is 'float32' on rank 1 and 'float64' on rank 0"):
+        AttentionLayer(8, 2, comm=comm, dtype="float32" if comm.rank else "float64")
     x = np.zeros((1, 4, 8), np.float32)
     with AttentionLayer(8, 2, comm=comm, algorithm="ring") as layer:
         for wrong in (x[0], x[:, :, :7], None, x.tolist()):

@@ -4,6 +4,7 @@ import argparse
 import heapq
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from mpiattn.commands.schedule import command
 from mpiattn.errors import InputError
-from mpiattn.schedule import search
+from mpiattn.planner import Task
+from mpiattn.schedule import search, tile
 from mpiattn.schedule.steps import HopTimes, Op, Step, makespan, relative
 
 Steps = tuple[Step, ...]
@@ -354,6 +356,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.text(steps).splitlines()[2].split() == ["1", "Q", "1", "0,0"]
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3)])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (4, 4), (1, 5), (3, 5)])
+def test_the_command_prints_what_the_mesh_does(
+    grid: tuple[int, int], heads: int, kv_heads: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for head_dim, words in ((64, []), (8, ["--head-dim", "8"])):
+        problem = Task(64, heads, kv_heads, head_dim, dtype="float32").problem(math.prod(grid))
+        for steps, backward in zip(tile.steps(problem, *grid), ([], ["--backward"]), strict=True):
+            assert run("x".join(map(str, grid)), "--kv-ratio", str(heads // kv_heads), *words, *backward) == 0
+            assert capsys.readouterr().out.partition("\n\n")[2].strip() == command.text(steps)
+
+
+def test_the_command_prints_the_steps_that_the_mesh_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    """In its docstring."""
+    run("2x3")
+    rows = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert rows == [["Q", "1"], ["KV", "1"], ["Q", "2"], ["O", "1"], ["O", "2"]]
+
+
 @pytest.mark.parametrize("words", [["4x0"], ["4"], ["x"], ["4x4x4"], ["-1x2"], ["4*4"]])
 def test_bad_grids_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -363,10 +384,17 @@ def test_bad_grids_are_named(words: list[str], capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "words", [["--costs", "1,2"], ["--costs", "a,b,c,d"], ["--kv-ratio", "0"], ["--costs=-1,1,1,1"]]
+    ("words", "message"),
+    [
+        (["--costs", "1,2"], "--costs takes 4 numbers"),
+        (["--costs", "a,b,c,d"], "could not convert"),
+        (["--kv-ratio", "0"], "--kv-ratio is a whole number from 1, not 0"),
+        (["--head-dim", "0"], "--head-dim is a whole number from 1, not 0"),
+        (["--costs=-1,1,1,1"], "a cost must be"),
+    ],
 )
-def test_bad_numbers(words: list[str]) -> None:
-    with pytest.raises(InputError, match=r"--costs takes 4 numbers|could not convert|--kv-ratio is|a cost must be"):
+def test_bad_numbers(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         run("4x4", *words)
 
 

@@ -39,8 +39,8 @@ def test_bad_grid(comm: Any) -> None:
 @pytest.mark.mpi(min_size=2, max_size=6)
 def test_different_arguments(comm: Any) -> None:
     rank, n = comm.Get_rank(), comm.Get_size()
-    same_error(comm, lambda: mpiattn.AllGatherAttention(comm, head_groups=1 + (rank > 0)), "rank 1 was given")
-    same_error(comm, lambda: mpiattn.HybridAttention(comm, ulysses=1 if rank else n), "rank 1 was given")
+    same_error(comm, lambda: mpiattn.AllGatherAttention(comm, head_groups=1 + (rank > 0)), "head_groups is 2 on rank 1")
+    same_error(comm, lambda: mpiattn.HybridAttention(comm, ulysses=1 if rank else n), "ulysses is 1 on rank 1")
 
 
 @pytest.mark.mpi(max_size=6)

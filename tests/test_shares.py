@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_connection import raises
 
-from mpiattn import gather, scatter
+from mpiattn import TensorParallelAttention, gather, scatter
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layout": "spiral"}, "unknown layout 'spiral'"),
@@ -47,8 +47,22 @@ def test_arguments_that_differ(comm: Any, mine: dict[str, Any], others: dict[str
     """Shares of the same shape would be in another order than their rank takes them for."""
     arguments = {"layout": "zigzag", **(mine if comm.rank == comm.size - 1 else others)}
     share = np.zeros((1, 2, 2, 4))
-    raises(comm, lambda: scatter(share, comm, **arguments), "was given")
-    raises(comm, lambda: gather(share, comm, **arguments), "was given")
+    message = f"{next(iter(mine))} is ", f" on rank {comm.size - 1} and ", " on rank 0: it must be the same"
+    raises(comm, lambda: scatter(share, comm, **arguments), *message)
+    raises(comm, lambda: gather(share, comm, **arguments), *message)
+
+
+@pytest.mark.mpi
+def test_the_layout_of_an_attention_that_shares_out_heads(comm: Any) -> None:
+    """The error says what does instead, and that does."""
+    whole = np.arange(48.0).reshape(1, 4, 3, 4)
+    with TensorParallelAttention(comm) as attention:
+        message = "shares out heads", "give scatter and gather attention.owned(name, shapes)"
+        raises(comm, lambda: scatter(whole, comm, attention.layout), *message)
+        raises(comm, lambda: gather(whole, comm, attention.layout), *message)
+        where = attention.owned("q", {"q": whole.shape, "k": whole.shape})
+        back = gather(scatter(whole, comm, where), comm, where, shape=whole.shape)
+        assert back is None or np.array_equal(back, whole)
 
 
 @pytest.mark.mpi

@@ -327,7 +327,9 @@ def test_faults_of_one_rank(comm: Any) -> None:
         with mpiattn.RingAttention(comm, mask=Wrong(fault, comm.Get_rank())) as attention:
             assert message in refusal(comm, lambda: errors(attention, PREFIX))
     mask = Prefix(9) if comm.Get_rank() else mpiattn.Causal()
-    assert "was given (Prefix)" in refusal(comm, lambda: mpiattn.RingAttention(comm, mask=mask))
+    assert "mask is Prefix on rank 1 and Causal() on rank 0" in refusal(
+        comm, lambda: mpiattn.RingAttention(comm, mask=mask)
+    )
 
 
 class Unfit(mpiattn.Mask):

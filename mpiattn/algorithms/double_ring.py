@@ -56,13 +56,13 @@ class DoubleRingAttention(Attention):
 
     def __init__(self, comm: Communicator, *, outer: int | None = None, **options: Unpack[Options]) -> None:
         comm, self.asked = private(comm), outer
-        super().__init__(comm, partial(grid.check, comm.Get_size(), outer, None), **options)
+        super().__init__(comm, partial(check, comm.Get_size(), outer), **options)
         self.connect(self.comm)
 
     def connect(self, comm: Communicator) -> None:
         """Make the grid, its rows filled host by host, and of it this rank's row and column."""
         self.order, near = by_host(comm)
-        self.inner = near if self.asked is None else grid.check(comm.Get_size(), self.asked, None)[1]
+        self.inner = near if self.asked is None else check(comm.Get_size(), self.asked)[1]
         self.outer = len(self.order) // self.inner
         self.ordered = comm.Split(0, self.order.index(comm.Get_rank()))
         self.grid = self.ordered.Create_cart([self.outer, self.inner], periods=[True, True], reorder=False)
@@ -197,3 +197,8 @@ def add(arrived: Sequence[tuple[Parcel, Parcel]]) -> None:
     """Add the shares that have arrived to their sums."""
     for total, share in arrived:
         total.add(share)
+
+
+def check(ranks: int, outer: int | None) -> tuple[int, int]:
+    """Return rows and columns of the grid, or raise ValueError with those that fit."""
+    return grid.check(ranks, outer, None)

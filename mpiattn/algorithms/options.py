@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,7 +13,7 @@ from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems.mask import Mask
 from ..problems.problem import PARTIALS
-from ..problems.scalars import check_name, real, shown, text
+from ..problems.scalars import check_name, plain, real, shown, text
 
 
 class Options(TypedDict, total=False):
@@ -28,7 +30,13 @@ class Options(TypedDict, total=False):
 
 
 Check = partial[Any]
-"""A function that raises ValueError or TypeError where its arguments don't fit; all ranks give it the same ones."""
+"""A function that raises ValueError or TypeError where its arguments don't fit; all ranks give it the same ones.
+
+Its parameters have the names of the user's arguments: errors say them.
+"""
+
+Texts = tuple[str, str]
+"""Two texts of an argument: one that is the same for equal numbers of any types, and one as the user gave it."""
 
 
 def agree(comm: Communicator, *checks: Check) -> None:
@@ -36,13 +44,31 @@ def agree(comm: Communicator, *checks: Check) -> None:
 
     The error is that of the first check that fails, on the first rank where it fails. This takes one collective.
     """
-    everything = comm.allgather([(", ".join(map(text, check.args)), _wrong(check)) for check in checks])
-    for answers in zip(*everything, strict=False):  # as many on all ranks, unless an earlier check says why not
+    everything = comm.allgather([(_given(check), _wrong(check)) for check in checks])
+    # As many on all ranks, unless an earlier check says why not.
+    for check, *answers in zip(checks, *everything, strict=False):
         for rank, (given, wrong) in enumerate(answers):
             if wrong is not None:
                 raise InputError(wrong)
-            if given != answers[0][0]:
-                raise InputError(f"rank {rank} was given ({given}), rank 0 ({answers[0][0]})")
+            if [same for same, _ in given] != [same for same, _ in answers[0][0]]:
+                raise InputError(_difference(check, rank, given, answers[0][0]))
+
+
+def _given(check: Check) -> list[Texts]:
+    """Return the texts of each argument of a check."""
+    return [(text(value), shown(plain(value))) for value in (*check.args, *check.keywords.values())]
+
+
+def _difference(check: Check, rank: int, given: Sequence[Texts], first: Sequence[Texts]) -> str:
+    """Return which argument of a check is another one on a rank than on rank 0."""
+    parameters = signature(check.func).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][: len(check.args)]
+    for name, mine, other in zip([*names, *check.keywords], given, first, strict=False):
+        if mine[0] != other[0]:
+            return f"{name} is {mine[1]} on rank {rank} and {other[1]} on rank 0: it must be the same on every rank"
+    # The values of `alike` have no names.
+    ours, theirs = (", ".join(said for _, said in texts) for texts in (given, first))
+    return f"rank {rank} was given ({ours}), rank 0 ({theirs}): it must be the same on every rank"
 
 
 def _wrong(check: Check) -> str | None:
@@ -56,8 +82,8 @@ def _wrong(check: Check) -> str | None:
     return None
 
 
-def alike(*values: object) -> None:
-    """Take any values: they only have to be the same on all ranks."""
+def alike(*values: object, **named: object) -> None:
+    """Take any values, best by their names: they only have to be the same on all ranks."""
 
 
 def check_mask(mask: object) -> None:

@@ -92,7 +92,7 @@ class AttentionLayer:
 
             comm = MPI.COMM_WORLD
         own = partial(check, d_model, num_heads, grid_shape, dropout, algorithm, seed)
-        agree(private(comm), own, partial(alike, str(dtype)))
+        agree(private(comm), own, partial(alike, dtype=str(dtype)))
         if grid_shape is not None:
             options["rows"], options["cols"] = grid.pair(grid_shape)
         self.attention: Attention = ALGORITHMS[algorithm](comm, **options)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ..algorithms.options import Options
 from ..errors import InputError
 from ..machines import load
 from ..machines.machine import Machine
-from ..messages.connection import check
+from ..messages.connection import check, private
 from ..messages.hosts import by_host
 from ..messages.message import Communicator
 from ..problems.mask import Mask
@@ -60,9 +59,8 @@ class Choice:
         """Return what was chosen, and three lines why: bytes, exposed time, memory."""
         return [f"auto: {self.plan.best.candidate.title} (machine: {self.plan.machine.name})", *self.plan.explain()]
 
-    @contextmanager
-    def attention(self, comm: Communicator, **options: Unpack[Options]) -> Iterator[Attention]:
-        """Build the algorithm; free it, and the communicator of ranks in another order, at the end.
+    def attention(self, comm: Communicator, **options: Unpack[Options]) -> Attention:
+        """Return the algorithm, built; the communicator of ranks in another order is kept with `comm`.
 
         Mask, layout and partials are by default those that were planned for.
 
@@ -70,13 +68,10 @@ class Choice:
         over `attention.comm`. Rank 0 is rank 0 there, too.
         """
         moved = self.places != tuple(range(len(self.places)))
-        ordered = comm.Split(0, self.places[comm.Get_rank()]) if moved else comm
+        ordered = private(comm).Split(0, self.places[comm.Get_rank()]) if moved else comm
         task = self.plan.task
         options = {"mask": task.mask, "layout": task.layout, "partials": task.partials, **options}
-        with self.algorithm(ordered, **options, **self.arguments) as attention:
-            yield attention
-        if moved:
-            ordered.Free()
+        return self.algorithm(ordered, **options, **self.arguments)
 
 
 def choose(
@@ -157,7 +152,6 @@ def choose(
     return Choice(found, tuple(order[hosts.index(rank)] for rank in range(len(hosts))))
 
 
-@contextmanager
 def auto(
     comm: Communicator, *, tokens: int, heads: int, head_dim: int, kv_heads: int | None = None, batch: int = 1,
     dtype: str = "float32", mask: Mask | None = None, layout: str | None = None, backward: bool = True,
@@ -165,8 +159,8 @@ def auto(
     machine: str | Machine | None = None, memory: float | None = None, algorithms: Sequence[str] | None = None,
     scale: float | None = None, softcap: float | None = None, kernel: str | None = None, gpu_messages: str = "auto",
     deterministic: bool = False,
-) -> Iterator[Attention]:  # fmt: skip
-    """Build the algorithm that `choose` chooses, for a with block.
+) -> Attention:  # fmt: skip
+    """Return the algorithm that `choose` chooses, built; a with block frees it at the end, as any.
 
     Parameters
     ----------
@@ -175,8 +169,8 @@ def auto(
     scale, softcap, kernel, gpu_messages, deterministic
         See `Attention`.
 
-    Yields
-    ------
+    Returns
+    -------
     Attention
         On `attention.comm`, where the ranks may be in another order; see `Choice.attention`.
 
@@ -190,11 +184,9 @@ def auto(
         layout=layout, backward=backward, kv_tokens=kv_tokens, v_head_dim=v_head_dim, partials=partials,
         machine=machine, memory=memory, algorithms=algorithms,
     )  # fmt: skip
-    built = choice.attention(
+    return choice.attention(
         comm, scale=scale, softcap=softcap, kernel=kernel, gpu_messages=gpu_messages, deterministic=deterministic
     )
-    with built as attention:
-        yield attention
 
 
 def here(several: bool) -> Machine:

@@ -59,6 +59,11 @@ def default(mask: object) -> str:
 
 def check(layout: str, ranks: int = 0) -> str:
     """Return the layout's name, or raise ValueError with the names there are."""
+    if isinstance(layout, str) and layout == EVERYWHERE:
+        raise ValueError(
+            f"the layout {EVERYWHERE!r} is that of an attention that shares out heads, not tokens: give scatter and "
+            f"gather attention.owned(name, shapes) instead of it, or choose from {', '.join(LAYOUTS)}"
+        )
     name, _, parts = layout.partition("/") if isinstance(layout, str) else ("", "", "")
     if name not in LAYOUTS or not (parts or "1").isdecimal() or int(parts or 1) < 1:
         raise ValueError(f"unknown layout {shown(layout)}: choose from {', '.join(LAYOUTS)}")

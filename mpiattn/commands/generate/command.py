@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +115,11 @@ def text(args: argparse.Namespace) -> str:
 
 def attention(
     args: argparse.Namespace, asked: tuple[str, dict[str, Any]], comm: Communicator, config: Config, tokens: int
-) -> AbstractContextManager[Attention]:
+) -> Attention:
     """Return the attention of the prompt."""
     (name, arguments), options = asked, gpu.options(args)
     if name != AUTO:
-        built: AbstractContextManager[Attention] = ALGORITHMS[name](
-            comm, mask=Causal(), layout=args.layout, **options, **arguments
-        )
+        built: Attention = ALGORITHMS[name](comm, mask=Causal(), layout=args.layout, **options, **arguments)
         return built
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     algorithms = [name for name in ALGORITHMS if name not in ("decode", "tensor_parallel")]

@@ -29,10 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward", action="store_true", help="the backward pass (default: forward)")
     parser.add_argument("--kv-ratio", type=int, metavar="G", help="query heads for each K/V head (default 1)")
     parser.add_argument(
+        "--head-dim", type=int, metavar="N", help="head_dim, beside which lse and delta count (default 64)"
+    )
+    parser.add_argument(
         "--costs",
         metavar="NUMBERS",
         help="times of one hop and of one block: q,kv,o,block, or backward q,kv,dq,dkv,block "
-        "(default: hops by their bytes, and blocks that take as long as all hops)",
+        "(default: hops by their bytes in float32, and blocks that take as long as all hops)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the schedule (png, pdf, svg)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the schedule")
@@ -46,18 +49,20 @@ def main(args: argparse.Namespace) -> int:
         writing.check(args.json)
         if args.plot:
             charts.check(args.plot)
-        if args.costs and args.kv_ratio is not None:
-            raise ValueError("--kv-ratio and --costs exclude each other: costs are given or follow from the ratio")
-        ratio = 1 if args.kv_ratio is None else args.kv_ratio
-        if ratio < 1:
-            raise ValueError(f"--kv-ratio is a whole number from 1, not {ratio}")
+        sizes = {"--kv-ratio": args.kv_ratio, "--head-dim": args.head_dim}
+        for name, size in sizes.items():
+            if args.costs and size is not None:
+                raise ValueError(f"{name} and --costs exclude each other: costs are given or follow from the sizes")
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is a whole number from 1, not {size}")
         if args.costs:
             numbers = [float(number) for number in args.costs.split(",")]
             if len(numbers) != len(names):
                 raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(numbers)}")
             costs = HopTimes(**dict(zip(names, numbers, strict=True)))
         else:
-            costs = relative(backward=args.backward, heads=ratio).balanced(rows, cols)
+            heads, head_dim = args.kv_ratio or 1, args.head_dim or 64
+            costs = relative(backward=args.backward, heads=heads, head_dim=head_dim).balanced(rows, cols)
     except ValueError as error:
         raise InputError(str(error)) from None
     steps = (backward if args.backward else forward)(rows, cols, costs)

@@ -41,9 +41,9 @@ class CudaStream(Protocol):
 MODES = ("auto", "device", "host")
 
 
-def check_mode(mode: str) -> None:
+def check_mode(gpu_messages: str) -> None:
     """Raise ValueError where there is no such way of messages."""
-    check_name("way of GPU messages", mode, MODES)
+    check_name("way of GPU messages", gpu_messages, MODES)
 
 
 class Channel:
