@@ -125,7 +125,7 @@ class Attention:
             partial(check_softcap, softcap),
             partial(check_partials, partials),
             partial(check_deterministic, deterministic),
-            partial(alike, type(self).__name__),
+            partial(alike, algorithm=type(self).__name__),
             *own,
         )
         self.agreement, self.buffers = Agreement(self.comm), Buffers()

@@ -35,10 +35,10 @@ LACKS = {
 """Features, of these three, that a kernel lacks."""
 
 
-def check(name: str | None) -> None:
+def check(kernel: str | None) -> None:
     """Raise ValueError where there is no kernel of that name."""
-    if name is not None:
-        check_name("kernel", name, [kernel for kernels in KERNELS.values() for kernel in kernels])
+    if kernel is not None:
+        check_name("kernel", kernel, [name for names in KERNELS.values() for name in names])
 
 
 def choose(
