@@ -6,7 +6,7 @@
 #
 #   --all      every algorithm, grid and layout instead: a long table, and a picture of times and bytes
 #   --model    a real model answers instead, its cache spread over the ranks: text, and a picture of the cache
-#              (SmolLM2-135M-Instruct, 93 MB from PyPI)
+#              (SmolLM2-135M-Instruct, from PyPI)
 set -euo pipefail
 # shellcheck source=run/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

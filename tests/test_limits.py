@@ -1,7 +1,9 @@
-"""What docs/limits.md says of results that no error can warn of."""
+"""Results that no error can warn of, as docs/limits.md has them, and what docs/choosing.md does against some."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,3 +60,47 @@ def test_causal_is_of_the_upper_left_corner(comm: Any, name: str) -> None:
     second = out[:, :, queries == 1]
     right = both / both.sum(axis=3, keepdims=True) @ v[:, :, :2]
     np.testing.assert_allclose(second, right if second.size else second, rtol=1e-12)
+
+
+@pytest.mark.mpi(max_size=4)
+@pytest.mark.parametrize("name", mpiattn.ALGORITHMS)
+def test_owned_suits_every_algorithm(comm: Any, name: str) -> None:
+    """The first program of docs/choosing.md."""
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, 1001, 64)) for heads in (8, 2, 2))
+    given = zip("qkv", (q, k, v) if comm.Get_rank() == 0 else (None, None, None), strict=True)
+    scope: dict[str, Any] = {"mpiattn": mpiattn, "comm": comm, "name": name, **dict(given)}
+    exec(program, scope)
+    if comm.Get_rank() == 0:
+        assert oracle.error(scope["whole"], oracle.attention(q, k, v, mpiattn.Causal())[0]) < 1e-12
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+@pytest.mark.parametrize("mask", [mpiattn.Causal(), mpiattn.Full()], ids=str)
+def test_whole_arrays_on_every_rank_are_a_longer_sequence(comm: Any, mask: mpiattn.Mask) -> None:
+    tokens = 24
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, tokens, 4))
+    right, _ = oracle.attention(q, k, v, mask)
+    with mpiattn.RingAttention(comm, mask=mask) as attention:
+        out, _ = attention.forward(q, k, v)
+        assert out.shape == q.shape and k.shape[2] != len(attention.positions(tokens))  # by which it is noticed
+        wrong = comm.allreduce(oracle.error(out, right))
+        assert (wrong < 1e-12) if isinstance(mask, mpiattn.Full) else (wrong > 0.01)
+
+
+@pytest.mark.mpi(min_size=2, max_size=4)
+def test_heads_behind_tokens_are_taken_for_tokens(comm: Any) -> None:
+    whole: Any
+    tokens = 24
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, tokens, 8, 4))  # 24 tokens of 8 heads
+    with mpiattn.RingAttention(comm, mask=mpiattn.Causal()) as attention:
+        own = [mpiattn.scatter(x if comm.Get_rank() == 0 else None, comm, attention.layout) for x in (q, k, v)]
+        out, _ = attention.forward(*own)
+        assert own[1].shape[2] != len(attention.positions(tokens))  # by which it is noticed
+        whole = mpiattn.gather(out, comm, attention.layout)
+    if comm.Get_rank() == 0:
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        right, _ = oracle.attention(q, k, v, mpiattn.Causal())
+        assert oracle.error(whole.swapaxes(1, 2), right) > 0.01
