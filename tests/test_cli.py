@@ -40,7 +40,7 @@ def test_compare(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("  ok\n") == 2 and "WRONG" not in done.stdout
     document = json.loads((tmp_path / "c.json").read_text())
-    assert set(document) == {"environment", "input", "results"}
+    assert set(document) == {"environment", "input", "options", "results"} and document["options"] == {"mask": "causal"}
     assert [(r["algorithm"], r["grid"]) for r in document["results"]] == [("ring", "6"), ("mesh", "2x3")]
     for result in document["results"]:
         assert set(result) >= KEYS and result["ok"] and result["error_out"] < 2e-5
@@ -51,6 +51,19 @@ def test_compare(tmp_path: Path) -> None:
             0 < formula < peak for formula, peak in zip(result["formula_peak_bytes"], result["peak_bytes"], strict=True)
         )
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_compare_says_what_was_asked_for(tmp_path: Path) -> None:
+    features = ("--sinks", "--dropout", "0.2", "--softcap", "5", "--scale", "0.3", "--partials", "narrow")
+    chosen = ("--algorithms", "ring", "--layout", "zigzag", "--tokens", "64", "--seed", "3")
+    done = mpiattn(1, "compare", *chosen, *features, "--json", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    said = "scale 0.3, softcap 5.0, partials narrow, sinks, dropout 0.2, seed 3"
+    assert said in done.stdout.replace("\n", " ")
+    options = json.loads((tmp_path / "c.json").read_text())["options"]
+    assert options == {
+        "mask": "causal", "scale": 0.3, "softcap": 5.0, "partials": "narrow", "sinks": True, "dropout": 0.2, "seed": 3,
+    }  # fmt: skip
 
 
 def test_compare_on_the_sample_checks_a_sample_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:

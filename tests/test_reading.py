@@ -42,6 +42,7 @@ def test_a_prompt(tmp_path: Path) -> None:
         ("kv_heads=3", "must be a multiple of kv_heads 3"),
         ("seed=-1", "seed of a case is at least 0, got -1"),
         ("dtype=int8", "unknown dtype 'int8'"),
+        ("mask=caual", "unknown mask 'caual'"),
         ("tokens=99999999999999", "bytes, and this machine has"),
     ],
 )
@@ -54,3 +55,5 @@ def test_truth_is_spelt() -> None:
     assert Case.parse("sinks=True scalars=False") == Case(sinks=True)
     with pytest.raises(argparse.ArgumentTypeError, match="scalars is True or False, got 'maybe'"):
         Case.parse("scalars=maybe")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"tokens is a number \(int\), got 'many'"):
+        Case.parse("tokens=many")

@@ -104,6 +104,13 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("mask", "scale", "softcap", "partials")}
 
 
+def asked(args: argparse.Namespace) -> dict[str, object]:
+    """Return those of the options that change the result, but for the mask, as text or JSON has them."""
+    chosen = {name: getattr(args, name) for name in ("scale", "softcap", "partials", "sinks", "dropout")}
+    drawn = {"seed": seed(args)} if args.sinks or args.dropout else {}
+    return {name: value for name, value in chosen.items() if value not in (None, False, PARTIALS[0])} | drawn
+
+
 def features(args: argparse.Namespace, heads: int) -> dict[str, Any]:
     """Return the sinks of all heads and the dropout that the options ask for."""
     result: dict[str, Any] = {}

@@ -63,7 +63,10 @@ class Case:
             if types[name] is bool and value not in ("True", "False"):
                 raise argparse.ArgumentTypeError(f"{name} is True or False, got {value!r}")
             convert = next(kind for kind in (*get_args(types[name]), types[name]) if kind is not type(None))
-            values[name] = value == "True" if convert is bool else convert(value)
+            try:
+                values[name] = value == "True" if convert is bool else convert(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{name} is a number ({convert.__name__}), got {value!r}") from None
         return cls(**values)
 
     def check(self) -> None:
@@ -76,6 +79,7 @@ class Case:
             raise InputError(f"heads {self.heads} of a case must be a multiple of kv_heads {self.kv_heads}")
         try:
             arrays.dtype(self.dtype)
+            parse(self.mask)
         except ValueError as error:
             raise InputError(str(error)) from None
         check_memory(8 * sum(map(math.prod, self.shapes.values())), str(self))

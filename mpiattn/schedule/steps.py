@@ -50,8 +50,9 @@ class HopTimes:
     dkv: float = 0.0  # backward only
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(time) and time >= 0 for time in vars(self).values()):
-            raise ValueError(f"a cost must be a finite number, zero or more: {self}")
+        for name, time in vars(self).items():
+            if not (math.isfinite(time) and time >= 0):
+                raise ValueError(f"the cost of {name} is a finite number, 0 or more, not {time}")
 
     def of(self, op: Op | None) -> float:
         """Time of one hop."""

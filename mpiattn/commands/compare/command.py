@@ -86,7 +86,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
 
     def write_files() -> None:
         if args.json and given:
-            document = {"environment": surroundings, "input": given[0].describe(), "results": results}
+            asked = {"mask": str(args.mask), **inputs.asked(args)}
+            document = {"environment": surroundings, "input": given[0].describe(), "options": asked, "results": results}
             writing.write_json(args.json, document)
         if args.plot and given:
             plot(results, given[0], args.plot)

@@ -15,7 +15,7 @@ from ...messages.message import Communicator, virtual_time
 from ...problems.mask import Positions
 from .. import terminal
 from ..charts import COLOURS, save
-from ..inputs import Inputs
+from ..inputs import Inputs, asked
 from .trial import PASSES, RESULTS, Trial
 
 
@@ -91,7 +91,9 @@ def print_results(
     shapes = ", ".join(f"{name} {tuple(getattr(given, name).shape)}" for name in "qkv")
     layouts = list(dict.fromkeys(result["layout"] for result in results))
     layout = f", layout {layouts[0]}" if len(layouts) == 1 else ""
-    print(terminal.fold(f"{given.name}: {shapes}, {given.q.dtype.name}, mask {args.mask}{layout}", terminal.width()))
+    options = "".join(f", {name}{'' if value is True else f' {value}'}" for name, value in asked(args).items())
+    line = f"{given.name}: {shapes}, {given.q.dtype.name}, mask {args.mask}{layout}{options}"
+    print(terminal.fold(line, terminal.width()))
     ranks = len(results[0]["formula_peak_bytes"])
     simulated = getattr(args, "virtual", None) is not None
     if simulated:

@@ -1,4 +1,4 @@
-"""The command `mpiattn plan`: which algorithm and which grid suit a cluster, and why.
+"""Say which algorithm and which grid suit a cluster, and why.
 
 Candidates are run in virtual time, which needs no MPI; the fastest that the memory holds comes first. Each line says
 how the grid lies on the nodes (rows x columns inside a node), the tile of scores that a rank computes, the time of

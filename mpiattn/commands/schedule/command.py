@@ -56,10 +56,7 @@ def main(args: argparse.Namespace) -> int:
             if size is not None and size < 1:
                 raise ValueError(f"{name} is a whole number from 1, not {size}")
         if args.costs:
-            numbers = [float(number) for number in args.costs.split(",")]
-            if len(numbers) != len(names):
-                raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(numbers)}")
-            costs = HopTimes(**dict(zip(names, numbers, strict=True)))
+            costs = HopTimes(**read(args.costs, names))
         else:
             heads, head_dim = args.kv_ratio or 1, args.head_dim or 64
             costs = relative(backward=args.backward, heads=heads, head_dim=head_dim).balanced(rows, cols)
@@ -72,9 +69,9 @@ def main(args: argparse.Namespace) -> int:
         "compute": rows * cols * costs.block,
     }
     direction = "backward" if args.backward else "forward"
-    title = f"Mesh-Attention, {rows} x {cols}, {direction}: " + ", ".join(
-        f"{name} {value:.4g}" for name, value in times.items()
-    )
+    unit = "the unit of --costs" if args.costs else "hops of a chunk of Q"
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in times.items())
+    title = f"Mesh-Attention, {rows} x {cols}, {direction}, in {unit}: {numbers}"
     print(title, text(steps), sep="\n\n")
     if args.plot:
         draw(steps, costs, args.plot, title)
@@ -83,6 +80,20 @@ def main(args: argparse.Namespace) -> int:
         report["steps"] = [asdict(step) for step in steps]
         writing.write_json(args.json, report)
     return 0
+
+
+def read(text: str, names: Sequence[str]) -> dict[str, float]:
+    """Return the numbers of `--costs` by their names, or raise ValueError."""
+    parts = text.split(",")
+    if len(parts) != len(names):
+        raise ValueError(f"--costs takes {len(names)} numbers, {','.join(names)}, not {len(parts)}")
+    numbers = {}
+    for name, part in zip(names, parts, strict=True):
+        try:
+            numbers[name] = float(part)
+        except ValueError:
+            raise ValueError(f"--costs takes numbers, {','.join(names)}, not {part!r}") from None
+    return numbers
 
 
 def text(steps: Sequence[Step]) -> str:
