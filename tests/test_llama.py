@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from small_llama import CONFIG, SHARE_TOKENS, llama, tokens
 import mpiattn
 from mpiattn import ALGORITHMS, Causal, InputError
 from mpiattn.arrays import Array
+from mpiattn.commands.generate import command
 from mpiattn.conformance import oracle
+from mpiattn.models import sharing
 from mpiattn.models.attention_layer import AttentionLayer, SequenceParallel
 from mpiattn.models.cache import Cache
 from mpiattn.models.config import Config
@@ -23,6 +26,7 @@ from mpiattn.models.folder import Folder, alike
 from mpiattn.models.generation import Generator, Nucleus
 from mpiattn.models.layers import cross_entropy, cross_entropy_backward, linear_backward
 from mpiattn.models.llama import Llama, add, full
+from mpiattn.problems.layout import EVERYWHERE
 
 
 def on_one_rank(model: Llama, given: Array) -> Array:
@@ -131,7 +135,7 @@ def test_attention_layer_drops_with_a_seed(comm: Any) -> None:
     [
         ({"num_heads": 3}, "divisor of d_model 8"),
         ({"algorithm": "tensor_parallel"}, "does not share out tokens"),
-        ({"algorithm": "rings"}, "unknown algorithm"),
+        ({"algorithm": "rings"}, "unknown algorithm 'rings': choose from .*, hybrid$"),
         ({"algorithm": "ring", "grid_shape": (1, 1)}, "has no grid"),
         ({"grid_shape": (3, 5)}, "grid of 3x5"),
         ({"dropout": 1.5}, "rate"),
@@ -139,6 +143,10 @@ def test_attention_layer_drops_with_a_seed(comm: Any) -> None:
         ({"num_heads": None}, "num_heads is a whole number, 1 or more, got None"),
         ({"grid_shape": 5}, "whole numbers, 1 or more"),
         ({"seed": -1}, "seed is a whole number, 0 or more, got -1"),
+        ({"dtype": np.int32}, "dtype is one of float64, float32, float16, bfloat16, got .*int32"),
+        ({"dtype": "flaot32"}, "dtype is one of float64, float32, float16, bfloat16, got 'flaot32'"),
+        ({"algorithm": "ring", "rows": 1}, "RingAttention has no option 'rows': choose from layout, mask, "),
+        ({"mesk": None}, "MeshAttention has no option 'mesk': choose from rows, cols, layout, mask, "),
     ],
 )
 @pytest.mark.parametrize("everywhere", [True, False])
@@ -160,11 +168,14 @@ def test_attention_layers_are_the_same_on_all_ranks(comm: Any) -> None:
         for wrong in (x[0], x[:, :, :7], None, x.tolist()):
             with pytest.raises(InputError, match=r"x is .*; it must be an array \(batch, tokens, 8\)"):
                 layer.forward(wrong if comm.rank == comm.size - 1 else x)
+        with pytest.raises(InputError, match="x is an array of int64; it must be one of float64, float32, float16, bf"):
+            layer.forward(x.astype(int) if comm.rank == comm.size - 1 else x)
         out, saved = layer.forward(x)
         last: Any = comm.rank == comm.size - 1
         for gradient, what, message in (
             (out[:, :1], saved, "d_out is .* it must be an array .1, 4, 8."),
             (None, saved, "d_out is NoneType"),
+            (out.astype(int), saved, "d_out is an array of int64"),
             (out, None, "saved is not what a layer's forward returns"),
         ):
             with pytest.raises(InputError, match=message):
@@ -196,6 +207,48 @@ def test_greedy_tokens(comm: Any, name: str) -> None:
     assert new == right[13:]
     assert abs(len(cache.positions) - 21 / comm.Get_size()) <= 2
     assert cache.nbytes == len(cache.positions) * 2 * 2 * 3 * 4 * 8
+
+
+@pytest.mark.mpi(max_size=3)
+def test_auto_attends_to_the_prompt(comm: Any) -> None:
+    """As `mpiattn generate --algorithm auto` has it: what is chosen can take a prompt."""
+    model, prompt = llama(), tokens(13)[0].tolist()
+    args = generate_arguments("--algorithm", "auto", "--dtype", "float64")
+    with command.attention(args, args.algorithm, comm, CONFIG, len(prompt)) as attention:
+        generator = Generator(model, attention)
+        [new] = generator.generate(prompt, 1)
+        generator.free()
+    assert new == on_one_rank(model, np.array([prompt]))[0, -1].argmax()
+
+
+def generate_arguments(*more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["--prompt", "", *more])
+
+
+@pytest.mark.parametrize("name", ["decode", "tensor_parallel", "messh"])
+def test_algorithms_that_are_offered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate_arguments("--algorithm", name)
+    offered = capsys.readouterr().err.partition("choose from ")[2].strip().split(", ")
+    assert offered == [*SHARE_TOKENS, "auto"]
+
+
+@pytest.mark.mpi(max_size=2)
+def test_algorithms_that_share_out_tokens(comm: Any) -> None:
+    """Those that are said to are those whose attention a prompt is given to."""
+    for name, algorithm in ALGORITHMS.items():
+        with algorithm(comm) as attention:
+            assert (attention.layout == EVERYWHERE or bool(attention.copied)) == (name not in sharing.SHARE_TOKENS)
+
+
+def test_seeds_of_what_is_drawn() -> None:
+    with pytest.raises(InputError, match="--seed is 0 or more, got -1"):
+        command.sampler(generate_arguments("--temperature", "1", "--seed", "-1"))
+    for seed in (-1, 0.5):
+        with pytest.raises(InputError, match=f"seed is a whole number, 0 or more, got {seed}"):
+            Nucleus(1.0, seed=seed)  # type: ignore[arg-type]
 
 
 @pytest.mark.mpi(max_size=3)

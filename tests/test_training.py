@@ -206,10 +206,8 @@ def test_checkpoints_are_whole_or_not_there(comm: Any, tmp_path: Path, monkeypat
 def test_bad_checkpoints(comm: Any, tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, trainer_after(comm, 1), {})
     other = {**SMALL.to_tables(), "model": {**MODEL, "hidden_size": 36, "max_position_embeddings": 13}}
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="hidden_size is 36 in the config and 24 in the checkpoint, head_dim is 6"):
         checkpoint.resume(path, Trainer(comm, Plan.from_tables(other), TEXT))
-    with pytest.raises(InputError, match="another model"):
-        checkpoint.resume(path, Trainer(comm, plan(dtype="float32"), TEXT))
     weights, state = path / "model.safetensors", path / "state.json"
     data, text = weights.read_bytes(), state.read_text()
     for content, message in ((data[:-8], "missing or cut"), (b"\xff" * len(data), "is damaged")):
@@ -219,10 +217,47 @@ def test_bad_checkpoints(comm: Any, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(InputError, match="missing or cut"):
         checkpoint.resume(path, Trainer(comm, SMALL, TEXT))
-    for damaged in (text[:-30], "[]", "{}"):
+    whole = json.loads(text)
+    parts = [
+        json.dumps({key: value for key, value in whole.items() if key != name}) for name in whole if name != "text"
+    ]
+    lists = [json.dumps({**whole, name: []}) for name in ("plan", "step")]
+    for damaged in (text[:-30], "[]", "{}", *parts, *lists):
         state.write_text(damaged)
         with pytest.raises(InputError, match="damaged"):
             checkpoint.resume(path, Trainer(comm, SMALL, TEXT))
+
+
+@pytest.mark.mpi(sizes=[1])
+def test_a_run_goes_on_only_as_it_began(comm: Any, tmp_path: Path) -> None:
+    """What decides the weights after each step must be the same; how far the run goes need not."""
+    path = checkpoint.save(tmp_path, trainer_after(comm, 1), {})
+    for changed in (
+        {"tokens": 12}, {"batch": 2}, {"seed": 5}, {"held_out": 0.2}, {"dtype": "float32"}, {"learning_rate": 1e-4},
+        {"lowest": 0.2}, {"warmup": 3}, {"beta1": 0.8}, {"beta2": 0.8}, {"eps": 1e-7}, {"weight_decay": 0.2},
+        {"clip": 2.0},
+    ):  # fmt: skip
+        [(name, value)] = changed.items()
+        message = f"folder: {name} is {value} in the config and {getattr(SMALL, name)} in the checkpoint$"
+        with pytest.raises(InputError, match=message):
+            checkpoint.resume(path, Trainer(comm, plan(**changed), TEXT))
+    with pytest.raises(InputError, match=r"clip is 2.0 .*, seed is 5 .* 0 in the checkpoint, the text is another one$"):
+        checkpoint.resume(path, Trainer(comm, plan(seed=5, clip=2.0), TEXT[:-1] + b"?"))
+    checkpoint.resume(path, Trainer(comm, plan(steps=99, recompute=True), TEXT))
+    state = json.loads((path / "state.json").read_text())
+    del state["text"], state["plan"]["training"]["recompute"]  # as it was written before there was a checksum
+    (path / "state.json").write_text(json.dumps(state))
+    checkpoint.resume(path, Trainer(comm, SMALL, TEXT[:-1]))
+
+
+@pytest.mark.mpi(sizes=[1])
+@pytest.mark.parametrize("held_out", [0.0, 0.03, 0.1, 0.29, 0.5, 0.7, 0.99])
+def test_a_text_that_is_long_enough(comm: Any, held_out: float) -> None:
+    """A text as long as the error of a shorter one asks for is taken."""
+    given = plan(held_out=held_out)
+    with pytest.raises(InputError, match=r"a sequence takes 14: with held_out = .* it must have \d+$") as error:
+        Trainer(comm, given, TEXT[:13])
+    Trainer(comm, given, TEXT[: int(str(error.value).split()[-1])]).free()
 
 
 @pytest.mark.mpi(max_size=2)
@@ -249,7 +284,10 @@ def test_trainers_that_do_not_fit(comm: Any) -> None:
         ({"training": {"steps": 0}}, "steps is an integer above 0"),
         ({"training": {"recompute": 1}}, "recompute is of the type bool"),
         ({"training": {"clip": 0.0}}, "clip is a number above 0"),
-        ({"training": {"beta1": 1.0}}, "beta1 is a number from 0 to 1"),
+        ({"training": {"beta1": 1.0}}, "beta1 is 0 or more and less than 1, got 1.0"),
+        ({"training": {"held_out": 1.0}}, "held_out is 0 or more and less than 1, got 1.0"),
+        ({"training": {"lowest": 1.5}}, "lowest is a number from 0 to 1, got 1.5"),
+        ({"training": 3}, ".training. is a table of names and values, got 3"),
         ({"training": {"dtype": "int8"}}, "dtype 'int8': choose from"),
         ({"training": {"tokens": 99}, "model": {"max_position_embeddings": 98}}, "more than max_position_embeddings"),
         ({"model": {"num_attention_heads": 5}}, "num_attention_heads"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_llama import SHARE_TOKENS
 from test_training import CONFIG, TEXT
 
 from mpiattn.commands.train import command
@@ -62,14 +64,24 @@ def test_nothing_is_overwritten(comm: Any, mpi_tmp_path: Path, monkeypatch: pyte
     assert names == {"step-00000020", "step-00000040", command.CURVE}
     longer = CONFIG.replace("steps = 40", "steps = 60")
     for old, new, message in (
-        ("hidden_size = 16", "hidden_size = 24", "step-00000040 is the checkpoint of another model"),
+        ("hidden_size = 16", "hidden_size = 24", "step-00000040 goes on .* hidden_size is 24 in the config and 16 in"),
+        ("tokens = 16", "tokens = 12", "folder: tokens is 12 in the config and 16 in the checkpoint$"),
+        (longer, "model = 3", "small.toml: .model. is a table of names and values, got 3"),
+        (longer, "[[model]]", "small.toml: .model. is a table of names and values, got"),
         ("steps", "stepz", "unknown key of .training. 'stepz'; did you mean steps?"),
         ("hidden_size = 16", "hidden_size = 1000000000", "to train this model takes .* bytes, and this machine has"),
         ("steps = 60", "steps = 60\nweight_decay = nan", "warmup, weight_decay and seed are numbers, at least 0"),
         ("hidden_size", "hiden_size", "unknown key of .model. 'hiden_size'; did you mean hidden_size?"),
     ):
         refused(comm, InputError, message, mpi_tmp_path, longer.replace(old, new))
-    refused(comm, InputError, "15 bytes to train on; a sequence takes 17", mpi_tmp_path, longer, TEXT[:16])
+    refused(
+        comm,
+        InputError,
+        "15 bytes to train on; a sequence takes 17: with held_out = 0.1",
+        mpi_tmp_path,
+        longer,
+        TEXT[:16],
+    )
     save = checkpoint.save
     for room in (0, 10_000, 30_000):  # none; for a part of the weights; for them, but not for all of AdamW's means
 
@@ -82,3 +94,48 @@ def test_nothing_is_overwritten(comm: Any, mpi_tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     train(comm, mpi_tmp_path, longer)
     assert "step-00000060" in {path.name for path in (mpi_tmp_path / "out").iterdir()}
+
+
+@pytest.mark.mpi(max_size=2)
+def test_what_is_resumed(comm: Any, mpi_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How far the run is; a curve that was damaged; the entropy of the text that is trained on."""
+    train(comm, mpi_tmp_path)
+    for config, said in ((CONFIG, "40 of 40"), (CONFIG.replace("= 40", "= 30"), "30 of 30")):
+        capsys.readouterr()
+        train(comm, mpi_tmp_path, config)
+        ends = f"step-00000040: {said} steps are done; to go on, give [training] more steps\n"
+        assert capsys.readouterr().out.endswith(ends if comm.Get_rank() == 0 else "")
+    state = mpi_tmp_path / "out" / "step-00000040" / checkpoint.STATE
+    whole = json.loads(state.read_text())
+    comm.Barrier()
+    write(comm, state, {**whole, "losses": {"train": []}})
+    refused(comm, InputError, "step-00000040 is damaged: it has no curve of losses", mpi_tmp_path)
+    write(comm, state, {key: value for key, value in whole.items() if key != "text"})
+    other = TEXT.upper()
+    train(comm, mpi_tmp_path, CONFIG, other)
+    curve = json.loads((mpi_tmp_path / "out" / command.CURVE).read_text())
+    assert curve["unigram"] != whole["losses"]["unigram"] and curve["train"] == whole["losses"]["train"]
+
+
+def write(comm: Any, path: Path, document: dict[str, Any]) -> None:
+    """Write a file, once."""
+    if comm.Get_rank() == 0:
+        path.write_text(json.dumps(document))
+    comm.Barrier()
+
+
+@pytest.mark.mpi(max_size=2)
+def test_the_output_is_a_folder(comm: Any, mpi_tmp_path: Path) -> None:
+    if comm.Get_rank() == 0:
+        (mpi_tmp_path / "out").write_text("")
+    refused(comm, InputError, "out: is a file, not a folder", mpi_tmp_path)
+
+
+@pytest.mark.parametrize("name", ["auto", "decode", "tensor_parallel", "messh"])
+def test_algorithms_that_are_offered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--text", "t", "--config", "c", "--algorithm", name])
+    offered = capsys.readouterr().err.partition("choose from ")[2].strip().split(", ")
+    assert offered == SHARE_TOKENS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, TypedDict
@@ -84,6 +84,15 @@ def _wrong(check: Check) -> str | None:
 
 def alike(*values: object, **named: object) -> None:
     """Take any values, best by their names: they only have to be the same on all ranks."""
+
+
+def check_names(algorithm: type, options: Collection[str]) -> None:
+    """Raise ValueError where the constructor of an algorithm does not take one of the options."""
+    parameters = signature(algorithm).parameters.values()
+    takes = [*(one.name for one in parameters if one.kind is one.KEYWORD_ONLY), *Options.__annotations__]
+    for name in options:
+        if name not in takes:
+            raise ValueError(f"{algorithm.__name__} has no option {shown(name)}: choose from {', '.join(takes)}")
 
 
 def check_mask(mask: object) -> None:

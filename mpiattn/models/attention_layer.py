@@ -15,23 +15,24 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..algorithms import ALGORITHMS, Attention, Saved
-from ..algorithms.options import agree, alike
+from ..algorithms.options import agree, check_names
 from ..algorithms.saved import fingerprint
 from ..algorithms.shares import gather, scatter
 from ..algorithms.spelling import examples
-from ..arrays import Array, namespace
+from ..arrays import FLOATS, Array, namespace
 from ..errors import InputError
 from ..messages.connection import private
 from ..messages.message import Communicator
 from ..messages.reduction import all_reduce
 from ..problems import grid
 from ..problems.dropout import Dropout
-from ..problems.layout import EVERYWHERE
-from ..problems.scalars import check_name, shown, whole
+from ..problems.scalars import shown, whole
 from .layers import linear, linear_backward
 from .llama import to_heads, to_rows
+from .sharing import check_sharing
 
 PROJECTIONS = ("q", "k", "v", "o")
+NAMES = ", ".join(dtype.name for dtype in FLOATS)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AttentionLayer:
     seed : int
         Of the initial weights, the same on every rank.
     dtype : dtype
+        Of the weights: float64, float32, float16 or bfloat16.
     **options
         Of the algorithm, such as mask and layout.
 
@@ -91,13 +93,11 @@ class AttentionLayer:
             from mpi4py import MPI
 
             comm = MPI.COMM_WORLD
-        own = partial(check, d_model, num_heads, grid_shape, dropout, algorithm, seed)
-        agree(private(comm), own, partial(alike, dtype=str(dtype)))
+        own = partial(check, d_model, num_heads, grid_shape, dropout, algorithm, seed, sorted(options))
+        agree(private(comm), own, partial(check_dtype, dtype))
         if grid_shape is not None:
             options["rows"], options["cols"] = grid.pair(grid_shape)
         self.attention: Attention = ALGORITHMS[algorithm](comm, **options)
-        if self.attention.layout == EVERYWHERE or self.attention.copied:
-            raise InputError(f"{algorithm} does not share out tokens: take another algorithm, such as mesh or ring")
         self.comm, self.d_model, self.head_dim, self.dropout = comm, d_model, d_model // num_heads, dropout
         rng, bound = np.random.default_rng(seed), 1 / math.sqrt(d_model)
         self.weights: dict[str, Array] = {}
@@ -147,6 +147,7 @@ class AttentionLayer:
         shape: tuple[int, ...] = getattr(x, "shape", ())
         if len(shape) != 3 or shape[2] != self.d_model:
             raise InputError(f"x is {shape or type(x).__name__}; it must be an array (batch, tokens, {self.d_model})")
+        check_floats("x", x)
         drop = Dropout(self.dropout, seed) if seed is not None and self.dropout else None
         q, k, v = (to_heads(self.project(x, name), self.head_dim) for name in "qkv")
         return drop, q, k, v
@@ -211,13 +212,33 @@ def check_backward(d_out: Array, saved: object) -> None:
         raise InputError(f"saved is not what a layer's forward returns, but {type(saved).__name__}")
     if (shape := getattr(d_out, "shape", None)) != saved.x.shape:
         raise InputError(f"d_out is {shape or type(d_out).__name__}; it must be an array {saved.x.shape}, as x was")
+    check_floats("d_out", d_out)
     if saved.print != fingerprint(saved.x):
         raise InputError("x was changed between forward and backward, which reads it again: give forward a copy")
 
 
-def check(d_model: int, num_heads: int, grid_shape: object, dropout: float, algorithm: str, seed: int) -> None:
+def check_floats(name: str, array: Array) -> None:
+    """Raise InputError where an array is not of a dtype that the layer computes with."""
+    if array.dtype not in FLOATS:
+        raise InputError(f"{name} is an array of {array.dtype}; it must be one of {NAMES}")
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raise ValueError where weights can't have that dtype: integers would all be 0."""
+    try:
+        known = np.dtype(dtype) in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype is one of {NAMES}, got {shown(dtype)}")
+
+
+def check(
+    d_model: int, num_heads: int, grid_shape: object, dropout: float, algorithm: str, seed: int, options: list[str]
+) -> None:
     """Raise ValueError where there is no such layer."""
-    check_name("algorithm", algorithm, ALGORITHMS)
+    check_sharing(algorithm)
+    check_names(ALGORITHMS[algorithm], options)
     for name, number, least in (("d_model", d_model, 1), ("num_heads", num_heads, 1), ("seed", seed, 0)):
         if (given := whole(number)) is None or given < least:
             raise ValueError(f"{name} is a whole number, {least} or more, got {shown(number)}")

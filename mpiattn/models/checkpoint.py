@@ -32,6 +32,8 @@ from .training import Trainer
 
 PREFIX, PART = "step-", ".part-"
 OPTIMISER, STATE = "optimiser.safetensors", "state.json"
+FREE = "steps", "recompute", "max_position_embeddings"
+"""What a run that goes on may have otherwise: how far it goes, the memory it takes, what a reader of it may read."""
 KEPT = 2
 """Checkpoints that stay in the folder: the last ones."""
 
@@ -61,7 +63,8 @@ def save(folder: Path, trainer: Trainer, losses: dict[str, Any]) -> Path:
         (part / "config.json").write_text(json.dumps(trainer.plan.model.to_json(), indent=1), "utf-8")
         (part / "tokenizer.json").write_text(json.dumps(byte_tokenizer()), "utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        state = {"step": trainer.step, "plan": trainer.plan.to_tables(), "losses": losses, "bytes": sizes}
+        state = {"step": trainer.step, "plan": trainer.plan.to_tables(), "text": trainer.checksum}
+        state |= {"losses": losses, "bytes": sizes}
         (part / STATE).write_text(json.dumps(state, indent=1), "utf-8")
     for old in complete(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -71,20 +74,26 @@ def save(folder: Path, trainer: Trainer, losses: dict[str, Any]) -> Path:
 def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Set the trainer's weights and optimiser to a checkpoint's; return the losses that were saved.
 
-    The number of ranks, the algorithm and the number of steps to do may be others than when it was written.
+    The number of ranks, the algorithm and what `FREE` names may be others than when it was written.
 
     Raises
     ------
     InputError
-        Where the checkpoint is damaged, or that of another model.
+        Where the checkpoint is damaged, or that of another plan or text.
     """
     state = read_json(path / STATE)
     try:
-        sizes, step, saved = dict(state["bytes"]), int(state["step"]), Plan.from_tables(state["plan"])
-    except (KeyError, TypeError, ValueError) as error:
+        sizes, step, losses = dict(state["bytes"]), int(state["step"]), dict(state["losses"])
+        saved, checksum = Plan.from_tables(state["plan"]), state.get("text", trainer.checksum)  # older ones have none
+    except KeyError as error:
+        raise InputError(f"{path / STATE} is damaged: it has no {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path / STATE} is damaged: {error}") from None
-    if saved.model != trainer.plan.model or saved.dtype != trainer.plan.dtype:
-        raise InputError(f"{path} is the checkpoint of another model: its sizes or dtype are not those of the config")
+    wrong = others(trainer.plan, saved)
+    if checksum != trainer.checksum:
+        wrong.append("the text is another one")
+    if wrong:
+        raise InputError(f"{path} goes on only as it began; for another run name another folder: {', '.join(wrong)}")
     for name, size in sizes.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             raise InputError(f"{path / name} is missing or cut: it had {size} bytes")
@@ -101,7 +110,18 @@ def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
             place[...] = trainer.xp.asarray(array)
     optimiser.steps = step
     trainer.round()
-    return dict(state["losses"])
+    return losses
+
+
+def others(plan: Plan, saved: Plan) -> list[str]:
+    """Return what a plan has otherwise than the one that was saved, of what decides the weights after each step."""
+    tables = [one.to_tables() for one in (plan, saved)]
+    now, then = ({**table["model"], **table["training"]} for table in tables)
+    return [
+        f"{name} is {now.get(name)} in the config and {then.get(name)} in the checkpoint"
+        for name in {**now, **then}
+        if name not in FREE and now.get(name) != then.get(name)
+    ]
 
 
 def complete(folder: Path) -> list[Path]:

@@ -225,8 +225,10 @@ class Nucleus:
             raise InputError(f"a temperature is a number above 0, got {temperature}; without one, text is greedy")
         if not 0 < top_p <= 1:
             raise InputError(f"top_p is above 0 and at most 1, got {top_p}")
+        if (number := whole(seed)) is None or number < 0:
+            raise InputError(f"seed is a whole number, 0 or more, got {shown(seed)}")
         self.temperature, self.top_p = temperature, top_p
-        self.rng: Any = np.random.default_rng(seed)
+        self.rng: Any = np.random.default_rng(number)
 
     def __call__(self, logits: Array) -> int:
         """Return a token."""

@@ -77,9 +77,11 @@ class Plan:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is a number above 0, got {getattr(self, name)!r}")
-        for name in ("beta1", "beta2", "held_out", "lowest"):
-            if not 0 <= getattr(self, name) < 1 + (name == "lowest"):
-                raise InputError(f"{name} is a number from 0 to 1, got {getattr(self, name)!r}")
+        for name in ("beta1", "beta2", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is 0 or more and less than 1, got {getattr(self, name)!r}")
+        if not 0 <= self.lowest <= 1:
+            raise InputError(f"lowest is a number from 0 to 1, got {self.lowest!r}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
         if self.warmup < 0 or not 0 <= self.weight_decay < math.inf or self.seed < 0:
@@ -105,6 +107,9 @@ class Plan:
     def from_tables(cls, given: Mapping[str, Any]) -> Plan:
         """Return what the tables [model] and [training] say."""
         known("table", given, {"model", "training"})
+        for name, table in given.items():
+            if not isinstance(table, Mapping):
+                raise InputError(f"[{name}] is a table of names and values, got {table!r}")
         model, training = dict(given.get("model", {})), dict(given.get("training", {}))
         own = {item.name for item in fields(Config)} - {"vocab_size", "bos_token_id", "eos_token_id"}
         known("key of [model]", model, own)

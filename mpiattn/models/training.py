@@ -9,6 +9,7 @@ Which sequences a step has goes by the seed and the step alone, so the loss is t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from types import ModuleType
@@ -22,12 +23,12 @@ from ..errors import InputError
 from ..messages.connection import carrying, private
 from ..messages.message import Cartesian, Communicator
 from ..messages.reduction import all_reduce
-from ..problems.layout import EVERYWHERE
 from ..problems.mask import Causal, Positions
 from .adamw import AdamW, clip
 from .layers import cross_entropy, cross_entropy_backward, linear_backward
 from .llama import Llama, add, initial
 from .plan import BYTES, Plan
+from .sharing import check_sharing
 
 TRAINING, VALIDATION = 1, 2
 """Purpose of a draw of sequences."""
@@ -61,13 +62,18 @@ class Trainer:
         self, comm: Communicator, plan: Plan, text: bytes, algorithm: str = "mesh", data: int = 1, xp: ModuleType = np,
         **options: Any,
     ) -> None:  # fmt: skip
+        check_sharing(algorithm)
         self.plan, self.xp, self.algorithm, self.options = plan, xp, algorithm, options
         held_out = int(len(text) * plan.held_out)
+        self.checksum = hashlib.sha256(text).hexdigest()
         whole = np.frombuffer(text, np.uint8)
         self.text = {TRAINING: whole[: len(whole) - held_out], VALIDATION: whole[len(whole) - held_out :]}
         for what, part in (("train on", self.text[TRAINING]), ("validate on", self.text[VALIDATION])):
             if len(part) <= plan.tokens and (what == "train on" or plan.held_out):
-                raise InputError(f"the text has {len(part)} bytes to {what}; a sequence takes {plan.tokens + 1}")
+                raise InputError(
+                    f"the text has {len(part)} bytes to {what}; a sequence takes {plan.tokens + 1}: "
+                    f"with held_out = {plan.held_out} it must have {needed(plan)}"
+                )
         self.arrange(comm, data)
         self.build()
         kept, computed = accumulator(plan.dtype), dtype(plan.dtype)  # bfloat16 is trained with weights in float32
@@ -92,10 +98,6 @@ class Trainer:
     def build(self) -> None:
         """Build the attention of a row."""
         self.attention: Attention = ALGORITHMS[self.algorithm](self.row, mask=Causal(), **self.options)
-        if self.attention.layout == EVERYWHERE or self.attention.copied:
-            raise InputError(
-                f"{self.algorithm} does not share out tokens: take another algorithm, such as mesh or ring"
-            )
 
     @property
     def step(self) -> int:
@@ -198,3 +200,9 @@ class Trainer:
     def free(self) -> None:
         """Give the attention's memory back; its communicators are kept with the caller's, see `private`."""
         self.attention.free()
+
+
+def needed(plan: Plan) -> int:
+    """Return how many bytes of text have a sequence to train on and one to validate on."""
+    parts = [part for part in (plan.held_out, 1 - plan.held_out) if part]
+    return math.ceil((plan.tokens + 1) / min(parts))

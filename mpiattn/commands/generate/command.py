@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ... import planner
 from ...algorithms import ALGORITHMS, Attention
 from ...algorithms.decode import COMBINE
+from ...algorithms.spelling import Asked
 from ...errors import InputError
 from ...machines.reading import content
 from ...messages.message import Communicator
@@ -23,6 +23,7 @@ from ...models.cache import Cache
 from ...models.config import Config
 from ...models.generation import Generator, Nucleus, Sampler
 from ...models.model import SMOLLM2, Model
+from ...models.sharing import SHARE_TOKENS
 from ...models.tokenizer import Tokenizer
 from ...problems.layout import LAYOUTS
 from ...problems.mask import Causal
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw of those that together have this probability")
     parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn (default 0)")
     parser.add_argument(
-        "--algorithm", type=chosen.one, default="mesh", metavar="NAME",
+        "--algorithm", type=one, default="mesh", metavar="NAME",
         help=f"for the prompt, or auto: what the planner chooses (default mesh); {chosen.SPELLING}",
     )  # fmt: skip
     parser.add_argument("--machine", metavar="NAME", help="that auto plans for (default: a guess)")
@@ -62,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default float32")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw who holds which part of the cache")
     gpu.add_arguments(parser, gradients=False)
+
+
+def one(text: str) -> Asked:
+    """Read an algorithm that shares out tokens, or auto, from the command line."""
+    return chosen.one(text, (*SHARE_TOKENS, AUTO))
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
@@ -98,6 +104,8 @@ def sampler(args: argparse.Namespace) -> Sampler | None:
         if args.top_p is not None or args.seed is not None:
             raise InputError("--top-p and --seed go with --temperature: without it the most probable token is taken")
         return None
+    if args.seed is not None and args.seed < 0:
+        raise InputError(f"--seed is 0 or more, got {args.seed}")
     if args.temperature == 0 and args.top_p is None and args.seed is None:
         return None
     return Nucleus(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed or 0)
@@ -113,19 +121,16 @@ def text(args: argparse.Namespace) -> str:
         raise ValueError(f"{args.prompt_file} is no text in UTF-8: {error}") from None
 
 
-def attention(
-    args: argparse.Namespace, asked: tuple[str, dict[str, Any]], comm: Communicator, config: Config, tokens: int
-) -> Attention:
+def attention(args: argparse.Namespace, asked: Asked, comm: Communicator, config: Config, tokens: int) -> Attention:
     """Return the attention of the prompt."""
     (name, arguments), options = asked, gpu.options(args)
     if name != AUTO:
         built: Attention = ALGORITHMS[name](comm, mask=Causal(), layout=args.layout, **options, **arguments)
         return built
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    algorithms = [name for name in ALGORITHMS if name not in ("decode", "tensor_parallel")]
-    return planner.auto(
+    return planner.auto(  # of its own candidates, all of which share out tokens
         comm, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=config.head_dim, mask=Causal(), backward=False,
-        dtype=args.dtype, layout=args.layout, machine=args.machine, algorithms=algorithms, **options,
+        dtype=args.dtype, layout=args.layout, machine=args.machine, **options,
     )  # fmt: skip
 
 

@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ...algorithms import ALGORITHMS
+from ...algorithms.spelling import Asked
 from ...errors import InputError
 from ...machines import writing
 from ...machines.reading import check_memory, content
 from ...messages.message import Communicator
 from ...models import checkpoint
 from ...models.plan import Plan
+from ...models.sharing import SHARE_TOKENS
 from ...models.training import Trainer
 from ...problems.layout import LAYOUTS
 from ...trace.comm import TracedComm
@@ -60,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_arguments(parser)
 
 
-def one(text: str) -> tuple[str, dict[str, Any]]:
-    """Read an algorithm from the command line."""
-    return chosen.one(text, tuple(ALGORITHMS))
+def one(text: str) -> Asked:
+    """Read an algorithm that shares out tokens from the command line."""
+    return chosen.one(text, SHARE_TOKENS)
 
 
 def main(args: argparse.Namespace, comm: Communicator) -> int:
@@ -80,8 +81,10 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
     if args.resume:
         path = comm.bcast(on_root(comm, lambda: last(args.output)))
         if path is not None:
-            losses = together(comm, path, trainer)
-            say(trainer, f"resumed from {path}")
+            # A checkpoint without its text's checksum may be of another text than is trained on now.
+            losses = together(comm, path, trainer) | {"unigram": trainer.unigram()}
+            more = "" if trainer.step < plan.steps else "; to go on, give [training] more steps"
+            say(trainer, f"resumed from {path}: {min(trainer.step, plan.steps)} of {plan.steps} steps are done{more}")
     step, commit = elastic.begin(trainer, traced, losses) if args.elastic else (trainer.train, call)
     traced.trace.clear()
     since = time.perf_counter(), trainer.step
@@ -115,6 +118,8 @@ def given(args: argparse.Namespace) -> tuple[Plan, bytes]:
     """Return the plan and the text, once it is known that what comes of them can be written."""
     if args.every < 1:
         raise InputError(f"--every {args.every}: at least 1")
+    if args.output and args.output.exists() and not args.output.is_dir():
+        raise InputError(f"{args.output}: is a file, not a folder")
     if args.resume and args.output is None:
         raise InputError("--resume goes with --output, the folder of the checkpoints")
     plan = Plan.from_toml(args.config)
@@ -140,6 +145,8 @@ def together(comm: Communicator, path: Path, trainer: Trainer) -> Losses:
     losses, wrong = {}, None
     try:
         losses = checkpoint.resume(path, trainer)
+        if not all(isinstance(losses.get(name), list) for name in ("train", "validation")):
+            raise InputError(f"{path} is damaged: it has no curve of losses")
     except InputError as error:
         wrong = str(error)
     for message in comm.allgather(wrong):

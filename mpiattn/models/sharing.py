@@ -1,0 +1,16 @@
+"""Which algorithms share out tokens: a model's ranks each compute those that they have."""
+
+from __future__ import annotations
+
+from ..algorithms import ALGORITHMS
+from ..errors import InputError
+from ..problems.scalars import check_name
+
+SHARE_TOKENS = tuple(name for name in ALGORITHMS if name not in ("tensor_parallel", "decode"))
+
+
+def check_sharing(algorithm: str) -> None:
+    """Raise ValueError where that is no algorithm, or not one that shares out tokens."""
+    if algorithm in tuple(ALGORITHMS) and algorithm not in SHARE_TOKENS:
+        raise InputError(f"{algorithm} does not share out tokens: choose from {', '.join(SHARE_TOKENS)}")
+    check_name("algorithm", algorithm, SHARE_TOKENS)
