@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mpiattn import ALGORITHMS
 from mpiattn.arrays import Array
 from mpiattn.models.config import Config
 from mpiattn.models.llama import Llama, initial
@@ -19,8 +18,6 @@ CONFIG = Config(
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 """The [model] of a training run."""
-
-SHARE_TOKENS = [name for name in ALGORITHMS if name not in ("decode", "tensor_parallel")]
 
 
 def llama(config: Config = CONFIG, dtype: Any = np.float64) -> Llama:

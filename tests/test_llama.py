@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from small_llama import CONFIG, SHARE_TOKENS, llama, tokens
+from small_llama import CONFIG, llama, tokens
 
 import mpiattn
 from mpiattn import ALGORITHMS, Causal, InputError
+from mpiattn.algorithms.sharing import SHARE_TOKENS
 from mpiattn.arrays import Array
 from mpiattn.commands.generate import command
 from mpiattn.conformance import oracle
-from mpiattn.models import sharing
 from mpiattn.models.attention_layer import AttentionLayer, SequenceParallel
 from mpiattn.models.cache import Cache
 from mpiattn.models.config import Config
@@ -240,7 +240,7 @@ def test_algorithms_that_share_out_tokens(comm: Any) -> None:
     """Those that are said to are those whose attention a prompt is given to."""
     for name, algorithm in ALGORITHMS.items():
         with algorithm(comm) as attention:
-            assert (attention.layout == EVERYWHERE or bool(attention.copied)) == (name not in sharing.SHARE_TOKENS)
+            assert (attention.layout == EVERYWHERE or bool(attention.copied)) == (name not in SHARE_TOKENS)
 
 
 def test_seeds_of_what_is_drawn() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import strict_cupy
-from small_llama import SHARE_TOKENS, llama, tokens
+from small_llama import llama, tokens
 from test_training import TEXT, plan
 
 from mpiattn import ALGORITHMS, Causal, RingAttention
+from mpiattn.algorithms.sharing import SHARE_TOKENS
 from mpiattn.arrays import Array, operations
 from mpiattn.arrays.operations import on_host
 from mpiattn.models import checkpoint, training

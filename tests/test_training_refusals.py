@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_llama import SHARE_TOKENS
 from test_training import CONFIG, TEXT
 
+from mpiattn.algorithms.sharing import SHARE_TOKENS
 from mpiattn.commands.train import command
 from mpiattn.errors import InputError, WriteError
 from mpiattn.models import checkpoint
@@ -138,4 +138,4 @@ def test_algorithms_that_are_offered(name: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parser.parse_args(["--text", "t", "--config", "c", "--algorithm", name])
     offered = capsys.readouterr().err.partition("choose from ")[2].strip().split(", ")
-    assert offered == SHARE_TOKENS
+    assert offered == list(SHARE_TOKENS)

@@ -4,6 +4,5 @@
 - `llama`: the model; `config`: its sizes
 - `attention_layer`: attention with its projections, for any algorithm, and a whole sequence in and out
 - `model`: weights and tokenizer from a Hugging Face folder or a GGUF file; `folder`, `gguf`, `tokenizer` read these
-- `sharing`: the algorithms that models may use
 - `generation`: text, its `cache` spread over the ranks
 """

@@ -18,6 +18,7 @@ from ..algorithms import ALGORITHMS, Attention, Saved
 from ..algorithms.options import agree, check_names
 from ..algorithms.saved import fingerprint
 from ..algorithms.shares import gather, scatter
+from ..algorithms.sharing import check_sharing
 from ..algorithms.spelling import examples
 from ..arrays import FLOATS, Array, namespace
 from ..errors import InputError
@@ -29,7 +30,6 @@ from ..problems.dropout import Dropout
 from ..problems.scalars import shown, whole
 from .layers import linear, linear_backward
 from .llama import to_heads, to_rows
-from .sharing import check_sharing
 
 PROJECTIONS = ("q", "k", "v", "o")
 NAMES = ", ".join(dtype.name for dtype in FLOATS)

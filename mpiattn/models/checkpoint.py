@@ -33,7 +33,9 @@ from .training import Trainer
 PREFIX, PART = "step-", ".part-"
 OPTIMISER, STATE = "optimiser.safetensors", "state.json"
 FREE = "steps", "recompute", "max_position_embeddings"
-"""What a run that goes on may have otherwise: how far it goes, the memory it takes, what a reader of it may read."""
+"""Keys that a run that goes on may have otherwise: its length, the memory it takes, what a reader of it may read."""
+TUNED = "learning_rate", "lowest", "warmup", "beta1", "beta2", "eps", "weight_decay", "clip"
+"""Keys of the optimiser, which a run that goes on may change, and is told so: see `retuned`."""
 KEPT = 2
 """Checkpoints that stay in the folder: the last ones."""
 
@@ -74,7 +76,7 @@ def save(folder: Path, trainer: Trainer, losses: dict[str, Any]) -> Path:
 def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Set the trainer's weights and optimiser to a checkpoint's; return the losses that were saved.
 
-    The number of ranks, the algorithm and what `FREE` names may be others than when it was written.
+    The number of ranks, the algorithm and what `FREE` and `TUNED` name may be others than when it was written.
 
     Raises
     ------
@@ -89,11 +91,13 @@ def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
         raise InputError(f"{path / STATE} is damaged: it has no {error}") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path / STATE} is damaged: {error}") from None
-    wrong = others(trainer.plan, saved)
+    wrong = [text for name, text in others(trainer.plan, saved).items() if name not in TUNED]
     if checksum != trainer.checksum:
         wrong.append("the text is another one")
     if wrong:
-        raise InputError(f"{path} goes on only as it began; for another run name another folder: {', '.join(wrong)}")
+        raise InputError(
+            f"{path} goes on with what it began with; for another run name another folder: {', '.join(wrong)}"
+        )
     for name, size in sizes.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             raise InputError(f"{path / name} is missing or cut: it had {size} bytes")
@@ -113,15 +117,21 @@ def resume(path: Path, trainer: Trainer) -> dict[str, Any]:
     return losses
 
 
-def others(plan: Plan, saved: Plan) -> list[str]:
-    """Return what a plan has otherwise than the one that was saved, of what decides the weights after each step."""
+def retuned(path: Path, plan: Plan) -> list[str]:
+    """Return what the optimiser has otherwise from now on than up to a checkpoint, which is sound."""
+    found = others(plan, Plan.from_tables(read_json(path / STATE)["plan"]))
+    return [text for name, text in found.items() if name in TUNED]
+
+
+def others(plan: Plan, saved: Plan) -> dict[str, str]:
+    """Return in words, by its key, what decides the weights after a step and differs from the plan that was saved."""
     tables = [one.to_tables() for one in (plan, saved)]
     now, then = ({**table["model"], **table["training"]} for table in tables)
-    return [
-        f"{name} is {now.get(name)} in the config and {then.get(name)} in the checkpoint"
+    return {
+        name: f"{name} is {now.get(name)} in the config and {then.get(name)} in the checkpoint"
         for name in {**now, **then}
         if name not in FREE and now.get(name) != then.get(name)
-    ]
+    }
 
 
 def complete(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..algorithms import ALGORITHMS, Attention, Saved
+from ..algorithms.sharing import check_sharing
 from ..arrays import Array, accumulator, dtype
 from ..errors import InputError
 from ..messages.connection import carrying, private
@@ -28,7 +29,6 @@ from .adamw import AdamW, clip
 from .layers import cross_entropy, cross_entropy_backward, linear_backward
 from .llama import Llama, add, initial
 from .plan import BYTES, Plan
-from .sharing import check_sharing
 
 TRAINING, VALIDATION = 1, 2
 """Purpose of a draw of sequences."""

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from launch import mpiexec
 from safetensors.numpy import save_file
-from small_llama import SHARE_TOKENS
 
 from mpiattn import ALGORITHMS, Causal
+from mpiattn.algorithms.sharing import SHARE_TOKENS
 from mpiattn.commands.root import patiently
 from mpiattn.machines.writing import write_json
 from mpiattn.models.folder import SINGLE

@@ -15,6 +15,7 @@ import numpy as np
 from ... import planner
 from ...algorithms import ALGORITHMS, Attention
 from ...algorithms.decode import COMBINE
+from ...algorithms.sharing import SHARE_TOKENS
 from ...algorithms.spelling import Asked
 from ...errors import InputError
 from ...machines.reading import content
@@ -23,7 +24,6 @@ from ...models.cache import Cache
 from ...models.config import Config
 from ...models.generation import Generator, Nucleus, Sampler
 from ...models.model import SMOLLM2, Model
-from ...models.sharing import SHARE_TOKENS
 from ...models.tokenizer import Tokenizer
 from ...problems.layout import LAYOUTS
 from ...problems.mask import Causal

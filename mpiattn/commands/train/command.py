@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from ...algorithms.sharing import SHARE_TOKENS
 from ...algorithms.spelling import Asked
 from ...errors import InputError
 from ...machines import writing
@@ -23,7 +24,6 @@ from ...machines.reading import check_memory, content
 from ...messages.message import Communicator
 from ...models import checkpoint
 from ...models.plan import Plan
-from ...models.sharing import SHARE_TOKENS
 from ...models.training import Trainer
 from ...problems.layout import LAYOUTS
 from ...trace.comm import TracedComm
@@ -85,6 +85,8 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
             losses = together(comm, path, trainer) | {"unigram": trainer.unigram()}
             more = "" if trainer.step < plan.steps else "; to go on, give [training] more steps"
             say(trainer, f"resumed from {path}: {min(trainer.step, plan.steps)} of {plan.steps} steps are done{more}")
+            for change in checkpoint.retuned(path, plan):
+                say(trainer, f"from here on {change}")
     step, commit = elastic.begin(trainer, traced, losses) if args.elastic else (trainer.train, call)
     traced.trace.clear()
     since = time.perf_counter(), trainer.step

@@ -1,10 +1,10 @@
-"""Which algorithms share out tokens: a model's ranks each compute those that they have."""
+"""The algorithms that share out tokens, which a model's ranks then compute each for itself."""
 
 from __future__ import annotations
 
-from ..algorithms import ALGORITHMS
 from ..errors import InputError
 from ..problems.scalars import check_name
+from . import ALGORITHMS
 
 SHARE_TOKENS = tuple(name for name in ALGORITHMS if name not in ("tensor_parallel", "decode"))
 
