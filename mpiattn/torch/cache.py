@@ -21,6 +21,7 @@ from ..algorithms import DecodeAttention
 from ..messages.message import Communicator
 from ..problems.mask import Causal, Positions, SlidingWindow
 from .arrays import queue_of, to_array, to_tensor
+from .call import Call
 from .hugging_face import GENERATING
 
 DECODES_WITH: dict[str, Any] = {"kernel": None, "gpu_messages": "auto"}
@@ -28,9 +29,16 @@ DECODES_WITH: dict[str, Any] = {"kernel": None, "gpu_messages": "auto"}
 
 
 class Generation:
-    """One call of `generate`: the ranks' parts of the cache, and what attends to them."""
+    """One call of `generate`: the ranks' parts of the cache, and what attends to them.
 
-    def __init__(self, sharded: Any, prompt: Tensor) -> None:
+    Parameters
+    ----------
+    sharded : Sharded
+    prompt : Call, optional
+        All tokens of the prompt but the last, until they are computed; none where there is one token.
+    """
+
+    def __init__(self, sharded: Any, prompt: Call | None) -> None:
         self.sharded, self.prompt = sharded, prompt
         self.comm = sharded.sequence
         self.decoders: dict[tuple[Any, ...], DecodeAttention] = {}
@@ -70,12 +78,14 @@ class Generation:
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
-        """Let the layers find this object."""
+        """Let the layers find this object; what attends to the cache ends with it."""
         token = GENERATING.set(self)
         try:
             yield
         finally:
             GENERATING.reset(token)
+            for decoder in self.decoders.values():
+                decoder.free()
 
 
 class Layer(DynamicLayer):

@@ -26,6 +26,7 @@ class Call:
     """`Sharded.attention`."""
     batch: Batch
     seed: int
+    """Of the first layer's dropout; the other layers have those that follow."""
 
     @cached_property
     def mine(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ..algorithms import ALGORITHMS
+from ..algorithms.options import Options
 from ..errors import InputError
 from ..problems.scalars import shown, whole
 from .batch import IGNORED
+
+SET_BY_MODEL = "mask", "scale", "softcap"
+"""Options of algorithms that each layer of a model sets for itself."""
 
 
 def check(algorithm: str, data: int, ranks: int) -> None:
@@ -24,6 +29,20 @@ def check(algorithm: str, data: int, ranks: int) -> None:
     if groups is None or groups < 1 or ranks % groups:
         fits = [number for number in range(1, ranks + 1) if ranks % number == 0]
         raise ValueError(f"{ranks} ranks do not make {shown(data)} groups: choose from {fits}")
+
+
+def check_options(algorithm: str, *options: str) -> None:
+    """Raise ValueError where these are no names of options that the algorithm takes from a caller of `shard`."""
+    parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
+    own = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    known = [name for name in (*own, *Options.__annotations__) if name not in SET_BY_MODEL]
+    for name in options:
+        if name in SET_BY_MODEL:
+            raise ValueError(f"{name} is set by the model, for each layer: leave it out, or change the model's config")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"{algorithm} has no option {name}: {hint}")
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -84,6 +84,9 @@ def attend(
             f"{name} asks for a mask of its own: what can be split is causal, with a window or without, "
             "and padding and packed documents as arguments"
         )
+    if torch.is_autocast_enabled(query.device.type):  # which casts for torch's own attention, but not for this one
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     out = call.attend(
         query, key, value, window=attention_mask.window, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout,
         layer=getattr(module, "layer_idx", None) or 0,

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems import grid
 from ..problems.dropout import Dropout
+from ..problems.layout import EVERYWHERE
 from ..problems.scalars import shown, whole
 from .function import attention
 from .weights import broadcast
@@ -32,7 +33,7 @@ class AttentionLayer(nn.Module):
     d_model : int
     num_heads : int
     attention : mpiattn.Attention
-        Any algorithm that shares out tokens. Layers may share it.
+        Any algorithm that shares out tokens, which tensor_parallel and decode do not. Layers may share it.
     dropout : float
         Of attention's probabilities, while training. What is dropped follows from rank 0's torch generator, and
         does not depend on the number of ranks.
@@ -44,7 +45,7 @@ class AttentionLayer(nn.Module):
     Raises
     ------
     InputError
-        On every rank, where the sizes do not fit.
+        On every rank, where the sizes do not fit, or the attention does not share out tokens.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class AttentionLayer(nn.Module):
         num_kv_heads: int | None = None, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_attention(attention)
         sizes = d_model, num_heads, num_heads if num_kv_heads is None else num_kv_heads
         agree(attention.comm, partial(check, *sizes, dropout))
         d_model, num_heads, self.num_kv_heads = (whole(size) or 0 for size in sizes)
@@ -134,6 +136,21 @@ class MeshAttention(AttentionLayer):
         rows, cols = grid.pair(grid_shape)
         mesh = algorithms.MeshAttention(comm, rows=rows, cols=cols, **options)
         super().__init__(d_model, num_heads, mesh, dropout=dropout, num_kv_heads=num_kv_heads, bias=bias)
+
+
+def check_attention(attention: object) -> None:
+    """Raise InputError where that is no attention, or one whose ranks have each token more than once.
+
+    Ranks can't be asked where there is no communicator; those that have one have built the same attention.
+    """
+    if not isinstance(attention, algorithms.Attention):
+        raise InputError(
+            f"attention must be an algorithm that is built, such as mpiattn.RingAttention(comm), got {shown(attention)}"
+        )
+    if attention.layout == EVERYWHERE or attention.copied:
+        raise InputError(
+            f"{type(attention).__name__} does not share out tokens: take another algorithm, such as mesh or ring"
+        )
 
 
 def check(d_model: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..algorithms.options import agree
 from ..algorithms.shares import gather, scatter
+from ..errors import InputError
 from ..messages.connection import private
 from ..messages.message import Communicator
 from ..problems import layout as layouts
@@ -31,7 +33,7 @@ class SequenceParallel(nn.Module):
         From (batch, tokens, ...) to (batch, tokens, ...), for this rank's tokens: what mixes tokens in it is an
         `AttentionLayer` such as `MeshAttention`; all else treats each token alone. Its weights become rank 0's.
     comm : mpi4py.MPI.Comm
-        The one that the module's attention was built with.
+        The one that the module's attention was built with, or another of the same ranks in the same order.
     layout : {"contiguous", "zigzag", "striped"}, optional
         That of the module's attention by default, contiguous where there is none.
 
@@ -47,7 +49,8 @@ class SequenceParallel(nn.Module):
     Raises
     ------
     InputError
-        On every rank, where the modules of the ranks or the layouts of their layers differ.
+        On every rank, where the modules of the ranks or the layouts of their layers differ, or a layer's attention is
+        of other ranks.
     """
 
     def __init__(self, module: nn.Module, comm: Communicator, layout: str | None = None) -> None:
@@ -55,8 +58,8 @@ class SequenceParallel(nn.Module):
         comm = private(comm)  # the caller's messages never meet these
         inside = sorted({part.attention.layout for part in module.modules() if isinstance(part, AttentionLayer)})
         found = inside if layout is None else sorted({layout, *inside})
-        agree(comm, partial(one_layout, *found))
         self.module, self.comm = module, comm
+        agree(comm, partial(one_layout, *found), partial(self._check_ranks))
         self.layout = found[0] if found else "contiguous"
         broadcast(module, self.comm)
 
@@ -82,8 +85,27 @@ class SequenceParallel(nn.Module):
         return result
 
     def sum_gradients(self) -> None:
-        """Add up the gradients of the weights over the ranks, after `backward`; see `sum_gradients`."""
+        """Add up the gradients of the weights over the ranks, once before a step; see `sum_gradients`."""
         sum_gradients(self.module, self.comm)
+
+    def _check_ranks(self) -> None:
+        """Raise InputError where a layer's attention has ended, or is of other ranks: it would miss tokens."""
+        for name, part in self.module.named_modules():
+            if isinstance(part, AttentionLayer):
+                part.attention.usable()
+                if not same_ranks(part.attention.comm, self.comm):
+                    raise InputError(
+                        f"the attention of {name or 'the module'} was built with other ranks than those of comm, or in "
+                        "another order: give both one communicator"
+                    )
+
+
+def same_ranks(one: Any, other: Any) -> bool:
+    """Return whether two private communicators have the same ranks in the same order."""
+    one, other = (getattr(comm, "comm", comm) for comm in (one, other))  # in a watched one is MPI's
+    if isinstance(one, MPI.Comm) and isinstance(other, MPI.Comm):
+        return MPI.Comm.Compare(one, other) in (MPI.IDENT, MPI.CONGRUENT)
+    return (one.Get_size(), one.Get_rank()) == (other.Get_size(), other.Get_rank())
 
 
 def one_layout(*names: str) -> None:

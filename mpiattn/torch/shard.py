@@ -17,7 +17,7 @@ from ..messages.message import Communicator
 from ..problems.mask import Causal, Mask
 from .batch import IGNORED, Batch, fingerprint, laid_out
 from .call import Call, SumOfRanks
-from .checks import check, check_model, check_tensors, check_tokens, windows_alone
+from .checks import check, check_model, check_options, check_tensors, check_tokens, windows_alone
 from .hugging_face import NAME
 from .weights import broadcast, refuse, sum_gradients
 
@@ -50,7 +50,12 @@ class Sharded:
         self, model: torch.nn.Module, comm: Communicator, algorithm: str, layout: str | None, data: int, **options: Any
     ) -> None:
         comm = private(comm)  # the caller's messages never meet these
-        agree(comm, partial(check, algorithm, data, comm.Get_size()), partial(check_model, model))
+        agree(
+            comm,
+            partial(check, algorithm, data, comm.Get_size()),
+            partial(check_options, algorithm, *options),
+            partial(check_model, model),
+        )
         self.model, self.algorithm, self.options, data = model, ALGORITHMS[algorithm], options, int(data)
         self.comm = comm.Create_cart([data, comm.Get_size() // data], periods=[False, False], reorder=False)
         self.sequence = self.comm.Sub([False, True])
@@ -123,7 +128,9 @@ class Sharded:
         targets = sum(count for _, count, _ in table[::members])
         if given[1] is not None and not targets:
             raise InputError(f"all labels are {IGNORED}, or the first of a row, which nothing precedes")
-        return batch, self.call(batch, (table[0][2] + self.group) % 2**62), targets
+        # A seed for each layer of each group.
+        seed = table[0][2] + self.group * self.model.config.get_text_config().num_hidden_layers
+        return batch, self.call(batch, seed), targets
 
     def call(self, batch: Batch, seed: int = 0) -> Call:
         """Return what the layers need to know of a batch that the ranks have agreed on."""
@@ -140,7 +147,8 @@ class Sharded:
             All 1.
         **options
             Of transformers' `generate`: `max_new_tokens=64`, `do_sample=True`, `temperature`, `top_p`, `num_beams`,
-            `streamer` (on rank 0 alone), ... What is sampled follows from rank 0's torch generator.
+            `streamer` (on rank 0 alone), ... What is sampled follows from the torch generator of the group's first
+            rank.
 
         Returns
         -------
@@ -162,16 +170,13 @@ class Sharded:
             if len(self.attentions) >= KEPT:
                 self.attentions.pop(next(iter(self.attentions))).free()
             given = {"layout": self.layout, "mask": mask, "scale": scale, "softcap": softcap, **self.options}
-            try:
-                self.attentions[key] = self.algorithm(self.sequence, **given)
-            except TypeError as error:  # an option that the algorithm does not have
-                raise InputError(str(error)) from None
+            self.attentions[key] = self.algorithm(self.sequence, **given)
         else:
             self.attentions[key] = self.attentions.pop(key)  # the one used last is the last one
         return self.attentions[key]
 
     def sum_gradients(self) -> None:
-        """Add up the gradients of the weights over all ranks, after `backward`; see `sum_gradients`."""
+        """Add up the gradients of the weights over all ranks, once before a step; see `sum_gradients`."""
         sum_gradients(self.model, self.comm)
 
     def free(self) -> None:
@@ -209,7 +214,8 @@ def shard(
     data : int
         Groups of ranks that each have batches of their own; the ranks of a group are neighbours.
     **options
-        Of the algorithm: `ulysses=2`, `kernel="cupy"`, `partials="narrow"`, ...
+        Of the algorithm: `ulysses=2`, `kernel="cupy"`, `partials="narrow"`, ...; but mask, scale and softcap, which
+        the model sets for each layer.
 
     Returns
     -------

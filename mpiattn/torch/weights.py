@@ -59,7 +59,10 @@ def broadcast(module: torch.nn.Module, comm: Communicator) -> None:
 
 
 def sum_gradients(module: torch.nn.Module, comm: Communicator) -> None:
-    """Add up the gradients of a module's weights over the ranks, in place, after `backward`.
+    """Add up the gradients of a module's weights over the ranks, in place, once before a step.
+
+    With several micro-batches that is after the last backward: another call adds up again what the first one has
+    summed, and nothing finds it.
 
     Each rank's backward gives the part of its own tokens. They are added up in float32, or in float64 where the
     weights are, by plain messages and in the order of the ranks: the bits are the same with every MPI library. Those

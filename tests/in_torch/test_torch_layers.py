@@ -144,6 +144,38 @@ def test_a_wrong_input_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str
         layer(x)
 
 
+@pytest.mark.parametrize("name", ["tensor_parallel", "decode"])
+def test_an_attention_that_does_not_share_out_tokens_is_refused(comm: MPI.Intracomm, name: str) -> None:
+    # Each rank would have all tokens, and the sum of the gradients count them once for each rank.
+    with pytest.raises(mpiattn.InputError, match="does not share out tokens: take another algorithm"):
+        mpiattn.torch.AttentionLayer(24, 4, mpiattn.ALGORITHMS[name](comm))
+
+
+def test_what_is_no_attention_is_refused(comm: MPI.Intracomm) -> None:
+    for wrong in (comm, "ring", mpiattn.RingAttention, None):
+        with pytest.raises(mpiattn.InputError, match=r"such as mpiattn\.RingAttention\(comm\), got"):
+            mpiattn.torch.AttentionLayer(24, 4, wrong)  # type: ignore[arg-type]
+
+
+def test_an_attention_of_other_ranks_is_refused(comm: MPI.Intracomm) -> None:
+    # It would see this rank's tokens alone, or take them for those of another place.
+    def layer(of: Any) -> Any:
+        return nn.Sequential(nn.Identity(), mpiattn.torch.MeshAttention(24, 4, comm=of))
+
+    backwards, copied = comm.Split(0, -comm.Get_rank()), comm.Dup()
+    if comm.Get_size() > 1:
+        for of in (MPI.COMM_SELF, backwards):
+            with pytest.raises(mpiattn.InputError, match="the attention of 1 was built with other ranks"):
+                mpiattn.torch.SequenceParallel(layer(of), comm)
+    mpiattn.torch.SequenceParallel(layer(copied), comm)
+    ended = layer(comm)
+    ended[1].attention.free()
+    with pytest.raises(mpiattn.InputError, match="this attention has ended"):
+        mpiattn.torch.SequenceParallel(ended, comm)
+    backwards.Free()
+    copied.Free()
+
+
 def test_wrong_modules_are_one_error_on_all_ranks(comm: MPI.Intracomm) -> None:
     last = comm.Get_rank() == comm.Get_size() - 1
     with pytest.raises(mpiattn.InputError, match="multiple of num_heads"):

@@ -158,6 +158,42 @@ def test_dropout_does_not_depend_on_the_ranks(comm: MPI.Intracomm) -> None:
     assert same(*results)
 
 
+def test_no_two_layers_of_a_step_drop_the_same(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpiattn.torch import call
+
+    seeds: list[int] = []
+
+    def noted(rate: float, seed: int) -> mpiattn.Dropout:
+        seeds.append(seed)
+        return mpiattn.Dropout(rate, seed)
+
+    monkeypatch.setattr(call, "Dropout", noted)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, attention_dropout=0.3)).train()
+    groups = comm.Get_size()
+    with mpiattn.torch.shard(model, comm, data=groups) as sharded:
+        sharded(tokens(1, 9))
+    assert len({seed for own in comm.allgather(seeds) for seed in own}) == groups * SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt-oss"])
+def test_autocast_is_that_of_one_process(comm: MPI.Intracomm, family: str) -> None:
+    ids, model = tokens(2, 29), tiny(family)
+    model.set_attn_implementation("eager" if family == "gpt-oss" else "sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with mpiattn.torch.shard(model, comm) as sharded:
+        with torch.autocast("cpu", torch.bfloat16):
+            own: Any = sharded(ids, ids).loss
+            assert len(set(map(str, comm.allgather(sharded.generate(ids, max_new_tokens=3).tolist())))) == 1
+        own.backward()
+        sharded.sum_gradients()
+    assert abs(float(own.detach()) - float(loss.detach())) < 1e-2 * float(loss.detach())
+    assert worst(gradients(model), expected) < 0.1
+
+
 def seeded(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -237,7 +273,11 @@ def test_what_cannot_be_split_is_named(comm: MPI.Intracomm) -> None:
     refused(torch.nn.Linear(2, 2), "a model is one of transformers, got Linear")
     refused(llama, "unknown layout", layout="spiral")
     refused(llama, "does not hold", rows=comm.Get_size() + 1)
-    refused(llama, "rows", algorithm="ring", rows=1)
+    refused(llama, "ring has no option rows: there are layout, partials, kernel", algorithm="ring", rows=1)
+    refused(llama, "mesh has no option kernal: did you mean kernel", kernal="numpy")
+    refused(llama, "hybrid has no option ulyses: did you mean ulysses", algorithm="hybrid", ulyses=1)
+    for option in ({"mask": mpiattn.Full()}, {"scale": 3.0}, {"softcap": 5.0}):  # each gave another loss, unseen
+        refused(llama, f"{next(iter(option))} is set by the model", **option)
     t5 = hf.T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     refused(hf.T5ForConditionalGeneration(t5), "T5ForConditionalGeneration can't be split.*position biases")
     bloom = hf.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
@@ -291,6 +331,24 @@ def test_two_batches_whose_gradients_come_together(comm: MPI.Intracomm) -> None:
         sharded.sum_gradients()
     total = [a + b for a, b in zip(expected[0][1], expected[1][1], strict=True)]
     assert worst(gradients(model), total) < TOLERANCE
+
+
+def test_micro_batches_are_added_up_once(comm: MPI.Intracomm) -> None:
+    """By a call after each of them, the first would count once for each rank: a silent mistake that the limits list."""
+    ids, model = tokens(2, 29), tiny("llama")
+    expected = in_one_process(model, list(ids), list(ids))
+    with mpiattn.torch.shard(model, comm) as sharded:
+        for each in (False, True):
+            for row in ids.split(1):
+                loss: Any = sharded(row, row).loss
+                (loss / 2).backward()
+                if each:
+                    sharded.sum_gradients()
+            if not each:
+                sharded.sum_gradients()
+            right = worst(gradients(model), expected[1]) < TOLERANCE
+            assert right is (not each or comm.Get_size() == 1)
+            model.zero_grad()
 
 
 def test_a_model_that_is_not_sharded_says_so(comm: MPI.Intracomm) -> None:
