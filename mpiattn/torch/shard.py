@@ -53,7 +53,7 @@ class Sharded:
         agree(
             comm,
             partial(check, algorithm, data, comm.Get_size()),
-            partial(check_options, algorithm, *options),
+            partial(check_options, algorithm, *sorted(options)),
             partial(check_model, model),
         )
         self.model, self.algorithm, self.options, data = model, ALGORITHMS[algorithm], options, int(data)
