@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature
@@ -86,13 +87,22 @@ def alike(*values: object, **named: object) -> None:
     """Take any values, best by their names: they only have to be the same on all ranks."""
 
 
-def check_names(algorithm: type, options: Collection[str]) -> None:
-    """Raise ValueError where the constructor of an algorithm does not take one of the options."""
+def check_names(algorithm: type, options: Collection[str], without: Collection[str] = ()) -> None:
+    """Raise ValueError where the constructor of an algorithm does not take one of the options; it says which there are.
+
+    Parameters
+    ----------
+    algorithm, options
+    without : names that it takes, but not from this caller
+    """
     parameters = signature(algorithm).parameters.values()
     takes = [*(one.name for one in parameters if one.kind is one.KEYWORD_ONLY), *Options.__annotations__]
+    takes = [name for name in takes if name not in without]
     for name in options:
         if name not in takes:
-            raise ValueError(f"{algorithm.__name__} has no option {shown(name)}: choose from {', '.join(takes)}")
+            near = difflib.get_close_matches(name, takes, 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(takes)}"
+            raise ValueError(f"{algorithm.__name__} has no option {shown(name)}: {hint}")
 
 
 def check_mask(mask: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..algorithms import ALGORITHMS
-from ..algorithms.options import Options
+from ..algorithms.options import check_names
+from ..algorithms.sharing import check_sharing
 from ..errors import InputError
 from ..problems.scalars import shown, whole
 from .batch import IGNORED
@@ -22,9 +22,7 @@ SET_BY_MODEL = "mask", "scale", "softcap"
 
 def check(algorithm: str, data: int, ranks: int) -> None:
     """Raise ValueError where the algorithm does not share out tokens, or the groups do not fit."""
-    able = [name for name in ALGORITHMS if name not in ("tensor_parallel", "decode")]
-    if algorithm not in able:
-        raise ValueError(f"algorithm {algorithm!r} does not share out tokens: choose from {', '.join(able)}")
+    check_sharing(algorithm)
     groups = whole(data)
     if groups is None or groups < 1 or ranks % groups:
         fits = [number for number in range(1, ranks + 1) if ranks % number == 0]
@@ -33,16 +31,10 @@ def check(algorithm: str, data: int, ranks: int) -> None:
 
 def check_options(algorithm: str, *options: str) -> None:
     """Raise ValueError where these are no names of options that the algorithm takes from a caller of `shard`."""
-    parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
-    own = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
-    known = [name for name in (*own, *Options.__annotations__) if name not in SET_BY_MODEL]
     for name in options:
         if name in SET_BY_MODEL:
             raise ValueError(f"{name} is set by the model, for each layer: leave it out, or change the model's config")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"{algorithm} has no option {name}: {hint}")
+    check_names(ALGORITHMS[algorithm], options, without=SET_BY_MODEL)
 
 
 def check_model(model: torch.nn.Module) -> None:

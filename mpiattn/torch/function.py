@@ -13,6 +13,7 @@ from ..algorithms import Attention, Saved
 from ..arrays.softmax import delta, sink_gradient
 from ..errors import InputError
 from ..problems.dropout import Dropout
+from ..problems.scalars import shown
 from .arrays import queue_of, to_array, to_tensor
 
 
@@ -54,8 +55,17 @@ def within(
     batch: object, attention: Attention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, dropout: Dropout | None
 ) -> Tensor:
     """Return what `attention` does; of a batch that the ranks have agreed on, each thing is asked once."""
+    check_built(attention)
     result: Tensor = AttentionFunction.apply(attention, batch, dropout, q, k, v, sinks)
     return result
+
+
+def check_built(attention: object) -> None:
+    """Raise InputError where that is no attention. Ranks can't be asked where there is no communicator."""
+    if not isinstance(attention, Attention):
+        raise InputError(
+            f"attention must be an algorithm that is built, such as mpiattn.RingAttention(comm), got {shown(attention)}"
+        )
 
 
 class AttentionFunction(torch.autograd.Function):

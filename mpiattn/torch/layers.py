@@ -16,7 +16,7 @@ from ..problems import grid
 from ..problems.dropout import Dropout
 from ..problems.layout import EVERYWHERE
 from ..problems.scalars import shown, whole
-from .function import attention
+from .function import attention, check_built
 from .weights import broadcast
 
 if TYPE_CHECKING:
@@ -138,15 +138,9 @@ class MeshAttention(AttentionLayer):
         super().__init__(d_model, num_heads, mesh, dropout=dropout, num_kv_heads=num_kv_heads, bias=bias)
 
 
-def check_attention(attention: object) -> None:
-    """Raise InputError where that is no attention, or one whose ranks have each token more than once.
-
-    Ranks can't be asked where there is no communicator; those that have one have built the same attention.
-    """
-    if not isinstance(attention, algorithms.Attention):
-        raise InputError(
-            f"attention must be an algorithm that is built, such as mpiattn.RingAttention(comm), got {shown(attention)}"
-        )
+def check_attention(attention: algorithms.Attention) -> None:
+    """Raise InputError where that is no attention, or one whose ranks have each token more than once."""
+    check_built(attention)
     if attention.layout == EVERYWHERE or attention.copied:
         raise InputError(
             f"{type(attention).__name__} does not share out tokens: take another algorithm, such as mesh or ring"

@@ -267,6 +267,12 @@ def test_bad_input_is_one_error_on_all_ranks(comm: MPI.Intracomm, wrong: str) ->
         assert len(set(comm.allgather(str(raised.value)))) == 1
 
 
+def test_an_algorithm_that_is_not_built() -> None:
+    wrong: Any = mpiattn.RingAttention
+    with pytest.raises(mpiattn.InputError, match="attention must be an algorithm that is built"):
+        mpiattn.torch.attention(wrong, *inputs(tokens=4)[:3])
+
+
 def test_mpi_is_loaded_before_torch() -> None:
     code = "import mpiattn.torch, sys; print([name for name in sys.modules if name in ('mpi4py.MPI', 'torch')][0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -273,9 +273,9 @@ def test_what_cannot_be_split_is_named(comm: MPI.Intracomm) -> None:
     refused(torch.nn.Linear(2, 2), "a model is one of transformers, got Linear")
     refused(llama, "unknown layout", layout="spiral")
     refused(llama, "does not hold", rows=comm.Get_size() + 1)
-    refused(llama, "ring has no option rows: there are layout, partials, kernel", algorithm="ring", rows=1)
-    refused(llama, "mesh has no option kernal: did you mean kernel", kernal="numpy")
-    refused(llama, "hybrid has no option ulyses: did you mean ulysses", algorithm="hybrid", ulyses=1)
+    refused(llama, "RingAttention has no option 'rows': choose from layout, partials, kernel", algorithm="ring", rows=1)
+    refused(llama, "MeshAttention has no option 'kernal': did you mean kernel", kernal="numpy")
+    refused(llama, "HybridAttention has no option 'ulyses': did you mean ulysses", algorithm="hybrid", ulyses=1)
     for option in ({"mask": mpiattn.Full()}, {"scale": 3.0}, {"softcap": 5.0}):  # each gave another loss, unseen
         refused(llama, f"{next(iter(option))} is set by the model", **option)
     t5 = hf.T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
