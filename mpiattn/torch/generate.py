@@ -72,9 +72,12 @@ def check(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | No
     hidden = attention_mask is None and padding not in (None, model.generation_config.eos_token_id)
     if (attention_mask is not None and (attention_mask != 1).any()) or (hidden and (input_ids == padding).any()):
         raise InputError("prompts must have one length, without padding: generate shorter ones by themselves")
-    wrong = [name for name in NOT_HERE if options.get(name) is not None]
-    if wrong or options.get("use_cache") is False:
+    given = {**options, **settings(model, options)}
+    wrong = [name for name in NOT_HERE if given.get(name) is not None]
+    if wrong or given.get("use_cache") is False:
         raise InputError(f"{' and '.join(wrong) or 'use_cache=False'} can't be combined with a cache spread over ranks")
+    if given.get("max_time") is not None:
+        raise InputError("max_time goes by each rank's own clock, and they would stop apart: give max_new_tokens")
 
 
 def settings(model: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,10 @@ def test_arguments_in_the_place_of_others(comm: MPI.Intracomm) -> None:
             generate(tokens(1, 9), GenerationConfig(max_new_tokens=2))
         with pytest.raises(mpiattn.InputError, match=r"attention_mask must be a tensor .* of 1, got list"):
             generate(tokens(1, 9), attention_mask=[[1] * 9], max_new_tokens=2)
+        with pytest.raises(mpiattn.InputError, match="max_time goes by each rank's own clock"):
+            generate(tokens(1, 9), generation_config=GenerationConfig(max_time=1.0))
+        with pytest.raises(mpiattn.InputError, match="use_cache=False can't be combined"):
+            generate(tokens(1, 9), generation_config=GenerationConfig(use_cache=False))
         with pytest.raises(mpiattn.InputError, match="generation_config must be a GenerationConfig, got dict"):
             generate(tokens(1, 9), generation_config={"max_new_tokens": 2})
 
