@@ -16,9 +16,8 @@ import pytest
 from launch import mpiexec
 
 import mpiattn
-from mpiattn.arrays import FLOATS
+from mpiattn.arrays import FLOAT_NAMES, FLOATS
 from mpiattn.commands.conformance import command
-from mpiattn.commands.conformance.options import FLOAT_NAMES
 from mpiattn.conformance.case import MASKS, Case, fast
 from mpiattn.conformance.check import check
 from mpiattn.conformance.differences import compare, runs

@@ -80,7 +80,7 @@ class Agreement:
                     axes = " of 4 axes (batch, heads, tokens, head_dim)" if name in OF_TOKENS else ""
                     raise InputError(
                         f"{name} on rank {rank} is {text}; it must be an array{axes}, NumPy's or CuPy's, of "
-                        f"{', '.join(d.name for d in arrays.FLOATS)}"
+                        f"{', '.join(arrays.FLOAT_NAMES)}"
                     )
 
     def together(self, make: Callable[[], T]) -> T:

@@ -74,7 +74,7 @@ def agreed_given(rows: Sequence[Sequence[int]], alike: bool = True) -> None:
         if sinks == WRONG:
             raise InputError(
                 f"sinks on rank {rank} must be an array like q with a number for each of its heads, "
-                f"of {', '.join(d.name for d in arrays.FLOATS)}"
+                f"of {', '.join(arrays.FLOAT_NAMES)}"
             )
         if dropout[0] == WRONG:
             raise InputError(f"dropout on rank {rank} must be a mpiattn.Dropout(rate, seed)")

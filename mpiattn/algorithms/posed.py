@@ -107,7 +107,7 @@ def fit_together(table: Sequence[Sequence[arrays.Spec | None]], spread: str = "t
             if spec is None or len(spec[0]) != 4 or spec[1] not in arrays.FLOATS:
                 raise InputError(
                     f"{name} on rank {rank} is {show(spec)}; it must be an array of 4 axes (batch, heads, "
-                    f"tokens, head_dim) of {', '.join(d.name for d in arrays.FLOATS)}"
+                    f"tokens, head_dim) of {', '.join(arrays.FLOAT_NAMES)}"
                 )
     for rank, row in enumerate(table):
         for name, spec, first in zip("qkv", row, table[0], strict=True):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from ..errors import InputError
+from ..problems.layout import EVERYWHERE
 from ..problems.scalars import check_name
-from . import ALGORITHMS
+from . import ALGORITHMS, Attention
 
 SHARE_TOKENS = tuple(name for name in ALGORITHMS if name not in ("tensor_parallel", "decode"))
+
+
+def shares_tokens(attention: Attention) -> bool:
+    """Return whether each token of an attention's sequence is on one rank alone."""
+    return attention.layout != EVERYWHERE and not attention.copied
 
 
 def check_sharing(algorithm: str) -> None:

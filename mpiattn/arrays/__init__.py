@@ -27,6 +27,7 @@ DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.bool_)
 )
 FLOATS = DTYPES[:4]
+FLOAT_NAMES = tuple(dtype.name for dtype in FLOATS)
 
 ELSEWHERE = "cupy (on another than the current device)"
 CUPY = "cupy"
@@ -65,7 +66,7 @@ def dtype(name: str) -> np.dtype[np.generic]:
     for candidate in FLOATS:
         if candidate.name == name:
             return candidate
-    raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(d.name for d in FLOATS)}")
+    raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(FLOAT_NAMES)}")
 
 
 def describe(array: Any) -> list[int]:

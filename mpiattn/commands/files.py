@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..arrays import FLOATS, Array
+from ..arrays import FLOAT_NAMES, FLOATS, Array
 from ..machines import writing
 from . import npz
 
@@ -96,7 +96,7 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Array]]]:
         yield known, loaded
 
 
-_WANTED = f"it must be an array of {', '.join(dtype.name for dtype in FLOATS)}"
+_WANTED = f"it must be an array of {', '.join(FLOAT_NAMES)}"
 
 
 def _check(array: Array, what: str, axes: str) -> None:

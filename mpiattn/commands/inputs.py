@@ -16,7 +16,7 @@ from .. import planner
 from ..algorithms import Attention
 from ..algorithms.posed import fit
 from ..algorithms.shares import owned_heads, scatter
-from ..arrays import FLOATS, Array
+from ..arrays import FLOAT_NAMES, Array
 from ..arrays import dtype as dtype_of
 from ..machines.reading import check_memory
 from ..messages.message import Communicator
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=int, metavar="N", help="random input with this batch size (default 1)")
     group.add_argument(
         "--dtype",
-        choices=[dtype.name for dtype in FLOATS],
+        choices=FLOAT_NAMES,
         help="convert to this dtype (default float32; a file keeps its own)",
     )
     group.add_argument("--seed", type=int, help="of all that is random (default 0)")

@@ -20,7 +20,7 @@ from ..algorithms.saved import fingerprint
 from ..algorithms.shares import gather, scatter
 from ..algorithms.sharing import check_sharing
 from ..algorithms.spelling import examples
-from ..arrays import FLOATS, Array, namespace
+from ..arrays import FLOAT_NAMES, FLOATS, Array, namespace
 from ..errors import InputError
 from ..messages.connection import private
 from ..messages.message import Communicator
@@ -32,7 +32,6 @@ from .layers import linear, linear_backward
 from .llama import to_heads, to_rows
 
 PROJECTIONS = ("q", "k", "v", "o")
-NAMES = ", ".join(dtype.name for dtype in FLOATS)
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def check_backward(d_out: Array, saved: object) -> None:
 def check_floats(name: str, array: Array) -> None:
     """Raise InputError where an array is not of a dtype that the layer computes with."""
     if array.dtype not in FLOATS:
-        raise InputError(f"{name} is an array of {array.dtype}; it must be one of {NAMES}")
+        raise InputError(f"{name} is an array of {array.dtype}; it must be one of {', '.join(FLOAT_NAMES)}")
 
 
 def check_dtype(dtype: DTypeLike) -> None:
@@ -230,7 +229,7 @@ def check_dtype(dtype: DTypeLike) -> None:
     except TypeError:
         known = False
     if not known:
-        raise ValueError(f"dtype is one of {NAMES}, got {shown(dtype)}")
+        raise ValueError(f"dtype is one of {', '.join(FLOAT_NAMES)}, got {shown(dtype)}")
 
 
 def check(

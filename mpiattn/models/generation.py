@@ -10,10 +10,10 @@ import numpy as np
 
 from ..algorithms import Attention, DecodeAttention, Saved
 from ..algorithms.options import Options
+from ..algorithms.sharing import shares_tokens
 from ..arrays import Array, namespace
 from ..arrays.operations import on_host
 from ..errors import InputError
-from ..problems.layout import EVERYWHERE
 from ..problems.mask import Causal, Full, Positions
 from ..problems.scalars import shown, whole
 from .cache import Cache
@@ -49,7 +49,7 @@ class Generator:
     """
 
     def __init__(self, llama: Llama, attention: Attention, combine: str = "allreduce") -> None:
-        if attention.layout == EVERYWHERE or attention.copied:
+        if not shares_tokens(attention):
             raise InputError("a prompt is shared out by its tokens: take another algorithm, such as mesh or ring")
         self.llama, self.attention, self.comm = llama, attention, attention.comm
         self.xp = namespace(llama.head)

@@ -28,13 +28,12 @@ WHERE_FROM = "_from_model_config", "transformers_version"
 
 def generate(sharded: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
     """Generate tokens; see `Sharded.generate`."""
-    model, reason = sharded.model, None
+    model, own, reason = sharded.model, dict[str, object](), None
     try:
-        check(model, input_ids, attention_mask, options)
+        own = check(model, input_ids, attention_mask, options)
     except InputError as error:
         reason = str(error)
     refuse(sharded.comm, reason)
-    own = settings(model, options)
     agree_in_groups(sharded.comm, sharded.sequence.Get_size(), {"prompt": fingerprint(input_ids), **own})
     prompt = sharded.call(laid_out(input_ids[:, :-1])) if input_ids.shape[1] > 1 else None
     generation = Generation(sharded, prompt)
@@ -45,7 +44,8 @@ def generate(sharded: Any, input_ids: Tensor, attention_mask: Tensor | None = No
             inputs = {"attention_mask": torch.ones_like(ids), "position_ids": positions, name: generation.cache}
             model.base_model(input_ids=ids, **inputs, use_cache=True)
             generation.prompt = None
-            copies: int = max(own.get(key) or 1 for key in ("num_beams", "num_return_sequences"))
+            asked = (own.get(key) for key in ("num_beams", "num_return_sequences"))
+            copies = max((number for number in asked if isinstance(number, int)), default=1)
             if copies > 1:
                 generation.cache.batch_repeat_interleave(copies)
         processors = LogitsProcessorList([*(options.pop("logits_processor", None) or []), SameScores(sharded.sequence)])
@@ -54,8 +54,10 @@ def generate(sharded: Any, input_ids: Tensor, attention_mask: Tensor | None = No
     return result
 
 
-def check(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
-    """Raise InputError where generation over ranks can't do what is asked for."""
+def check(
+    model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> dict[str, object]:
+    """Return the `settings` of a call, or raise InputError where generation over ranks can't do what is asked for."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise InputError("input_ids must be a tensor (batch, tokens), with a token at least")
     if input_ids.device != model.device:
@@ -72,28 +74,30 @@ def check(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor | No
     hidden = attention_mask is None and padding not in (None, model.generation_config.eos_token_id)
     if (attention_mask is not None and (attention_mask != 1).any()) or (hidden and (input_ids == padding).any()):
         raise InputError("prompts must have one length, without padding: generate shorter ones by themselves")
-    given = {**options, **settings(model, options)}
+    own = settings(model, options)
+    given = {**options, **own}
     wrong = [name for name in NOT_HERE if given.get(name) is not None]
     if wrong or given.get("use_cache") is False:
         raise InputError(f"{' and '.join(wrong) or 'use_cache=False'} can't be combined with a cache spread over ranks")
     if given.get("max_time") is not None:
         raise InputError("max_time goes by each rank's own clock, and they would stop apart: give max_new_tokens")
+    return own
 
 
-def settings(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+def settings(model: Any, options: dict[str, Any]) -> dict[str, object]:
     """Return the options that a call of `generate` has, by its arguments, its configuration, or the model's.
 
     Those that are objects, such as a streamer, which rank 0 alone may have, are left out.
     """
     configs = [model.generation_config, options.get("generation_config")]
-    result: dict[str, Any] = {}
+    result: dict[str, object] = {}
     for given in (*(config.to_dict() for config in configs if config is not None), options):
         said = {name: comparable(value) for name, value in given.items() if name not in WHERE_FROM}
         result |= {name: value for name, value in said.items() if value is not None}
     return result
 
 
-def comparable(value: Any) -> Any:
+def comparable(value: object) -> object:
     """Return plain values, tensors, and lists and dicts of them, as ranks can compare them; of other objects, None."""
     if isinstance(value, Tensor):
         return fingerprint(value)
@@ -105,7 +109,7 @@ def comparable(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def agree_in_groups(comm: Communicator, members: int, own: dict[str, Any]) -> None:
+def agree_in_groups(comm: Communicator, members: int, own: dict[str, object]) -> None:
     """Raise InputError on every rank, where one has something else than the first of its group. One collective."""
     table = comm.allgather(own)
     for rank, given in enumerate(table):

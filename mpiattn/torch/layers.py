@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .. import algorithms
 from ..algorithms.options import Options, agree
+from ..algorithms.sharing import shares_tokens
 from ..errors import InputError
 from ..messages.message import Communicator
 from ..problems import grid
 from ..problems.dropout import Dropout
-from ..problems.layout import EVERYWHERE
 from ..problems.scalars import shown, whole
 from .function import attention, check_built
 from .weights import broadcast
@@ -141,7 +141,7 @@ class MeshAttention(AttentionLayer):
 def check_attention(attention: algorithms.Attention) -> None:
     """Raise InputError where that is no attention, or one whose ranks have each token more than once."""
     check_built(attention)
-    if attention.layout == EVERYWHERE or attention.copied:
+    if not shares_tokens(attention):
         raise InputError(
             f"{type(attention).__name__} does not share out tokens: take another algorithm, such as mesh or ring"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import FLOATS
+from ...arrays import FLOAT_NAMES
 from ...arrays import dtype as dtype_of
 from ...errors import InputError
 from ...kernels.torch.choice import importable
@@ -62,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5, after one that is not timed")
     parser.add_argument("--mask", choices=MASKS, default="full", help="default full")
-    parser.add_argument(
-        "--dtype", choices=[dtype.name for dtype in FLOATS], default="float32", help="of the inputs (default float32)"
-    )
+    parser.add_argument("--dtype", choices=FLOAT_NAMES, default="float32", help="of the inputs (default float32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the environment")
 
 

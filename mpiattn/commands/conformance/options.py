@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from ...algorithms import ALGORITHMS
-from ...arrays import FLOATS
+from ...arrays import FLOAT_NAMES
 from ...conformance.case import Case, fast, matrix
 from ...conformance.selection import select
 from ...conformance.user_masks import parse
@@ -18,8 +18,6 @@ from .. import chosen, gpu
 
 CHOSEN = ("layout", "mask", "dtype", "tokens", "heads", "kv_heads", "head_dim")
 """Values of a case by which cases are chosen."""
-
-FLOAT_NAMES = [dtype.name for dtype in FLOATS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace, comm: Communicator) -> int:
         path = comm.bcast(on_root(comm, lambda: last(args.output)))
         if path is not None:
             # A checkpoint without its text's checksum may be of another text than is trained on now.
-            losses = together(comm, path, trainer) | {"unigram": trainer.unigram()}
+            losses = together(comm, path, trainer) | {"unigram": losses["unigram"]}
             more = "" if trainer.step < plan.steps else "; to go on, give [training] more steps"
             say(trainer, f"resumed from {path}: {min(trainer.step, plan.steps)} of {plan.steps} steps are done{more}")
             for change in checkpoint.retuned(path, plan):
